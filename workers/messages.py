@@ -1,7 +1,7 @@
 """What crosses process borders between router and workers: requests, grants, token events, statistics.
 
-Owns: the frozen values and their cheap validation. Does not own: their wire encoding (`workers/service/codec.py`), the KV
-protocol (`kvstore/transfer`), HTTP fields (`router`). Torch-free and grpc-free, so that the router may import it.
+Owns: the frozen values and their cheap validation. Does not own: their wire encoding (`workers/service/codec.py`), the
+KV protocol (`kvstore/transfer`), HTTP fields (`router`). Torch-free and grpc-free, so that the router may import it.
 Invariants: one request id lives in many attempts, each with its own epoch; the events of one attempt carry contiguous
 `index` values from 0 and end with exactly one event whose `finish` is set.
 """
