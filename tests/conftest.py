@@ -1,0 +1,17 @@
+"""Settings every test shares: one thread a process, and a seed that comes from the test's own name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A stable seed derived from the test id, so that a failure reproduces and two tests never share data."""
+    return int.from_bytes(hashlib.sha256(request.node.nodeid.encode()).digest()[:4], "little")
