@@ -1,15 +1,22 @@
 """Stored bytes of one KV row: fp32 vectors to and from the rows that the pools of `kvstore` hold.
 
-Owns: the FP8 entry (SGLang's V4 layout, 584 bytes at Flash's head size, generalised to any head), the FP8 indexer key, the
-fp32 rows of exactness tests and of compressor states. A row here is the planes of one unit concatenated, data first and
-scales second; the pools place the planes apart. Does not own: addresses, or which vectors are stored.
-
-Sources: DeepSeek-V4-Flash `kernel.py` (scale rule), SGLang 0.5.23 V4 pools (layout).
+Owns: the FP8 entry (SGLang's V4 layout, 584 bytes at Flash's head size, generalised to any head), the FP8 indexer key,
+the fp32 rows of exactness tests and of compressor states. A row here is the planes of one unit concatenated, data first
+and scales second; the pools place the planes apart. Does not own: addresses, or which vectors are stored. Rounding
+rules live in `quant`.
 """
 
 from __future__ import annotations
 
 import torch
+
+from workers.reference.quant import (
+    e4m3_decode,
+    e4m3_encode,
+    e8m0_decode,
+    fp8_group_scale_bytes,
+    indexer_fp8_scale,
+)
 
 KV_SCALE_GROUP = 64
 """Nope dimensions that share one e8m0 scale."""
@@ -17,9 +24,7 @@ KV_SCALE_GROUP = 64
 SCALE_PLANE_ALIGN = 8
 """Scale bytes of an entry are padded to this multiple (Flash: 7 scales, 8 bytes)."""
 
-E4M3_MAX = 448.0
-AMAX_FLOOR = 1e-4
-"""Smallest magnitude that a scale is computed from, so that an all-zero group stays finite."""
+INDEXER_SCALE_BYTES = 4
 
 
 def kv_data_bytes(head_dim: int, rope_dim: int) -> int:
@@ -27,64 +32,45 @@ def kv_data_bytes(head_dim: int, rope_dim: int) -> int:
     return (head_dim - rope_dim) + 2 * rope_dim
 
 
-def kv_scale_bytes(head_dim: int, rope_dim: int) -> int:
-    """Bytes of an FP8 entry's scale plane. Raises ValueError when the nope part is not whole scale groups."""
+def pack_kv_fp8(entry: torch.Tensor, rope_dim: int) -> torch.Tensor:
+    """fp32 entries [..., D] to stored rows [..., data + scale bytes] uint8; pad scale bytes are zero.
+
+    Raises ValueError when the nope part is not whole scale groups.
+    """
+    head_dim = entry.shape[-1]
     nope = head_dim - rope_dim
     if nope % KV_SCALE_GROUP:
         raise ValueError(f"nope size {nope} is not a multiple of the scale group {KV_SCALE_GROUP}")
-    groups = nope // KV_SCALE_GROUP
-    return -(-groups // SCALE_PLANE_ALIGN) * SCALE_PLANE_ALIGN
-
-
-def e8m0_scale_bytes(amax: torch.Tensor) -> torch.Tensor:
-    """uint8 bytes b with 2^(b-127) = the power of two at or above max(amax, 1e-4) / 448 (rounded up, never to nearest)."""
-    bits = (amax.float().clamp(min=AMAX_FLOOR) / E4M3_MAX).view(torch.int32)
-    return ((bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)).to(torch.uint8)
-
-
-def e8m0_values(scale_bytes: torch.Tensor) -> torch.Tensor:
-    """fp32 2^(b-127) of uint8 bytes; byte 0 reads as 0, which no scale of this format uses."""
-    return (scale_bytes.to(torch.int32) << 23).view(torch.float32)
-
-
-def pack_kv_fp8(entry: torch.Tensor, rope_dim: int) -> torch.Tensor:
-    """fp32 entries [..., D] to stored rows [..., data + scale bytes] uint8. Pad scale bytes are zero."""
-    head_dim = entry.shape[-1]
-    nope = head_dim - rope_dim
     lead = entry.shape[:-1]
-    groups = entry[..., :nope].float().reshape(*lead, nope // KV_SCALE_GROUP, KV_SCALE_GROUP)
-    scales = e8m0_scale_bytes(groups.abs().amax(-1))
-    scaled = (groups / e8m0_values(scales).unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)
-    codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8).reshape(*lead, nope)
-    rope = entry[..., nope:].to(torch.bfloat16).contiguous().view(torch.uint8).reshape(*lead, 2 * rope_dim)
-    pad = kv_scale_bytes(head_dim, rope_dim) - scales.shape[-1]
-    return torch.cat([codes, rope, scales, scales.new_zeros(*lead, pad)], dim=-1)
+    scales = fp8_group_scale_bytes(entry[..., :nope], KV_SCALE_GROUP)  # [..., nope/64]
+    groups = entry[..., :nope].float().unflatten(-1, (-1, KV_SCALE_GROUP))
+    codes = e4m3_encode(groups / e8m0_decode(scales).unsqueeze(-1)).view(torch.uint8).flatten(-2)
+    rope = entry[..., nope:].to(torch.bfloat16).contiguous().view(torch.uint8)
+    pad = scales.new_zeros(*lead, -scales.shape[-1] % SCALE_PLANE_ALIGN)
+    return torch.cat([codes, rope, scales, pad], dim=-1)
 
 
 def unpack_kv_fp8(rows: torch.Tensor, head_dim: int, rope_dim: int) -> torch.Tensor:
     """Inverse of `pack_kv_fp8`: rows uint8 to fp32 entries [..., D]. Unused rows may decode to NaN: mask before use."""
     nope = head_dim - rope_dim
-    lead = rows.shape[:-1]
     data_bytes = kv_data_bytes(head_dim, rope_dim)
-    num_groups = nope // KV_SCALE_GROUP
-    codes = rows[..., :nope].contiguous().view(torch.float8_e4m3fn).float()
-    scales = e8m0_values(rows[..., data_bytes : data_bytes + num_groups])
-    values = (codes.reshape(*lead, num_groups, KV_SCALE_GROUP) * scales.unsqueeze(-1)).reshape(*lead, nope)
+    scales = e8m0_decode(rows[..., data_bytes : data_bytes + nope // KV_SCALE_GROUP].contiguous())
+    groups = e4m3_decode(rows[..., :nope].contiguous()).unflatten(-1, (-1, KV_SCALE_GROUP))
     rope = rows[..., nope:data_bytes].contiguous().view(torch.bfloat16).float()
-    return torch.cat([values, rope], dim=-1)
+    return torch.cat([(groups * scales.unsqueeze(-1)).flatten(-2), rope], dim=-1)
 
 
 def pack_indexer_fp8(key: torch.Tensor) -> torch.Tensor:
-    """fp32 indexer keys [..., Di] to rows [..., Di + 4]: e4m3 codes, one fp32 scale amax / 448 (not a power of two)."""
-    scale = key.float().abs().amax(-1, keepdim=True).clamp(min=AMAX_FLOOR) / E4M3_MAX
-    codes = (key.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    """fp32 indexer keys [..., Di] to rows [..., Di + 4]: e4m3 codes, then one fp32 scale."""
+    scale = indexer_fp8_scale(key)
+    codes = e4m3_encode(key.float() / scale).view(torch.uint8)
     return torch.cat([codes, scale.contiguous().view(torch.uint8)], dim=-1)
 
 
 def unpack_indexer_fp8(rows: torch.Tensor, index_head_dim: int) -> torch.Tensor:
     """Inverse of `pack_indexer_fp8`: fp32 keys [..., Di]."""
-    codes = rows[..., :index_head_dim].contiguous().view(torch.float8_e4m3fn).float()
-    return codes * rows[..., index_head_dim : index_head_dim + 4].contiguous().view(torch.float32)
+    scale = rows[..., index_head_dim : index_head_dim + INDEXER_SCALE_BYTES].contiguous().view(torch.float32)
+    return e4m3_decode(rows[..., :index_head_dim].contiguous()) * scale
 
 
 def pack_fp32(values: torch.Tensor) -> torch.Tensor:
