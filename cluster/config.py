@@ -1,0 +1,295 @@
+"""`ClusterConfig`: everything a deployment may set, read strictly from one YAML file.
+
+Owns: the keys, their units, defaults and cross-checks; which defaults make a laptop work (one router, one prefill and
+one decode worker on the CPU, serving the bundled model). Does not own: what each part does with its values. A key that
+is not known is an error that names the nearest one; relative paths count from the file they stand in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NewType
+
+BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "deploy" / "demo" / "dsv4-nano"
+"""The checkpoint that the repository carries; the default of every command that wants a model."""
+
+NumBytes = NewType("NumBytes", int)
+"""Bytes; YAML accepts an integer or a number with a unit (`512MiB`, `2GB`)."""
+
+Seconds = NewType("Seconds", float)
+"""Seconds; YAML accepts a number or one with a unit (`500ms`, `30s`, `10m`)."""
+
+_BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_BYTE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SECOND_UNITS = {"": 1.0, "MS": 1e-3, "S": 1.0, "M": 60.0, "H": 3600.0}
+_QUANTITY = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*$")
+
+
+class ConfigError(ValueError):
+    """A setting is unusable. `key` is its dotted path, `source` the file it came from."""
+
+    def __init__(self, source: str, key: str, problem: str) -> None:
+        super().__init__(f"{source}: {key}: {problem}" if key else f"{source}: {problem}")
+        self.source, self.key, self.problem = source, key, problem
+
+
+class Device(enum.Enum):
+    """Where workers compute; AUTO takes GPUs when Ray sees any."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class PrecisionMode(enum.Enum):
+    """NATIVE computes as the checkpoint was trained to run (FP8 KV and activations); FP32 turns every cast off."""
+
+    NATIVE = "native"
+    FP32 = "fp32"
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """The HTTP front door."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. The default is reachable from this machine only; there is no TLS."""
+    port: int = 8000
+    """TCP port; 0 takes a free one."""
+    api_keys: tuple[str, ...] = ()
+    """Accepted bearer tokens; empty accepts everyone."""
+    request_deadline: Seconds = Seconds(600.0)
+    """Longest life of one request; also the cap of what a client may ask for."""
+    max_concurrent: int = 1024
+    """Requests in flight before clients get 429."""
+    drain: Seconds = Seconds(5.0)
+    """Time that running requests get to finish when the cluster stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSettings:
+    """Workers that compute prompts."""
+
+    count: int = 1
+    """Number of prefill workers."""
+    gpus: float | None = None
+    """GPUs of one worker; a fraction shares one; unset divides the GPUs that Ray has among all workers."""
+    threads: int = 1
+    """CPU threads of one worker's maths."""
+    kv_budget: NumBytes = NumBytes(256 * 2**20)
+    """Bytes of KV pools of one worker."""
+    chunk_tokens: int = 512
+    """Prompt tokens computed per step, over all prompts in it."""
+    max_running: int = 8
+    """Prompts in progress at once."""
+    port: int = 0
+    """gRPC port of the first worker, counted up for the others; 0 takes free ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSettings:
+    """Workers that generate."""
+
+    count: int = 1
+    """Number of decode workers."""
+    gpus: float | None = None
+    """GPUs of one worker; a fraction shares one; unset divides the GPUs that Ray has among all workers."""
+    threads: int = 1
+    """CPU threads of one worker's maths."""
+    kv_budget: NumBytes = NumBytes(512 * 2**20)
+    """Bytes of KV pools of one worker."""
+    max_running: int = 16
+    """Requests in one decode batch."""
+    max_waiting: int = 256
+    """Requests admitted beyond that before the worker answers that it is full."""
+    lease: Seconds = Seconds(30.0)
+    """How long a grant lives without news from prefill."""
+    port: int = 0
+    """gRPC port of the first worker, counted up for the others; 0 takes free ones."""
+    kv_port: int = 0
+    """KV receiver port of the first worker, counted up for the others; 0 takes free ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class RaySettings:
+    """How to find or start Ray."""
+
+    address: str | None = None
+    """Address of a running Ray cluster; unset starts a local one that ends with the command."""
+    namespace: str = "dsv4"
+    """Ray namespace of the named actors; two clusters on one Ray need two."""
+    max_restarts: int = 3
+    """Times that Ray restarts a worker that died before giving it up."""
+    start_deadline: Seconds = Seconds(300.0)
+    """Longest wait until every worker is ready."""
+    worker_host: str = "127.0.0.1"
+    """Address that workers listen on; several machines need one that the others reach."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """One deployment. Raises `ConfigError` when values contradict each other."""
+
+    model: Path = BUNDLED_MODEL
+    """Checkpoint folder in the official layout."""
+    model_name: str = ""
+    """Name that clients use; empty takes the folder's."""
+    device: Device = Device.AUTO
+    """auto, cpu or cuda."""
+    precision: PrecisionMode = PrecisionMode.NATIVE
+    """native or fp32."""
+    max_context: int = 16384
+    """Most prompt and output tokens of one request."""
+    router: RouterSettings = field(default_factory=RouterSettings)
+    prefill: PrefillSettings = field(default_factory=PrefillSettings)
+    decode: DecodeSettings = field(default_factory=DecodeSettings)
+    ray: RaySettings = field(default_factory=RaySettings)
+    source: str = field(default="defaults", metadata={"internal": True})
+    """Where the values came from, for error messages. Not a key."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, key: str, problem: str) -> None:
+            if not ok:
+                raise ConfigError(self.source, key, problem)
+
+        for role, settings in (("prefill", self.prefill), ("decode", self.decode)):
+            check(settings.count >= 1, f"{role}.count", f"found {settings.count}, expected at least 1")
+            check(settings.threads >= 1, f"{role}.threads", f"found {settings.threads}, expected at least 1")
+            check(
+                settings.max_running >= 1, f"{role}.max_running", f"found {settings.max_running}, expected at least 1"
+            )
+            check(settings.gpus is None or settings.gpus >= 0, f"{role}.gpus", f"found {settings.gpus}, expected >= 0")
+            wanted = self.device is not Device.CPU or not settings.gpus
+            check(wanted, f"{role}.gpus", f"found {settings.gpus} with device: cpu")
+            has_gpu = self.device is not Device.CUDA or settings.gpus != 0
+            check(has_gpu, f"{role}.gpus", "found 0 with device: cuda")
+            check(
+                settings.kv_budget >= 2**20, f"{role}.kv_budget", f"found {settings.kv_budget} bytes, expected >= 1MiB"
+            )
+        check(self.prefill.chunk_tokens >= 1, "prefill.chunk_tokens", "expected at least 1")
+        check(self.max_context >= 2, "max_context", f"found {self.max_context}, expected at least 2")
+        check(self.decode.lease > 0, "decode.lease", "expected more than 0 s")
+        check(self.decode.max_waiting >= 0, "decode.max_waiting", "expected at least 0")
+        check(self.router.request_deadline > 0, "router.request_deadline", "expected more than 0 s")
+        check(self.router.max_concurrent >= 1, "router.max_concurrent", "expected at least 1")
+        check(self.ray.max_restarts >= 0, "ray.max_restarts", "expected at least 0")
+        ports = {
+            "router.port": (self.router.port, 1),
+            "prefill.port": (self.prefill.port, self.prefill.count),
+            "decode.port": (self.decode.port, self.decode.count),
+            "decode.kv_port": (self.decode.kv_port, self.decode.count),
+        }
+        used: dict[int, str] = {}
+        for key, (first, count) in ports.items():
+            check(first >= 0 and first + count <= 65536, key, f"found {first}, expected a port")
+            for port in range(first, first + count) if first else ():
+                check(port not in used, key, f"port {port} is also taken by {used.get(port)}")
+                used[port] = key
+
+    @property
+    def served_name(self) -> str:
+        """The model name that clients use."""
+        return self.model_name or self.model.name
+
+
+def load_config(path: Path) -> ClusterConfig:
+    """Read one YAML file. Raises `ConfigError` naming the key when anything in it is not understood."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as exc:
+        raise ConfigError(str(path), "", exc.strerror or str(exc)) from exc
+    except yaml.YAMLError as exc:
+        raise ConfigError(str(path), "", f"not YAML: {exc}") from exc
+    return config_from_mapping({} if document is None else document, source=str(path), base=path.resolve().parent)
+
+
+def config_from_mapping(document: object, *, source: str, base: Path) -> ClusterConfig:
+    """Build the config from parsed YAML; relative paths count from `base`."""
+    values = _fields_from(ClusterConfig, document, "", source, base)
+    return ClusterConfig(**values, source=source)
+
+
+def parse_bytes(text: int | str) -> NumBytes:
+    """`2GiB` -> 2147483648. Raises `ValueError` when the text is not a size."""
+    return NumBytes(int(_quantity(text, _BYTE_UNITS, "a size such as 512MiB")))
+
+
+def parse_seconds(text: float | str) -> Seconds:
+    """`500ms` -> 0.5. Raises `ValueError` when the text is not a duration."""
+    return Seconds(_quantity(text, _SECOND_UNITS, "a duration such as 30s"))
+
+
+def _quantity(text: float | str, units: Mapping[str, float], expected: str) -> float:
+    if isinstance(text, bool):
+        raise ValueError(f"found {text!r}, expected {expected}")
+    match = _QUANTITY.match(str(text))
+    if match is None or match[2].upper() not in units:
+        raise ValueError(f"found {text!r}, expected {expected}")
+    return float(match[1]) * units[match[2].upper()]
+
+
+def _fields_from(kind: type, document: object, prefix: str, source: str, base: Path) -> dict[str, Any]:
+    """Keyword arguments of dataclass `kind`; nested dataclasses are built."""
+    if not isinstance(document, Mapping):
+        raise ConfigError(source, prefix.rstrip("."), f"found {document!r}, expected a mapping of settings")
+    known = {item.name: item for item in dataclasses.fields(kind) if not item.metadata.get("internal")}
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for key, value in document.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise ConfigError(source, f"{prefix}{key}", f"unknown key; {hint}")
+        try:
+            values[key] = _value_from(hints[key], value, f"{prefix}{key}", source, base)
+        except ConfigError:
+            raise
+        except ValueError as exc:
+            raise ConfigError(source, f"{prefix}{key}", str(exc)) from exc
+    return values
+
+
+def _value_from(hint: Any, value: object, key: str, source: str, base: Path) -> Any:
+    """One YAML value as the type that the field declares. Raises `ValueError` for a wrong type."""
+    if dataclasses.is_dataclass(hint):
+        assert isinstance(hint, type)
+        return hint(**_fields_from(hint, value, f"{key}.", source, base))
+    if isinstance(hint, types.UnionType):
+        inner = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+        return None if value is None else _value_from(inner, value, key, source, base)
+    if hint in (NumBytes, Seconds):
+        if not isinstance(value, int | float | str):
+            raise ValueError(f"found {value!r}, expected a number with a unit")
+        return parse_bytes(typing.cast(int, value)) if hint is NumBytes else parse_seconds(value)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        choices = [member.value for member in hint]
+        if value not in choices:
+            raise ValueError(f"found {value!r}, expected one of {', '.join(choices)}")
+        return hint(value)
+    if hint is Path:
+        if not isinstance(value, str):
+            raise ValueError(f"found {value!r}, expected a path")
+        return (base / Path(value).expanduser()).resolve()
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"found {value!r}, expected a list of strings")
+        return tuple(value)
+    return _plain_value(hint, value)
+
+
+def _plain_value(hint: type, value: object) -> object:
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    accepted = (int, float) if hint is float else (hint,)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"found {value!r}, expected {names[hint]}")
+    return hint(value)
