@@ -20,9 +20,11 @@ def linear(x: Tensor, weight: Tensor, *, act_fp8: bool) -> Tensor:
     return F.linear(fp8_fake_quant(x, ACTIVATION_GROUP) if act_fp8 else x, weight)
 
 
-def grouped_linear(x: Tensor, weight: Tensor, *, act_fp8: bool) -> Tensor:
-    """Block-diagonal product of the output projection: `x [..., G, K]`, `weight [G, N, K]` to `[..., G, N]`."""
-    inputs = fp8_fake_quant(x, ACTIVATION_GROUP) if act_fp8 else x
-    tokens = inputs.reshape(-1, *x.shape[-2:]).transpose(0, 1)  # [G, T, K]
+def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Block-diagonal product of the output projection: `x [..., G, K]`, `weight [G, N, K]` to `[..., G, N]`.
+
+    Its activations are never quantised (the official code runs wo_a dequantised, per group).
+    """
+    tokens = x.reshape(-1, *x.shape[-2:]).transpose(0, 1)  # [G, T, K]
     out = tokens @ weight.transpose(-1, -2)  # [G, T, N]
     return out.transpose(0, 1).reshape(*x.shape[:-1], weight.shape[-2])

@@ -4,7 +4,8 @@
 output back: `R'[k] = post[k] * out + sum_j comb[j, k] * R[j]`, where `R` is the tensor `hc_pre` saw.
 
 NOTE: the sum runs over the FIRST index of `comb`. The transposed version yields plausible text that degrades with
-depth. All arithmetic is fp32. Source: DeepSeek-V4 official `model.py` (`hc_pre`, `hc_post`, `hc_head`, `hc_split_sinkhorn`).
+depth. All arithmetic is fp32. Source: DeepSeek-V4 official `model.py` (`hc_pre`, `hc_post`, `hc_head`) and `kernel.py`
+(`hc_split_sinkhorn`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Number formats of the checkpoint and of the fake quantisers: e8m0 scales, e4m3 and e2m1 values.
 
 Owns: every rounding rule (DeepSeek-V4 official `kernel.py` semantics): power-of-two scales rounded UP from
-`amax / max`, saturating e4m3, round-to-nearest-even e2m1, low nibble = even column. Does not own: which tensor gets which format.
+`amax / max`, saturating e4m3, round-to-nearest-even e2m1, low nibble = even column. Does not own: which tensor gets
+which format.
 
 A scale byte `b` means `2 ** (b - 127)`. `*_fake_quant` return `dequant(quant(x))` in the dtype of `x` with the gradient
 of the identity (straight-through), so the same functions serve inference and training.
@@ -119,6 +120,13 @@ def fp4_fake_quant(x: Tensor, group: int = 32) -> Tensor:
     scale = e8m0_decode(e8m0_encode_ceil(amax / E2M1_MAX))
     quantised = e2m1_round(values / scale) * scale
     return straight_through(x, quantised.flatten(-2)[..., : x.shape[-1]])
+
+
+def kv_entry_fake_quant(entry: Tensor, rope_dim: int, group: int = 64) -> Tensor:
+    """A KV entry as the fp8 cache returns it: e4m3 with a power-of-two scale per `group` nope dims, bf16 rope."""
+    nope, rope = entry[..., :-rope_dim], entry[..., -rope_dim:]
+    rounded = straight_through(rope, rope.detach().bfloat16().float())
+    return torch.cat((fp8_fake_quant(nope, group), rounded), dim=-1)
 
 
 def indexer_fp8_scale(x: Tensor) -> Tensor:
