@@ -1,0 +1,167 @@
+"""Worker statistics as Prometheus text, and back: what `/metrics` adds for workers and what `dsv4 status` reads.
+
+Owns: the metric names, types and labels of workers. Does not own: the router's own metrics, the statistics themselves
+(`workers/messages.py`). Every field of `WorkerStats` that is a number appears here or in `NOT_EXPORTED`, which a test
+checks, so that a new counter cannot be forgotten.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from workers.messages import SpaceStats, WorkerStats
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One exported series: `stats_field` of `WorkerStats` under `name`."""
+
+    name: str
+    stats_field: str
+    help: str
+
+    @property
+    def kind(self) -> str:
+        return "counter" if self.name.endswith("_total") else "gauge"
+
+
+METRICS = (
+    Metric("dsv4_worker_ready", "ready", "1 while the worker serves, 0 while it loads, drains or has stopped"),
+    Metric("dsv4_worker_uptime_seconds", "uptime_s", "Seconds since the worker started"),
+    Metric("dsv4_worker_rss_bytes", "rss_bytes", "Resident memory of the worker process"),
+    Metric("dsv4_max_context_tokens", "max_context", "Most prompt and output tokens of one request"),
+    Metric("dsv4_max_running_requests", "max_running", "Largest batch"),
+    Metric("dsv4_running_requests", "running", "Requests being computed"),
+    Metric("dsv4_waiting_requests", "waiting", "Admitted requests that do not compute yet"),
+    Metric("dsv4_retracted_requests", "parked", "Retracted requests, held outside the pools"),
+    Metric("dsv4_transferring_requests", "draining", "Prefilled requests whose KV is on its way to decode"),
+    Metric("dsv4_reserved_pages", "reserved_full_pages", "Pages promised to admitted requests and not allocated yet"),
+    Metric("dsv4_leaked_pages", "leaked_pages", "Pages and slots that no live request owns; 0 unless there is a bug"),
+    Metric("dsv4_requests_admitted_total", "requests_admitted", "Requests taken in"),
+    Metric("dsv4_requests_finished_total", "requests_finished", "Requests ended by stop or length, or handed over"),
+    Metric("dsv4_requests_failed_total", "requests_failed", "Requests ended by an error"),
+    Metric("dsv4_requests_aborted_total", "requests_aborted", "Requests whose client went away"),
+    Metric("dsv4_requests_refused_total", "requests_refused", "Requests refused at admission"),
+    Metric("dsv4_tokens_generated_total", "tokens_generated", "Output tokens emitted"),
+    Metric("dsv4_prefill_tokens_computed_total", "prefill_tokens", "Prompt tokens whose KV this worker computed"),
+    Metric("dsv4_prefill_tokens_cached_total", "cached_tokens", "Prompt tokens served from a prefix cache"),
+    Metric("dsv4_steps_total", "steps", "Engine steps"),
+    Metric("dsv4_step_seconds_total", "step_s_total", "Seconds inside engine steps"),
+    Metric("dsv4_step_mean_milliseconds", "step_ms_mean", "Mean duration of the latest engine steps"),
+    Metric("dsv4_kv_bytes_sent_total", "kv_bytes_sent", "KV payload bytes pushed to decode workers"),
+    Metric("dsv4_kv_bytes_received_total", "kv_bytes_received", "KV payload bytes received from prefill workers"),
+    Metric("dsv4_kv_segments_sent_total", "kv_segments_sent", "KV segments pushed"),
+    Metric("dsv4_kv_segments_received_total", "kv_segments_received", "KV segments received"),
+    Metric("dsv4_kv_segments_dropped_total", "kv_segments_dropped", "Late, duplicate or foreign segments dropped"),
+    Metric("dsv4_kv_checksum_failures_total", "kv_checksum_failures", "KV segments whose checksum did not match"),
+    Metric("dsv4_kv_images_committed_total", "kv_images_committed", "Requests whose whole KV arrived and was verified"),
+    Metric("dsv4_kv_send_seconds_total", "kv_send_s_total", "Seconds with KV on the wire"),
+    Metric("dsv4_kv_send_hidden_seconds_total", "kv_hidden_s_total", "Of those, seconds behind running computation"),
+    Metric("dsv4_leases_expired_total", "leases_expired", "Grants whose KV never arrived"),
+    Metric("dsv4_event_streams", "routers", "Routers connected for token events"),
+    Metric("dsv4_kv_pool_bytes", "kv_bytes_total", "Bytes of all KV pools"),
+)
+"""Scalar series; the three occupancies are exported by `SPACES`."""
+
+SPACES = {"full": "full_pages", "window": "window_pages", "slot": "slots"}
+"""Value of the `space` label of `dsv4_kv_units{space,state}` -> field of `WorkerStats`."""
+
+NOT_EXPORTED = frozenset({"step_ms_last"})
+"""Fields that another series already tells better."""
+
+_SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})?\s+(\S+)$")
+_LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"')
+
+
+def render(workers: Iterable[WorkerStats], restarts: Mapping[str, int] | None = None) -> str:
+    """Prometheus text of all workers, one HELP and TYPE per series, labelled by role and worker name."""
+    workers = list(workers)
+    lines: list[str] = []
+    for metric in METRICS:
+        lines += [f"# HELP {metric.name} {metric.help}", f"# TYPE {metric.name} {metric.kind}"]
+        for stats in workers:
+            value = getattr(stats, metric.stats_field)
+            lines.append(f"{metric.name}{_labels(stats)} {float(value):.17g}")
+    lines += [
+        "# HELP dsv4_kv_units KV pages and request slots by space and state",
+        "# TYPE dsv4_kv_units gauge",
+    ]
+    for stats in workers:
+        for space, name in SPACES.items():
+            occupancy: SpaceStats = getattr(stats, name)
+            for state, value in (("free", occupancy.free), ("used", occupancy.used)):
+                lines.append(f"dsv4_kv_units{_labels(stats, space=space, state=state)} {value}")
+    lines += ["# HELP dsv4_worker_info Identity of each worker", "# TYPE dsv4_worker_info gauge"]
+    for stats in workers:
+        info = _labels(
+            stats,
+            address=stats.address,
+            incarnation=stats.incarnation,
+            model=stats.model_name,
+            fingerprint=stats.fingerprint,
+            failure=stats.failure,
+        )
+        lines.append(f"dsv4_worker_info{info} 1")
+    if restarts is not None:
+        lines += [
+            "# HELP dsv4_worker_restarts_total Restarts of each worker",
+            "# TYPE dsv4_worker_restarts_total counter",
+        ]
+        lines += [f'dsv4_worker_restarts_total{{worker="{_escape(name)}"}} {count}' for name, count in restarts.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _labels(stats: WorkerStats, **extra: str) -> str:
+    pairs = {"role": stats.role.value, "worker": stats.name, **extra}
+    return "{" + ",".join(f'{key}="{_escape(value)}"' for key, value in pairs.items()) + "}"
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One line of Prometheus text."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+def parse(text: str) -> list[Sample]:
+    """Samples of a Prometheus text page; lines that are not samples are skipped."""
+    found = []
+    for line in text.splitlines():
+        if line.startswith("#") or (match := _SAMPLE.match(line)) is None:
+            continue
+        labels = {
+            key: value.replace("\\n", "\n").replace('\\"', '"').replace("\\\\", "\\")
+            for key, value in _LABEL.findall(match[2] or "")
+        }
+        found.append(Sample(match[1], labels, float(match[3])))
+    return found
+
+
+def worker_rows(text: str) -> dict[str, dict[str, object]]:
+    """Worker name -> its values by `WorkerStats` field, as read from a `/metrics` page."""
+    by_name = {metric.name: metric.stats_field for metric in METRICS}
+    rows: dict[str, dict[str, object]] = {}
+    for sample in parse(text):
+        worker = sample.labels.get("worker")
+        if worker is None:
+            continue
+        row = rows.setdefault(worker, {"name": worker})
+        if sample.name in by_name:
+            row["role"] = sample.labels.get("role", "")
+            row[by_name[sample.name]] = int(sample.value) if sample.value == int(sample.value) else sample.value
+        elif sample.name == "dsv4_kv_units":
+            field = SPACES.get(sample.labels.get("space", ""), "")
+            row[f"{field}_{sample.labels.get('state')}"] = int(sample.value)
+        elif sample.name == "dsv4_worker_info":
+            row |= {key: sample.labels.get(key, "") for key in ("address", "incarnation", "failure")}
+        elif sample.name == "dsv4_worker_restarts_total":
+            row["restarts"] = int(sample.value)
+    return rows

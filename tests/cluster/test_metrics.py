@@ -1,0 +1,67 @@
+"""Worker statistics survive the way to Prometheus text and back into the status table."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cluster.metrics import METRICS, NOT_EXPORTED, SPACES, parse, render, worker_rows
+from workers.messages import SpaceStats, WorkerRole, WorkerStats
+
+
+def stats(role: WorkerRole, **values: object) -> WorkerStats:
+    base = WorkerStats(
+        name=f"{role.value}-0", role=role, incarnation="i1", address="127.0.0.1:1", uptime_s=2.5, ready=True
+    )
+    return dataclasses.replace(base, **values)
+
+
+def test_every_number_of_the_statistics_is_exported() -> None:
+    numbers = {
+        item.name
+        for item in dataclasses.fields(WorkerStats)
+        if item.type in ("int", "float", "bool") and item.name not in NOT_EXPORTED
+    }
+    assert {metric.stats_field for metric in METRICS} == numbers
+    spaces = {item.name for item in dataclasses.fields(WorkerStats) if item.type == "SpaceStats"}
+    assert set(SPACES.values()) == spaces
+
+
+def test_metric_names_are_unique_and_have_help() -> None:
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+    assert all(metric.help and not metric.help.endswith(".") for metric in METRICS)
+
+
+def test_roles_are_told_apart() -> None:
+    text = render([stats(WorkerRole.PREFILL, prefill_tokens=7), stats(WorkerRole.DECODE, kv_bytes_received=99)])
+    assert 'dsv4_prefill_tokens_computed_total{role="prefill",worker="prefill-0"} 7\n' in text
+    assert 'dsv4_prefill_tokens_computed_total{role="decode",worker="decode-0"} 0\n' in text
+    assert 'dsv4_kv_bytes_received_total{role="decode",worker="decode-0"} 99\n' in text
+
+
+def test_type_lines_follow_the_name() -> None:
+    text = render([stats(WorkerRole.DECODE)])
+    assert "# TYPE dsv4_kv_bytes_received_total counter" in text
+    assert "# TYPE dsv4_leaked_pages gauge" in text
+    assert text.count("# TYPE dsv4_leaked_pages") == 1
+    assert text.endswith("\n")
+
+
+def test_status_rows_round_trip() -> None:
+    decode = stats(
+        WorkerRole.DECODE,
+        full_pages=SpaceStats(64, 60),
+        leaked_pages=0,
+        running=3,
+        step_ms_mean=1.25,
+        failure='a "b"\nc',
+    )
+    rows = worker_rows(render([decode], restarts={"decode-0": 2}))
+    row = rows["decode-0"]
+    assert (row["role"], row["running"], row["leaked_pages"], row["step_ms_mean"]) == ("decode", 3, 0, 1.25)
+    assert (row["full_pages_free"], row["full_pages_used"]) == (60, 4)
+    assert (row["failure"], row["incarnation"], row["restarts"]) == ('a "b"\nc', "i1", 2)
+
+
+def test_foreign_lines_are_skipped() -> None:
+    samples = parse('# HELP x y\nx 1\nrouter_requests{code="200"} 5 \nnonsense\n')
+    assert [(sample.name, sample.labels, sample.value) for sample in samples][:1] == [("x", {}, 1.0)]
