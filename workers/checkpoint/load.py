@@ -1,0 +1,157 @@
+"""Loads a checkpoint directory, as fp32 tensors for the reference path or as raw stored tensors for kernel layouts.
+
+Owns: order of reading, the memory bound, content checks while reading. Does not own: matching (`check.py`), formats
+(`quant.py`). Everything that headers can show is checked before the first tensor is read.
+
+Memory: `load_named` needs the final fp32 weights plus at most `WORKING_BYTES` for the chunk of rows in flight, its
+scales and the decoder's temporaries, because a tensor is read and decoded by row ranges straight into its final place.
+`iter_tensors` holds one stored tensor and its scale. Every payload byte is read once, shard by shard, front to back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from workers.checkpoint.check import CheckedCheckpoint, MatchedTensor, check_directory
+from workers.checkpoint.index import CheckpointIndex, ShardReader, StoredTensor
+from workers.checkpoint.names import StoredForm, TensorSpec
+from workers.checkpoint.progress import OnProgress, ProgressCounter
+from workers.checkpoint.quant import (
+    TORCH_DTYPES,
+    byte_view,
+    decode,
+    find_bad_scale,
+    find_bad_table,
+    find_bad_weight,
+    row_granularity,
+)
+from workers.errors import BadCheckpoint
+from workers.model.config import ModelConfig
+
+CHUNK_ELEMENTS = 1 << 19
+"""Logical elements decoded at a time. The FP4 decoder's temporaries take about 32 bytes per element: 16 MiB."""
+
+WORKING_BYTES = 48 << 20
+"""Bound of everything `load_named` holds beside the final weights (tested): chunk, scales, temporaries, headers."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """One tensor as stored: `weight` in the torch dtype of its tag, `scale` uint8 (e8m0) or fp32. Owned by the caller."""
+
+    spec: TensorSpec
+    form: StoredForm
+    weight: Tensor
+    scale: Tensor | None
+
+
+def load_named(
+    directory: str | Path, *, draft_blocks: bool = True, on_progress: OnProgress | None = None
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Config and all tensors by official name, dequantised to fp32 (tid2eid: int64). Raises `BadCheckpoint`.
+
+    `draft_blocks` false leaves out `mtp.*`. Scales are folded in, so only names of `tensor_table(config)` appear.
+    """
+    checked = check_directory(directory).require_sound()
+    matched = _selected(checked, draft_blocks=draft_blocks)
+    counter = ProgressCounter(sum(m.nbytes for m in matched), on_progress)
+    tensors: dict[str, Tensor] = {}
+    with ShardReader(checked.index.directory) as reader:
+        for item in matched:
+            tensors[item.spec.name] = _load_decoded(item, checked, reader)
+            counter.add(item.nbytes, item.spec.name)
+    return checked.config, tensors
+
+
+def iter_tensors(
+    directory: str | Path, *, draft_blocks: bool = True, on_progress: OnProgress | None = None
+) -> Iterator[RawTensor]:
+    """Every tensor in its stored form, in file order, with the same checks as `load_named`. Raises `BadCheckpoint`."""
+    checked = check_directory(directory).require_sound()
+    matched = _selected(checked, draft_blocks=draft_blocks)
+    counter = ProgressCounter(sum(m.nbytes for m in matched), on_progress)
+    with ShardReader(checked.index.directory) as reader:
+        for item in matched:
+            scale = _load_scale(item, checked.index, reader)
+            weight = _read_rows(item.weight, reader, 0, item.form.shape[0])
+            _check_rows(item, weight, checked)
+            counter.add(item.nbytes, item.spec.name)
+            yield RawTensor(item.spec, item.form, weight, scale)
+
+
+def scan_values(checked: CheckedCheckpoint, on_progress: OnProgress | None = None) -> list[BadCheckpoint]:
+    """Read every byte and list the tensors with NaN codes, NaN scales or wild expert ids; memory as one chunk."""
+    problems: list[BadCheckpoint] = []
+    counter = ProgressCounter(sum(m.nbytes for m in checked.matched), on_progress)
+    with ShardReader(checked.index.directory) as reader:
+        for item in checked.matched:
+            try:
+                _load_scale(item, checked.index, reader)
+                for start, end in _row_ranges(item):
+                    _check_rows(item, _read_rows(item.weight, reader, start, end), checked)
+            except BadCheckpoint as problem:
+                problems.append(problem)
+            counter.add(item.nbytes, item.spec.name)
+    return problems
+
+
+def _selected(checked: CheckedCheckpoint, *, draft_blocks: bool) -> list[MatchedTensor]:
+    return [m for m in checked.matched if draft_blocks or not m.spec.block.startswith("mtp.")]
+
+
+def _load_decoded(item: MatchedTensor, checked: CheckedCheckpoint, reader: ShardReader) -> Tensor:
+    """The tensor in its logical shape, filled by row ranges."""
+    scale = _load_scale(item, checked.index, reader)
+    granularity = row_granularity(item.form)
+    is_table = item.form.dtype in ("I32", "I64")
+    out = torch.empty(item.spec.shape, dtype=torch.int64 if is_table else torch.float32)
+    for start, end in _row_ranges(item):
+        weight = _read_rows(item.weight, reader, start, end)
+        _check_rows(item, weight, checked)
+        rows_scale = None if scale is None else scale[start // granularity : -(-end // granularity)]
+        out[start:end] = decode(item.form, weight, rows_scale)
+    return out
+
+
+def _row_ranges(item: MatchedTensor) -> Iterator[tuple[int, int]]:
+    """Half-open ranges of dim 0, about `CHUNK_ELEMENTS` logical elements each and whole FP8 block rows."""
+    rows = item.spec.shape[0]
+    width = 1
+    for n in item.spec.shape[1:]:
+        width *= n
+    granularity = row_granularity(item.form)
+    step = max(1, CHUNK_ELEMENTS // max(1, width) // granularity) * granularity
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def _read_rows(tensor: StoredTensor, reader: ShardReader, start: int, end: int) -> Tensor:
+    """Rows `[start, end)` of dim 0 in a fresh tensor of the stored dtype."""
+    rows = torch.empty((end - start, *tensor.shape[1:]), dtype=TORCH_DTYPES[tensor.dtype])
+    row_bytes = tensor.nbytes // max(1, tensor.shape[0])
+    reader.read(tensor, start * row_bytes, byte_view(rows))
+    return rows
+
+
+def _load_scale(item: MatchedTensor, index: CheckpointIndex, reader: ShardReader) -> Tensor | None:
+    if item.scale is None:
+        return None
+    scale = _read_rows(item.scale, reader, 0, item.scale.shape[0])
+    if bad := find_bad_scale(scale):
+        raise BadCheckpoint(index.path(item.scale.file), item.scale.name, "finite scales", bad)
+    return scale
+
+
+def _check_rows(item: MatchedTensor, weight: Tensor, checked: CheckedCheckpoint) -> None:
+    bad = find_bad_weight(item.form, weight)
+    expected = "finite values"
+    if item.form.dtype in ("I32", "I64"):
+        num_experts = checked.config.n_routed_experts
+        bad, expected = find_bad_table(weight, num_experts), f"expert ids 0..{num_experts - 1}"
+    if bad:
+        raise BadCheckpoint(checked.index.path(item.weight.file), item.weight.name, expected, bad)
