@@ -213,7 +213,7 @@ class _Block:
         with _autocast(self.options, x.device):
             latent, q = parts.attention_queries(attn, config, x, rope, precision)
             kv = parts.window_entry(attn, config, x, rope, precision)
-        q, kv = q.float(), kv.float()
+        latent, q, kv = latent.float(), q.float(), kv.float()
         entries = mask = scores = None
         if attn.compressor is not None and x.shape[1] >= self.kind.value:
             entries = self._entries(attn.compressor, x)
