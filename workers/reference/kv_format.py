@@ -64,7 +64,8 @@ def pack_indexer_fp8(key: torch.Tensor) -> torch.Tensor:
     """fp32 indexer keys [..., Di] to rows [..., Di + 4]: e4m3 codes, then one fp32 scale."""
     scale = indexer_fp8_scale(key)
     codes = e4m3_encode(key.float() / scale).view(torch.uint8)
-    return torch.cat([codes, scale.contiguous().view(torch.uint8)], dim=-1)
+    # A clone, not contiguous(): a one-element axis may keep stride 0, which view() refuses.
+    return torch.cat([codes, scale.clone(memory_format=torch.contiguous_format).view(torch.uint8)], dim=-1)
 
 
 def unpack_indexer_fp8(rows: torch.Tensor, index_head_dim: int) -> torch.Tensor:
