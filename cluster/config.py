@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NewType
 
+from cluster.errors import ClusterError
+
 BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "deploy" / "demo" / "dsv4-nano"
 """The checkpoint that the repository carries; the default of every command that wants a model."""
 
@@ -33,7 +35,7 @@ _SECOND_UNITS = {"": 1.0, "MS": 1e-3, "S": 1.0, "M": 60.0, "H": 3600.0}
 _QUANTITY = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*$")
 
 
-class ConfigError(ValueError):
+class ConfigError(ClusterError):
     """A setting is unusable. `key` is its dotted path, `source` the file it came from."""
 
     def __init__(self, source: str, key: str, problem: str) -> None:
@@ -114,8 +116,6 @@ class DecodeSettings:
     """How long a grant lives without news from prefill."""
     port: int = 0
     """gRPC port of the first worker, counted up for the others; 0 takes free ones."""
-    kv_port: int = 0
-    """KV receiver port of the first worker, counted up for the others; 0 takes free ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ class RaySettings:
     start_deadline: Seconds = Seconds(300.0)
     """Longest wait until every worker is ready."""
     worker_host: str = "127.0.0.1"
-    """Address that workers listen on; several machines need one that the others reach."""
+    """Address that workers listen on; `0.0.0.0` where several machines serve one deployment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,6 @@ class ClusterConfig:
             "router.port": (self.router.port, 1),
             "prefill.port": (self.prefill.port, self.prefill.count),
             "decode.port": (self.decode.port, self.decode.count),
-            "decode.kv_port": (self.decode.kv_port, self.decode.count),
         }
         used: dict[int, str] = {}
         for key, (first, count) in ports.items():
@@ -252,8 +251,6 @@ def _fields_from(kind: type, document: object, prefix: str, source: str, base: P
             raise ConfigError(source, f"{prefix}{key}", f"unknown key; {hint}")
         try:
             values[key] = _value_from(hints[key], value, f"{prefix}{key}", source, base)
-        except ConfigError:
-            raise
         except ValueError as exc:
             raise ConfigError(source, f"{prefix}{key}", str(exc)) from exc
     return values

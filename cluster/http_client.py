@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from cluster.errors import ClusterError
 
-class ApiFailure(Exception):
+
+class ApiFailure(ClusterError):
     """The router answered with an error, or not at all (`status` 0)."""
 
     def __init__(self, status: int, message: str, code: str | None = None) -> None:

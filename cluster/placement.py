@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.config import ClusterConfig, DecodeSettings, Device, PrefillSettings
+from cluster.errors import ClusterError
 from workers.messages import WorkerRole
 
 
-class DoesNotFit(Exception):
+class DoesNotFit(ClusterError):
     """The deployment needs more than the Ray cluster has."""
 
 
@@ -40,9 +41,7 @@ class ActorPlan:
     num_cpus: float
     threads: int
     port: int
-    """gRPC port; 0 takes a free one."""
-    kv_port: int
-    """KV receiver port of a decode worker; 0 takes a free one."""
+    """gRPC port, for requests and for KV; 0 takes a free one."""
 
 
 def plan(config: ClusterConfig, nodes: Sequence[NodeResources]) -> tuple[ActorPlan, ...]:
@@ -71,7 +70,6 @@ def _actor_plan(
     share: float,
     is_local: bool,
 ) -> ActorPlan:
-    kv_port = settings.kv_port if isinstance(settings, DecodeSettings) else 0
     num_gpus = (share if settings.gpus is None else settings.gpus) if on_gpu else 0.0
     return ActorPlan(
         name=f"{role.value}-{index}",
@@ -82,7 +80,6 @@ def _actor_plan(
         num_cpus=0.0 if is_local else float(settings.threads),
         threads=settings.threads,
         port=settings.port + index if settings.port else 0,
-        kv_port=kv_port + index if kv_port else 0,
     )
 
 

@@ -72,5 +72,5 @@ def test_shared_cluster_counts_cpus() -> None:
 
 
 def test_ports_count_up_from_the_first() -> None:
-    plans = plan(config(decode={"count": 2, "port": 9100, "kv_port": 9200}), [node(0)])
-    assert [(item.port, item.kv_port) for item in plans] == [(0, 0), (9100, 9200), (9101, 9201)]
+    plans = plan(config(decode={"count": 2, "port": 9100}), [node(0)])
+    assert [item.port for item in plans] == [0, 9100, 9101]

@@ -1,0 +1,157 @@
+"""Ray actors: the processes of a deployment, each a thin shell over one part that knows nothing of Ray.
+
+Owns: process set-up (threads, device), building the part from its settings, its address and incarnation. Does not own:
+placement, start order, restarts (`cluster/launch.py`, `cluster/health.py`). A constructor only stores its settings, so
+that a process that Ray restarts is up at once and says "not started"; loading happens in `start`, whose failure reaches
+the caller as the exception it was. No method is ever retried by Ray: a silent second prefill would be a second answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.backends import ReplaceableBackend, WorkerAddress
+from workers.messages import WorkerRole, WorkerStats
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What one worker process needs to know; picklable."""
+
+    name: str
+    role: WorkerRole
+    model: Path
+    model_name: str
+    device: str
+    """`cpu` or `cuda`."""
+    precision: str
+    """`native` or `fp32`."""
+    threads: int
+    max_context: int
+    kv_budget_bytes: int
+    chunk_tokens: int
+    """Prefill only."""
+    max_running: int
+    max_waiting: int
+    """Decode only."""
+    lease_s: float
+    """Decode only."""
+    request_deadline_s: float
+    host: str
+    """Address to listen on; `0.0.0.0` is every interface, of which other machines are told the node's."""
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSpec:
+    """What the router process needs to know; picklable."""
+
+    host: str
+    port: int
+    api_keys: tuple[str, ...]
+    model: Path
+    model_name: str
+    max_context: int
+    max_concurrent: int
+    request_deadline_s: float
+    drain_s: float
+
+
+class WorkerActor:
+    """One prefill or decode worker in its own process."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        # Thread counts are read once, when the libraries load: nothing here may have imported torch or numba yet.
+        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ[variable] = str(spec.threads)
+        self._spec = spec
+        self._address: WorkerAddress | None = None
+        self._service: Any = None
+
+    async def start(self) -> WorkerAddress:
+        """Loads the model and listens; a second call returns the same address."""
+        if self._address is None:
+            from cluster.assembly import serve_worker_of
+
+            began = time.perf_counter()
+            self._service = await serve_worker_of(self._spec)
+            self._address = WorkerAddress(
+                name=self._spec.name,
+                role=self._spec.role,
+                address=self._service.address,
+                incarnation=self._service.incarnation,
+                pid=os.getpid(),
+                node=_node_id(),
+                start_s=time.perf_counter() - began,
+            )
+        return self._address
+
+    async def address(self) -> WorkerAddress | None:
+        """Where it listens; None until `start` has returned."""
+        return self._address
+
+    async def stats(self) -> WorkerStats:
+        """Counters and gauges now."""
+        stats: WorkerStats = await self._service.stats()
+        return stats
+
+    async def stop(self) -> None:
+        """Ends the worker: running requests end with an error event, pages are freed."""
+        if self._service is not None:
+            service, self._service, self._address = self._service, None, None
+            await service.stop()
+
+
+class RouterActor:
+    """The HTTP front door in its own process."""
+
+    def __init__(self, spec: RouterSpec) -> None:
+        self._spec = spec
+        self._backends: dict[str, ReplaceableBackend] = {}
+        self._router: Any = None
+
+    async def start(self, workers: tuple[WorkerAddress, ...]) -> str:
+        """Connects to the workers and listens; returns the base URL."""
+        if self._router is None:
+            from cluster.assembly import connect_worker, start_router_of
+
+            for address in workers:
+                backend = ReplaceableBackend(address.name, address.role, connect_worker)
+                await backend.bind(address)
+                self._backends[address.name] = backend
+            self._router = await start_router_of(self._spec, tuple(self._backends.values()))
+        host = "127.0.0.1" if self._spec.host in ("0.0.0.0", "::") else self._spec.host
+        return f"http://{host}:{self._router.port}"
+
+    async def bind(self, address: WorkerAddress) -> None:
+        """A worker came back under a new incarnation."""
+        await self._backends[address.name].bind(address)
+
+    async def unbind(self, name: str) -> None:
+        """A worker is known to be down."""
+        await self._backends[name].unbind()
+
+    async def is_started(self) -> bool:
+        """False in a process that Ray has restarted."""
+        return self._router is not None
+
+    async def stop(self) -> None:
+        """Drains running requests, then closes every connection."""
+        if self._router is not None:
+            router, self._router = self._router, None
+            await router.close()
+        for backend in self._backends.values():
+            await backend.unbind()
+
+
+def _node_id() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())

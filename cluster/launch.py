@@ -1,0 +1,329 @@
+"""Starts a deployment on Ray, waits until it answers, keeps it healthy, and stops every process of it.
+
+Owns: the connection to Ray, actor handles, start and stop order, the record of local processes. Does not own: what the
+actors do, which actors there are (`cluster/placement.py`). Invariants: nothing outlives `close`, which verifies it by
+pid; a failed start is reported as the worker's own error and leaves nothing behind; a Ray that was running before is
+left running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from cluster.actors import RouterActor, RouterSpec, WorkerActor, WorkerSpec
+from cluster.backends import WorkerAddress
+from cluster.config import ClusterConfig
+from cluster.errors import ClusterError
+from cluster.health import HealthWatch, WorkerDown, WorkerLost
+from cluster.placement import ActorPlan, NodeResources, plan
+from cluster.processes import ProcessRef, descendants, end_all
+from workers.messages import WorkerRole
+
+logger = logging.getLogger(__name__)
+
+PROBE_S = 5.0
+"""Wait for one answer of an actor that should be idle on its control path."""
+
+OBJECT_STORE_BYTES = 80 * 2**20
+"""Ray's shared-memory store; nothing of ours goes through it, and Ray refuses less than 75 MB."""
+
+Report = Callable[[str], None]
+
+
+class StartFailed(ClusterError):
+    """The deployment did not come up; the message is the reason of the part that failed."""
+
+
+class Cluster:
+    """One running deployment. Made by `start_cluster`; `close` ends it and everything it started."""
+
+    def __init__(self, config: ClusterConfig, report: Report) -> None:
+        self._config = config
+        self._report = report
+        self._workers: dict[str, _RayWorker] = {}
+        self._router: Any = None
+        self._is_connected = False
+        self.addresses: dict[str, WorkerAddress] = {}
+        self.url = ""
+
+    @property
+    def local_processes(self) -> tuple[ProcessRef, ...]:
+        """Every process on this machine that this one started, now."""
+        return descendants(os.getpid())
+
+    def start(self) -> None:
+        """Brings everything up. Raises `StartFailed`, `DoesNotFit`."""
+        began = time.perf_counter()
+        _connect_ray(self._config)
+        self._is_connected = True
+        kind = "connected" if self._config.ray.address else "started"
+        self._report(f"ray         {kind} in {time.perf_counter() - began:.1f} s")
+        plans = plan(self._config, _nodes())
+        deadline = time.monotonic() + self._config.ray.start_deadline
+        for item in plans:
+            self._workers[item.name] = _RayWorker(_create_worker(item, self._config), item.name)
+        self._router = _create_router(self._config)
+        self._start_workers(deadline)
+        self._start_router(deadline)
+
+    def _start_workers(self, deadline: float) -> None:
+        """All at once; the first failure ends the wait."""
+        import ray
+
+        pending = {worker.handle.start.remote(): name for name, worker in self._workers.items()}
+        while pending:
+            done, _ = ray.wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                waiting = ", ".join(pending.values())
+                raise StartFailed(f"{waiting}: not ready after {self._config.ray.start_deadline:g} s")
+            name = pending.pop(done[0])
+            with _actor_errors(name):
+                address: WorkerAddress = ray.get(done[0])
+            self.addresses[name] = address
+            self._report(f"{name:<11} ready in {address.start_s:.1f} s at {address.address}")
+
+    def _start_router(self, deadline: float) -> None:
+        import ray
+
+        with _actor_errors("router"):
+            started = self._router.start.remote(tuple(self.addresses.values()))
+            self.url = ray.get(started, timeout=max(1.0, deadline - time.monotonic()))
+        self._report(f"router      {self.url}/v1")
+
+    def watch(self) -> HealthWatch:
+        """A watch over the workers of this deployment."""
+        return HealthWatch(self._workers, self.addresses, self, self._report)
+
+    def bind(self, address: WorkerAddress) -> None:
+        """Tells the router where a worker is now."""
+        self.addresses[address.name] = address
+        self._call_router("bind", address)
+
+    def unbind(self, name: str) -> None:
+        """Tells the router that a worker is down."""
+        self._call_router("unbind", name)
+
+    def check_router(self) -> bool:
+        """Starts the router again in a process that Ray has replaced; False while there is none."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError
+
+        try:
+            if not ray.get(self._router.is_started.remote(), timeout=PROBE_S):
+                self.url = ray.get(self._router.start.remote(tuple(self.addresses.values())), timeout=30.0)
+                self._report(f"router is back at {self.url}/v1")
+        except (RayActorError, GetTimeoutError):
+            return False
+        return True
+
+    def _call_router(self, method: str, argument: object) -> None:
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError
+
+        with contextlib.suppress(RayActorError, GetTimeoutError):
+            ray.get(getattr(self._router, method).remote(argument), timeout=PROBE_S)
+
+    def close(self) -> tuple[ProcessRef, ...]:
+        """Stops router, workers and a Ray that was started here; returns local processes that survived (none)."""
+        if not self._is_connected:
+            return end_all(self.local_processes, grace_s=0.0)
+        import ray
+
+        started = self.local_processes
+        actors = [actor for actor in (self._router, *(worker.handle for worker in self._workers.values())) if actor]
+        if self._router is not None:
+            _stop(self._router, timeout_s=self._config.router.drain + 2.0)
+        stops = [worker.handle.stop.remote() for worker in self._workers.values()]
+        if stops:
+            ray.wait(stops, num_returns=len(stops), timeout=5.0)
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+        ray.shutdown()
+        self._is_connected = False
+        own = {ref.pid: ref for ref in (*started, *self.local_processes)}
+        return end_all(own.values(), grace_s=5.0)
+
+
+@contextlib.contextmanager
+def start_cluster(config: ClusterConfig, report: Report) -> Iterator[Cluster]:
+    """A running deployment for the length of the block. Raises `StartFailed`, `DoesNotFit`."""
+    cluster = Cluster(config, report)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        survivors = cluster.close()
+        if survivors:
+            logger.error("survivors pids=%s", [ref.pid for ref in survivors])
+
+
+class _RayWorker:
+    """`health.Supervised` over one actor handle."""
+
+    def __init__(self, handle: Any, name: str) -> None:
+        self.handle = handle
+        self._name = name
+
+    def address(self) -> WorkerAddress | None:
+        return self._get("address", PROBE_S)
+
+    def start(self) -> WorkerAddress:
+        address = self._get("start", 300.0)
+        assert address is not None
+        return address
+
+    def _get(self, method: str, timeout_s: float) -> WorkerAddress | None:
+        import ray
+        from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
+
+        try:
+            found: WorkerAddress | None = ray.get(getattr(self.handle, method).remote(), timeout=timeout_s)
+            return found
+        except ActorDiedError as exc:
+            raise WorkerLost(_first_line(exc)) from exc
+        except RayActorError as exc:
+            raise WorkerDown(_first_line(exc)) from exc
+        except GetTimeoutError as exc:
+            raise WorkerDown(f"no answer within {timeout_s:g} s") from exc
+        except RayTaskError as exc:
+            raise WorkerLost(_first_line(exc.cause or exc)) from exc
+
+
+def _connect_ray(config: ClusterConfig) -> None:
+    """Starts a local Ray without dashboard, bound to this machine, or joins the one at `config.ray.address`."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Workers must find this checkout's packages also when `dsv4` runs in another folder.
+    import ray
+
+    settings: dict[str, Any] = {
+        "namespace": config.ray.namespace,
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+    }
+    try:
+        if config.ray.address:
+            ray.init(address=config.ray.address, **settings)
+        else:
+            num_actors = config.prefill.count + config.decode.count + 1
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                num_cpus=max(num_actors, os.cpu_count() or 1),
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                **settings,
+            )
+    except (ConnectionError, ValueError, RuntimeError) as exc:
+        where = f"Ray at {config.ray.address}" if config.ray.address else "a local Ray"
+        raise StartFailed(f"{where}: {_first_line(exc)}") from exc
+
+
+def _nodes() -> list[NodeResources]:
+    import ray
+
+    return [
+        NodeResources(node["NodeManagerAddress"], node["Resources"].get("GPU", 0.0), node["Resources"].get("CPU", 0.0))
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
+    ]
+
+
+def _create_worker(item: ActorPlan, config: ClusterConfig) -> Any:
+    import ray
+
+    actor = ray.remote(WorkerActor).options(
+        name=item.name,
+        num_cpus=item.num_cpus,
+        num_gpus=item.num_gpus,
+        max_restarts=config.ray.max_restarts,
+        max_task_retries=0,
+        max_concurrency=64,
+    )
+    return actor.remote(worker_spec(item, config))
+
+
+def _create_router(config: ClusterConfig) -> Any:
+    import ray
+
+    actor = ray.remote(RouterActor).options(
+        name="router",
+        num_cpus=0,
+        max_restarts=config.ray.max_restarts,
+        max_task_retries=0,
+        max_concurrency=64,
+    )
+    return actor.remote(router_spec(config))
+
+
+def worker_spec(item: ActorPlan, config: ClusterConfig) -> WorkerSpec:
+    """The settings of one worker process."""
+    role = config.prefill if item.role is WorkerRole.PREFILL else config.decode
+    return WorkerSpec(
+        name=item.name,
+        role=item.role,
+        model=config.model,
+        model_name=config.served_name,
+        device=item.device,
+        precision=config.precision.value,
+        threads=item.threads,
+        max_context=config.max_context,
+        kv_budget_bytes=role.kv_budget,
+        chunk_tokens=config.prefill.chunk_tokens,
+        max_running=role.max_running,
+        max_waiting=config.decode.max_waiting,
+        lease_s=config.decode.lease,
+        request_deadline_s=config.router.request_deadline,
+        host=config.ray.worker_host,
+        port=item.port,
+    )
+
+
+def router_spec(config: ClusterConfig) -> RouterSpec:
+    """The settings of the router process."""
+    return RouterSpec(
+        host=config.router.host,
+        port=config.router.port,
+        api_keys=config.router.api_keys,
+        model=config.model,
+        model_name=config.served_name,
+        max_context=config.max_context,
+        max_concurrent=config.router.max_concurrent,
+        request_deadline_s=config.router.request_deadline,
+        drain_s=config.router.drain,
+    )
+
+
+@contextlib.contextmanager
+def _actor_errors(name: str) -> Iterator[None]:
+    """Ray's wrappers become `StartFailed` with the error that the actor itself raised."""
+    from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+    try:
+        yield
+    except RayTaskError as exc:
+        cause = exc.cause or exc
+        logger.debug("start_failed name=%s", name, exc_info=exc)
+        raise StartFailed(f"{name}: {type(cause).__name__}: {_first_line(cause)}") from exc
+    except RayActorError as exc:
+        raise StartFailed(f"{name}: its process died: {_first_line(exc)}") from exc
+    except GetTimeoutError as exc:
+        raise StartFailed(f"{name}: not ready in time") from exc
+
+
+def _stop(actor: Any, timeout_s: float) -> None:
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
+    with contextlib.suppress(RayError, GetTimeoutError):
+        ray.get(actor.stop.remote(), timeout=timeout_s)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
