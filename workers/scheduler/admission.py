@@ -80,6 +80,10 @@ class Ledger:
                 f"this worker has {self.total.full_pages}, {self.total.window_pages}, {self.total.slots}"
             )
 
+    def has_room(self, need: Need) -> bool:
+        """Whether `promise` would succeed now."""
+        return _add(self._used, need, 1).fits(self.total)
+
     def promise(self, key: tuple[str, int], need: Need) -> bool:
         """Promises `need` to `key`; False and unchanged when it does not fit now."""
         if key in self._promised:

@@ -82,14 +82,15 @@ class DecodeScheduler:
         return [*self._queue, *self._granted.values(), *self._running.values()]
 
     def submit(self, sequence: Sequence) -> None:
-        """Queues a request. Raises `RequestTooLong` when it can never fit, `WorkerFull` when the queue is full."""
+        """Queues a request. Raises `RequestTooLong` when it can never fit, `WorkerFull` when it may not wait."""
         total = sequence.num_prompt + sequence.request.sampling.max_tokens
         if total > self.limits.max_context:
             raise RequestTooLong(
                 f"prompt and max_tokens are {total} tokens; this worker takes at most {self.limits.max_context}"
             )
-        self.ledger.require_possible(self._need(sequence.request, self.limits.window_tokens))
-        if len(self._queue) >= self.limits.max_waiting:
+        need = self._need(sequence.request, self.limits.window_tokens)
+        self.ledger.require_possible(need)
+        if len(self._queue) >= self.limits.max_waiting and (self._queue or not self.ledger.has_room(need)):
             raise WorkerFull(f"{len(self._queue)} requests are already waiting")
         self._queue.push(sequence)
 

@@ -68,13 +68,14 @@ class PrefillScheduler:
         return [*self._queue, *self._active.values()]
 
     def submit(self, sequence: Sequence) -> None:
-        """Queues a prompt. Raises `RequestTooLong` when it can never fit, `WorkerFull` when the queue is full."""
+        """Queues a prompt. Raises `RequestTooLong` when it can never fit, `WorkerFull` when it may not wait."""
         if sequence.num_prompt > self.limits.max_context:
             raise RequestTooLong(
                 f"the prompt has {sequence.num_prompt} tokens; this worker takes at most {self.limits.max_context}"
             )
-        self.ledger.require_possible(self._need(sequence))
-        if len(self._queue) >= self.limits.max_waiting:
+        need = self._need(sequence)
+        self.ledger.require_possible(need)
+        if len(self._queue) >= self.limits.max_waiting and (self._queue or not self.ledger.has_room(need)):
             raise WorkerFull(f"{len(self._queue)} prompts are already waiting")
         self._queue.push(sequence)
 

@@ -1,0 +1,210 @@
+"""`Engine`: one worker's model, pools and allocators, and how a plan becomes tokens.
+
+Owns: step inputs (kept between decode steps), sampling states, moving KV between pages and host rows, step timing. Does
+not own: who runs (`workers/scheduler`), threads (`workers/loop.py`), the model's maths. Engine thread only, except
+`StepTimes`, which anyone may read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from kvstore.allocator import KVAllocators
+from kvstore.image import DEFAULT_SEGMENT_BYTES
+from kvstore.pools.aggregate import KVPools
+from kvstore.sequence_kv import SequenceKV
+from kvstore.spec import KVSpec, PoolSpec, RowRange
+from workers.batch import ForwardBatch
+from workers.errors import RequestError
+from workers.messages import GenerateRequest
+from workers.sampler import Sampled, SampleState, request_seed, sample
+from workers.scheduler.plan import Chunk, DecodePlan, PrefillPlan
+from workers.sequence import Sequence, StopRule
+
+
+class StepModel(Protocol):
+    """What an engine runs; `workers.model.transformer.Transformer` satisfies it."""
+
+    def forward(self, batch: ForwardBatch, logits_for: Literal["last", "all"] = "last") -> Tensor:
+        """Logits fp32 [B, V] (or [T, V]); writes the new tokens' KV to the pools."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What workers must know of a model besides its weights."""
+
+    name: str
+    vocab_size: int
+    eos_token_id: int
+
+
+class BrokenLogits(RequestError):
+    """The model's output for one request is not finite."""
+
+    code = "model_output_invalid"
+
+
+class StepTimes:
+    """Counts and durations of steps. Written by the engine thread, readable from anywhere."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total_s = 0.0
+        self.last_s = 0.0
+        self.mean_s = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Records one step; the mean forgets with a time constant of 50 steps."""
+        self.count += 1
+        self.total_s += seconds
+        self.last_s = seconds
+        self.mean_s = seconds if self.count == 1 else self.mean_s + (seconds - self.mean_s) / 50
+
+
+class DecodeInputs:
+    """The `ForwardBatch` of decode steps: rebuilt when the plan's composition changes, else moved on in place."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._composition: int | None = None
+        self._starts: list[int] = []
+        self._batch: ForwardBatch | None = None
+        self.states: list[SampleState] = []
+
+    def forget(self) -> None:
+        """Makes the next step rebuild; call when a step did not complete."""
+        self._composition = None
+
+    def batch(self, plan: DecodePlan) -> ForwardBatch:
+        """Inputs of this step; tensors are reused by the next one."""
+        last_ids = [s.output_ids[-1] for s in plan.sequences]
+        starts = [s.num_computed for s in plan.sequences]
+        batch = self._batch
+        if batch is not None and plan.composition == self._composition:
+            moved_on = all(new == old + 1 for new, old in zip(starts, self._starts, strict=True))
+            if moved_on:
+                batch.token_ids.copy_(torch.tensor(last_ids))
+                batch.positions.add_(1)
+                batch.start.add_(1)
+                self._starts = starts
+                return batch
+        items = []
+        for sequence, token_id, start in zip(plan.sequences, last_ids, starts, strict=True):
+            assert sequence.kv is not None
+            items.append((sequence.kv.indices(start + 1), start, (token_id,)))
+        self._batch = ForwardBatch.build(items, self._device)
+        if self._batch.positions.data_ptr() == self._batch.start.data_ptr():
+            raise AssertionError("positions and start must not share memory: both are moved on in place")
+        self.states = [_state_of(s) for s in plan.sequences]
+        self._composition, self._starts = plan.composition, starts
+        return self._batch
+
+
+def _state_of(sequence: Sequence) -> SampleState:
+    state = sequence.sampling
+    assert isinstance(state, SampleState), f"{sequence} has no sampling state"
+    return state
+
+
+class Engine:
+    """One worker's model over its pools."""
+
+    def __init__(self, model: StepModel, pools: KVPools, facts: ModelFacts) -> None:
+        self.model = model
+        self.pools = pools
+        self.facts = facts
+        sizes = pools.sizes
+        self.allocators = KVAllocators.of_sizes(
+            full_pages=sizes.full_pages, window_pages=sizes.window_pages, slots=sizes.slots
+        )
+        self.times = StepTimes()
+        self._inputs = DecodeInputs(pools.device)
+
+    @property
+    def spec(self) -> KVSpec:
+        """Layout of the pools."""
+        return self.pools.spec
+
+    def new_sequence(self, request: GenerateRequest, *, arrival_s: float, deadline_s: float) -> Sequence:
+        """A sequence with its sampling state. Raises `RequestError` when a prompt id is outside the vocabulary."""
+        if max(request.prompt_ids) >= self.facts.vocab_size or min(request.prompt_ids) < 0:
+            raise InvalidTokens(f"prompt ids must be in [0, {self.facts.vocab_size})")
+        stop = StopRule.of(request, self.facts.eos_token_id)
+        sequence = Sequence(request, stop=stop, arrival_s=arrival_s, deadline_s=deadline_s)
+        sequence.sampling = SampleState(
+            request.sampling,
+            request_seed(request.sampling, request.request_id),
+            stop.stop_ids,
+            request.prompt_ids,
+            (),
+            self.facts.vocab_size,
+        )
+        return sequence
+
+    def prefill(self, plan: PrefillPlan) -> list[Sampled | None]:
+        """Computes the chunks; a sampled first token for each chunk that ends its prompt, else None."""
+        began = time.perf_counter()
+        items = []
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            assert sequence.kv is not None
+            items.append(
+                (sequence.kv.indices(chunk.end), chunk.start, sequence.request.prompt_ids[chunk.start : chunk.end])
+            )
+        with torch.inference_mode():
+            logits = self.model.forward(ForwardBatch.build(items, self.pools.device), "last")
+            ends = [i for i, chunk in enumerate(plan.chunks) if chunk.is_last]
+            states = [_state_of(plan.chunks[i].sequence) for i in ends]
+            first = dict(zip(ends, sample(logits[ends], states), strict=True)) if ends else {}
+        self.times.add(time.perf_counter() - began)
+        return [first.get(i) for i in range(len(plan.chunks))]
+
+    def decode(self, plan: DecodePlan) -> list[Sampled]:
+        """One more token for each sequence of the plan; raises whatever the model raises, with nothing sampled."""
+        began = time.perf_counter()
+        try:
+            with torch.inference_mode():
+                logits = self.model.forward(self._inputs.batch(plan), "last")
+                sampled = sample(logits, self._inputs.states)
+        except BaseException:
+            self._inputs.forget()
+            raise
+        self.times.add(time.perf_counter() - began)
+        return sampled
+
+    def open_slot(self, kv: SequenceKV) -> None:
+        """Clears what the slot's previous owner left in its rings."""
+        self.pools.reset_slot(kv.slot)
+
+    def finished_rows(self, chunk: Chunk) -> list[tuple[RowRange, Tensor]]:
+        """Rows that became final with this chunk, in host memory."""
+        growing = [(pool, pool.finished_rows(chunk.start, chunk.end)) for pool in self.spec.growing_pools]
+        return self._export(chunk, growing)
+
+    def tail_rows(self, chunk: Chunk) -> list[tuple[RowRange, Tensor]]:
+        """The live rows that only the end of the prompt decides: window and compressor states."""
+        return self._export(chunk, [(pool, pool.live_rows(chunk.end)) for pool in self.spec.tail_pools])
+
+    def _export(self, chunk: Chunk, rows: Seq[tuple[PoolSpec, range]]) -> list[tuple[RowRange, Tensor]]:
+        sequence = chunk.sequence
+        assert sequence.kv is not None
+        indices = sequence.kv.indices(chunk.end)
+        places = [
+            place
+            for pool, live in rows
+            for place in self.spec.split(pool.name, live, sequence.num_prompt, DEFAULT_SEGMENT_BYTES)
+        ]
+        return [(place, self.pools.export_rows(place, indices)) for place in places]
+
+
+class InvalidTokens(RequestError):
+    """The prompt holds ids that the model does not have."""
+
+    status = 400
+    code = "invalid_request"
