@@ -58,6 +58,8 @@ class RouterSpec:
     api_keys: tuple[str, ...]
     model: Path
     model_name: str
+    effort: str
+    """Value of `config.Effort`."""
     max_context: int
     max_concurrent: int
     request_deadline_s: float

@@ -58,6 +58,15 @@ class PrecisionMode(enum.Enum):
     FP32 = "fp32"
 
 
+class Effort(enum.Enum):
+    """How the checkpoint spells reasoning effort in its prompt; AUTO goes by the checkpoint's name and date."""
+
+    AUTO = "auto"
+    NONE = "none"
+    PREVIEW = "preview"
+    REFRESH = "refresh"
+
+
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
     """The HTTP front door."""
@@ -148,6 +157,8 @@ class ClusterConfig:
     """native or fp32."""
     max_context: int = 16384
     """Most prompt and output tokens of one request."""
+    effort: Effort = Effort.AUTO
+    """Prompt convention of reasoning effort: auto, none (dsv4-nano), preview (April 2026), refresh (0731 and later)."""
     router: RouterSettings = field(default_factory=RouterSettings)
     prefill: PrefillSettings = field(default_factory=PrefillSettings)
     decode: DecodeSettings = field(default_factory=DecodeSettings)

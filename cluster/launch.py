@@ -292,6 +292,7 @@ def router_spec(config: ClusterConfig) -> RouterSpec:
         api_keys=config.router.api_keys,
         model=config.model,
         model_name=config.served_name,
+        effort=config.effort.value,
         max_context=config.max_context,
         max_concurrent=config.router.max_concurrent,
         request_deadline_s=config.router.request_deadline,

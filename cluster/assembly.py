@@ -1,0 +1,113 @@
+"""Builds the parts that actors run: a served worker from its spec, a router over its backends.
+
+Owns: the translation from deployment settings to each part's own config, and the worker statistics that the router's
+`/metrics` adds. Does not own: the parts. This module imports torch, grpc or aiohttp only inside the function whose
+process needs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.backends import ReplaceableBackend
+from cluster.config import Effort
+from cluster.metrics import render
+from workers.config import WorkerConfig
+from workers.errors import RequestError
+from workers.messages import WorkerRole, WorkerStats
+
+if TYPE_CHECKING:
+    from cluster.actors import RouterSpec, WorkerSpec
+    from router.model_info import EffortStyle
+    from router.server import RunningRouter
+
+STATS_S = 1.0
+"""Wait for one worker's statistics when `/metrics` is read; a worker that is late is left out."""
+
+OFFICIAL_VOCABULARY = 129280
+"""Rows of the official checkpoints' embedding (config.json of DeepSeek-V4-Flash and -Pro)."""
+
+
+def worker_config(spec: WorkerSpec, advertise_host: str) -> WorkerConfig:
+    """The worker's own config."""
+    return WorkerConfig(
+        role=spec.role,
+        name=spec.name,
+        model_dir=str(spec.model),
+        model_name=spec.model_name,
+        precision=spec.precision,
+        device=spec.device,
+        num_threads=spec.threads,
+        host=spec.host,
+        port=spec.port,
+        advertise_host=advertise_host,
+        kv_budget_bytes=spec.kv_budget_bytes,
+        max_running=spec.max_running,
+        max_waiting=spec.max_waiting,
+        max_context=spec.max_context,
+        chunk_tokens=spec.chunk_tokens,
+        request_timeout_s=spec.request_deadline_s,
+        lease_s=spec.lease_s,
+    )
+
+
+def effort_style(spec: RouterSpec) -> EffortStyle:
+    """The prompt convention of reasoning effort; AUTO looks at vocabulary and folder name."""
+    from router.model_info import EffortStyle
+
+    if spec.effort != Effort.AUTO.value:
+        return EffortStyle(spec.effort)
+    vocabulary = json.loads((spec.model / "config.json").read_text()).get("vocab_size")
+    if vocabulary != OFFICIAL_VOCABULARY:
+        return EffortStyle.NONE
+    is_refresh = any(date in spec.model.name for date in ("0731", "0813"))
+    return EffortStyle.REFRESH if is_refresh else EffortStyle.PREVIEW
+
+
+async def start_router_of(spec: RouterSpec, backends: Sequence[ReplaceableBackend]) -> RunningRouter:
+    """A listening router whose `/metrics` also tells the workers' statistics."""
+    from router.config import RouterConfig
+    from router.model_info import ModelInfo
+    from router.server import start_router
+
+    config = RouterConfig(
+        host=spec.host,
+        port=spec.port,
+        api_keys=spec.api_keys,
+        max_active_requests=spec.max_concurrent,
+        request_timeout_s=spec.request_deadline_s,
+        drain_s=spec.drain_s,
+    )
+    info = ModelInfo.from_dir(
+        Path(spec.model), name=spec.model_name, effort=effort_style(spec), max_context=spec.max_context
+    )
+
+    async def worker_metrics() -> str:
+        return render(await worker_stats(backends), {backend.name: backend.num_restarts for backend in backends})
+
+    return await start_router(
+        config,
+        [backend for backend in backends if backend.role is WorkerRole.PREFILL],
+        [backend for backend in backends if backend.role is WorkerRole.DECODE],
+        Path(spec.model),
+        info,
+        worker_metrics,
+    )
+
+
+async def worker_stats(backends: Sequence[ReplaceableBackend]) -> list[WorkerStats]:
+    """Statistics of every worker that answers in time."""
+
+    async def ask(backend: ReplaceableBackend) -> WorkerStats | None:
+        try:
+            async with asyncio.timeout(STATS_S):
+                return await backend.stats()
+        except (TimeoutError, RequestError):
+            return None
+
+    answers = await asyncio.gather(*(ask(backend) for backend in backends))
+    return [stats for stats in answers if stats is not None]
