@@ -1,15 +1,15 @@
 """Expected failures of the worker package, as one tree.
 
-    WorkerError
-    +-- BadConfig            config.json has an unknown, missing or contradictory key
-    +-- BadCheckpoint        a tensor or file of the checkpoint is not what the config implies
-    +-- RequestError         one request cannot be served; carries the HTTP status the router should give
-    |   +-- RequestTooLong       can never fit (400)
-    |   +-- WorkerFull           come back later (429)
-    |   +-- DeadlineExceeded     a wait ran out (504)
-    |   +-- RequestAborted       the client went away
-    |   +-- WorkerStopping       the worker drains and takes nothing new (503)
-    |   +-- WorkerUnavailable    the worker cannot be reached (503)
+WorkerError
++-- BadConfig            config.json has an unknown, missing or contradictory key
++-- BadCheckpoint        a tensor or file of the checkpoint is not what the config implies
++-- RequestError         one request cannot be served; carries the HTTP status the router should give
+|   +-- RequestTooLong       can never fit (400)
+|   +-- WorkerFull           come back later (429)
+|   +-- DeadlineExceeded     a wait ran out (504)
+|   +-- RequestAborted       the client went away
+|   +-- WorkerStopping       the worker drains and takes nothing new (503)
+|   +-- WorkerUnavailable    the worker cannot be reached (503)
 """
 
 from __future__ import annotations
