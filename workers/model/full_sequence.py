@@ -224,7 +224,7 @@ class _Block:
         heads, entry_mass = windowed_attention(q, kv, entries, mask, attn.attn_sink, config.sliding_window)
         divergence = captured = None
         if scores is not None and self.options.indexer_loss:
-            divergence, captured = self._indexer_report(scores, entry_mass.detach(), mask)
+            divergence, captured = self._indexer_report(scores, entry_mass, mask)
         with _autocast(self.options, x.device):
             out = parts.attention_output(attn, config, heads, rope, precision)
         return out, divergence, captured
@@ -300,17 +300,18 @@ def windowed_attention(
     """Attention of every query over its last `window` tokens (itself included) and its masked-in compressed entries.
 
     `q [B, T, H, d]`, `kv [B, T, d]`, `entries [B, N, d]`, `entry_mask [1 or B, T, N]`. Returns heads `[B, T, H, d]` and
-    the head-summed probability of each entry `[B, T, N]`. Same mathematics as `sparse_attention`, laid out as blocks of
+    the head-summed probability of each entry `[B, T, N]` (no gradient). Same mathematics as `sparse_attention`, laid out as blocks of
     `window` queries against their own and the previous block of keys.
     """
     num_tokens = q.shape[1]
     padding = -num_tokens % window
     num_blocks = (num_tokens + padding) // window
-    scale = q.shape[-1] ** -0.5
-    queries = F.pad(q, (0, 0, 0, 0, 0, padding)).unflatten(1, (num_blocks, window))  # [B, n, W, H, d]
+    queries = F.pad(q * q.shape[-1] ** -0.5, (0, 0, 0, 0, 0, padding)).unflatten(
+        1, (num_blocks, window)
+    )  # [B, n, W, H, d]
     blocks = F.pad(kv, (0, 0, 0, padding)).unflatten(1, (num_blocks, window))  # [B, n, W, d]
     keys = torch.cat((F.pad(blocks, (0, 0, 0, 0, 1, 0))[:, :-1], blocks), dim=2)  # [B, n, 2W, d]
-    scores = (queries.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, (window, -1)) * scale  # [B, n, W, H, 2W]
+    scores = (queries.flatten(2, 3) @ keys.transpose(-1, -2)).unflatten(2, (window, -1))  # [B, n, W, H, 2W]
     scores = scores.masked_fill(~_band(num_blocks, window, q.device), float("-inf"))
     sinks = sink.float().view(1, 1, 1, -1)  # [1, 1, 1, H]
     peak = torch.maximum(scores.amax(-1), sinks)  # [B, n, W, H]
@@ -321,7 +322,7 @@ def windowed_attention(
         heads = (exps.flatten(2, 3) @ keys).unflatten(2, (window, -1)) / total.unsqueeze(-1)
         return heads.flatten(1, 2)[:, :num_tokens], q.new_zeros(*q.shape[:2], 0)
     mask = F.pad(entry_mask, (0, 0, 0, padding)).unflatten(1, (num_blocks, window)).unsqueeze(-2)  # [., n, W, 1, N]
-    entry_scores = (queries.flatten(1, 3) @ entries.transpose(-1, -2)).unflatten(1, queries.shape[1:4]) * scale
+    entry_scores = (queries.flatten(1, 3) @ entries.transpose(-1, -2)).unflatten(1, queries.shape[1:4])
     entry_scores = entry_scores.masked_fill(~mask, float("-inf"))  # [B, n, W, H, N]
     peak = torch.maximum(peak, entry_scores.amax(-1)).detach()
     exps = (scores - peak.unsqueeze(-1)).exp()
@@ -330,7 +331,8 @@ def windowed_attention(
     heads = (exps.flatten(2, 3) @ keys).unflatten(2, (window, -1))
     heads = heads + (entry_exps.flatten(1, 3) @ entries).unflatten(1, queries.shape[1:4])
     heads = heads / total.unsqueeze(-1)
-    mass = (entry_exps / total.unsqueeze(-1)).sum(-2)  # [B, n, W, N]
+    with torch.no_grad():
+        mass = torch.einsum("bnwhk,bnwh->bnwk", entry_exps, 1 / total)
     return heads.flatten(1, 2)[:, :num_tokens], mass.flatten(1, 2)[:, :num_tokens]
 
 
