@@ -115,7 +115,7 @@ class RouterApp:
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         call = parse_chat(await self._body(request), self._config)
         self._check_model(call.model)
-        plan = self._planner.plan_chat(call.request)
+        plan = await self._planner.plan_chat(call.request)
         answer_id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         renderer = ChatRenderer(answer_id, created, self._model, call.delivery, len(plan.choices))
         return await self._answer(request, answer_id, plan, renderer, call.ignored, stream=call.delivery.stream)
@@ -123,7 +123,7 @@ class RouterApp:
     async def _text(self, request: web.Request) -> web.StreamResponse:
         call = parse_text(await self._body(request), self._config)
         self._check_model(call.model)
-        plan = self._planner.plan_text(call.request)
+        plan = await self._planner.plan_text(call.request)
         answer_id, created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         echoes = [choice.echo for choice in plan.choices]
         renderer = TextRenderer(answer_id, created, self._model, call.delivery, echoes)

@@ -6,6 +6,7 @@ default is lowered to what the context leaves.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 from router.answer import ChoicePlan
@@ -17,6 +18,9 @@ from router.config import RouterConfig
 from router.errors import bad_request, context_too_long
 from router.model_info import ModelInfo
 from workers.messages import SamplingParams
+
+_LONG_TEXT = 20_000
+"""Characters beyond which encoding goes to a thread: there it takes milliseconds, without the interpreter's lock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +42,12 @@ class Planner:
         self._encoder = ChatEncoder(tokenizer, model)
         self._model = model
 
-    def plan_chat(self, request: ChatRequest) -> AnswerPlan:
+    async def plan_chat(self, request: ChatRequest) -> AnswerPlan:
         """Raises `ApiError` 400 when the conversation cannot be encoded or does not fit."""
-        prompt = self._encoder.encode(request)
+        if sum(len(message.content) for message in request.messages) > _LONG_TEXT:
+            prompt = await asyncio.to_thread(self._encoder.encode, request)
+        else:
+            prompt = self._encoder.encode(request)
         params = self._params(request.sampling, len(prompt.token_ids), "messages")
         choices = tuple(
             ChoicePlan(prompt.token_ids, for_choice(params, choice), ChatParser(self._tokenizer, request, prompt))
@@ -48,12 +55,15 @@ class Planner:
         )
         return AnswerPlan(choices, len(prompt.token_ids), request.priority)
 
-    def plan_text(self, request: TextRequest) -> AnswerPlan:
+    async def plan_text(self, request: TextRequest) -> AnswerPlan:
         """Raises `ApiError` 400 when a prompt is out of the vocabulary or does not fit."""
         choices: list[ChoicePlan] = []
         prompt_tokens = 0
         for prompt in request.prompts:
-            prompt_ids = self._prompt_ids(prompt)
+            if isinstance(prompt, str) and len(prompt) > _LONG_TEXT:
+                prompt_ids = await asyncio.to_thread(self._prompt_ids, prompt)
+            else:
+                prompt_ids = self._prompt_ids(prompt)
             params = self._params(request.sampling, len(prompt_ids), "prompt")
             prompt_tokens += len(prompt_ids)
             echo = ""
