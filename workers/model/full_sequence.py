@@ -300,8 +300,8 @@ def windowed_attention(
     """Attention of every query over its last `window` tokens (itself included) and its masked-in compressed entries.
 
     `q [B, T, H, d]`, `kv [B, T, d]`, `entries [B, N, d]`, `entry_mask [1 or B, T, N]`. Returns heads `[B, T, H, d]` and
-    the head-summed probability of each entry `[B, T, N]` (no gradient). Same mathematics as `sparse_attention`, laid out as blocks of
-    `window` queries against their own and the previous block of keys.
+    the head-summed probability of each entry `[B, T, N]` (no gradient). Same mathematics as `sparse_attention`, laid
+    out as blocks of `window` queries against their own and the previous block of keys.
     """
     num_tokens = q.shape[1]
     padding = -num_tokens % window

@@ -27,8 +27,10 @@ def hadamard(x: Tensor) -> Tensor:
 def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     """Scores `[..., T, N]` of `q [..., T, Hi, Di]`, `weights [..., T, Hi]`, and `keys` either shared by all queries
     `[..., N, Di]` or one set per query `[..., T, N, Di]` (told apart by rank). Not masked."""
-    keys = keys.unsqueeze(-3) if keys.ndim == q.ndim - 1 else keys  # [..., 1 or T, N, Di]
-    dots = torch.relu(q.float() @ keys.float().transpose(-1, -2))  # [..., T, Hi, N]
+    q, keys = q.float(), keys.float().transpose(-1, -2)  # keys [..., Di, N]
+    # Shared keys meet all T * Hi queries in one product: a broadcast one would copy the keys once per query.
+    dots = (q.flatten(-3, -2) @ keys).unflatten(-2, q.shape[-3:-1]) if keys.ndim < q.ndim else q @ keys
+    dots = torch.relu(dots)  # [..., T, Hi, N]
     return (dots * weights.float().unsqueeze(-1)).sum(-2)
 
 
