@@ -219,7 +219,7 @@ def _parse_entry(file: str, name: str, entry: object, base: int) -> StoredTensor
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise BadCheckpoint(file, name, "an object with dtype, shape and data_offsets", repr(entry)[:80])
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise BadCheckpoint(file, name, f"a dtype of {sorted(DTYPE_BYTES)}", repr(dtype)[:80])
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
         raise BadCheckpoint(file, name, "a shape of non-negative integers", repr(shape)[:80])

@@ -5,7 +5,8 @@ Owns: order of reading, the memory bound, content checks while reading. Does not
 
 Memory: `load_named` needs the final fp32 weights plus at most `WORKING_BYTES` for the chunk of rows in flight, its
 scales and the decoder's temporaries, because a tensor is read and decoded by row ranges straight into its final place.
-`iter_tensors` holds one stored tensor and its scale. Every payload byte is read once, shard by shard, front to back.
+`iter_tensors` holds one stored tensor and its scale (two while the caller keeps the previous one). Every payload byte
+is read once, shard by shard, front to back.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ WORKING_BYTES = 48 << 20
 
 @dataclass(frozen=True, slots=True)
 class RawTensor:
-    """One tensor as stored: `weight` in the torch dtype of its tag, `scale` uint8 (e8m0) or fp32. Owned by the caller."""
+    """One tensor as stored, owned by the caller: `weight` in its tag's torch dtype, `scale` uint8 (e8m0) or fp32."""
 
     spec: TensorSpec
     form: StoredForm
@@ -78,8 +79,10 @@ def iter_tensors(
     with ShardReader(checked.index.directory) as reader:
         for item in matched:
             scale = _load_scale(item, checked.index, reader)
-            weight = _read_rows(item.weight, reader, 0, item.form.shape[0])
-            _check_rows(item, weight, checked)
+            weight = torch.empty(item.form.shape, dtype=TORCH_DTYPES[item.form.dtype])
+            for start, end in _row_ranges(item):
+                _read_into(weight[start:end], item.weight, reader, start)
+                _check_rows(item, weight[start:end], checked)
             counter.add(item.nbytes, item.spec.name)
             yield RawTensor(item.spec, item.form, weight, scale)
 
@@ -133,9 +136,13 @@ def _row_ranges(item: MatchedTensor) -> Iterator[tuple[int, int]]:
 def _read_rows(tensor: StoredTensor, reader: ShardReader, start: int, end: int) -> Tensor:
     """Rows `[start, end)` of dim 0 in a fresh tensor of the stored dtype."""
     rows = torch.empty((end - start, *tensor.shape[1:]), dtype=TORCH_DTYPES[tensor.dtype])
+    _read_into(rows, tensor, reader, start)
+    return rows
+
+
+def _read_into(rows: Tensor, tensor: StoredTensor, reader: ShardReader, start: int) -> None:
     row_bytes = tensor.nbytes // max(1, tensor.shape[0])
     reader.read(tensor, start * row_bytes, byte_view(rows))
-    return rows
 
 
 def _load_scale(item: MatchedTensor, index: CheckpointIndex, reader: ShardReader) -> Tensor | None:

@@ -68,10 +68,10 @@ def write_checkpoint(
 ) -> None:
     """Write all tensors of `config`, asking `produce` for one at a time in file order."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     shards = plan_shards(config, shard_bytes)
     total = sum(spec.stored_bytes for shard in shards for spec in shard)
     require_space(directory, total)
+    directory.mkdir(parents=True, exist_ok=True)
     counter = ProgressCounter(total, on_progress)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     weight_map: dict[str, str] = {}
@@ -134,7 +134,9 @@ def write_safetensors(
 
 
 def require_space(directory: Path, num_bytes: int) -> None:
-    """Raise `OSError` (ENOSPC) when the file system of `directory` cannot take `num_bytes` and 1 % more."""
+    """Raise `OSError` (ENOSPC) when the file system of `directory`, or of its future home, lacks `num_bytes` + 1 %."""
+    directory = directory.resolve()
+    directory = next(path for path in (directory, *directory.parents) if path.exists())
     free = shutil.disk_usage(directory).free
     needed = num_bytes + num_bytes // 100
     if free < needed:

@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import enum
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ WEIGHT_BLOCK = 128
 
 PAGE_TOKENS = 256
 """Tokens of one logical KV page: divisible by 4 and 128, so one page table serves every compressed pool."""
+
+MAX_EXPERTS = 1 << 16
+"""Bounds the table of tensor names, which has three entries per expert and layer, against a corrupt config."""
 
 FIXED_KEYS: dict[str, tuple[object, ...]] = {
     "model_type": ("deepseek_v4",),
@@ -164,7 +168,7 @@ class ModelConfig:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as exc:
             raise BadConfig("(file)", exc.strerror, "a readable file", str(path)) from exc
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise BadConfig("(file)", str(exc), "a JSON object in UTF-8", str(path)) from exc
         if not isinstance(data, dict):
             raise BadConfig("(file)", type(data).__name__, "a JSON object", str(path))
@@ -225,7 +229,8 @@ def _check_config(config: ModelConfig) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            require(value >= 0 if field.name in may_be_zero else value > 0, field.name, "a positive number")
+            positive = value >= 0 if field.name in may_be_zero else value > 0
+            require(positive and math.isfinite(value), field.name, "a positive number")
     layers = config.num_hidden_layers
     require(config.head_dim > config.qk_rope_head_dim, "head_dim", f"more than {config.qk_rope_head_dim} rope dims")
     require(config.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number (rotated pairs)")
@@ -233,6 +238,7 @@ def _check_config(config: ModelConfig) -> None:
     require(config.index_head_dim.bit_count() == 1, "index_head_dim", "a power of two (Hadamard rotation)")
     require(config.num_attention_heads % config.o_groups == 0, "o_groups", "a divisor of num_attention_heads")
     require(config.num_experts_per_tok <= config.n_routed_experts, "num_experts_per_tok", "at most n_routed_experts")
+    require(config.n_routed_experts <= MAX_EXPERTS, "n_routed_experts", f"at most {MAX_EXPERTS}")
     require(config.n_shared_experts == 1, "n_shared_experts", "1")
     require(config.num_hash_layers <= layers, "num_hash_layers", f"at most {layers} layers")
     require(config.bos_token_id < config.vocab_size, "bos_token_id", "an id inside vocab_size")

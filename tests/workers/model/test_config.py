@@ -86,6 +86,9 @@ def _bad_rope(**changes: Any) -> dict[str, Any]:
         ("hidden_size", {"hidden_size": True}),
         ("hidden_size", {"hidden_size": 0}),
         ("hidden_size", {"hidden_size": 256.0}),
+        ("swiglu_limit", {"swiglu_limit": float("inf")}),
+        ("hc_eps", {"hc_eps": float("nan")}),
+        ("n_routed_experts", {"n_routed_experts": 10**9}),
         ("routed_scaling_factor", {"routed_scaling_factor": None}),
         ("compress_ratios", {"compress_ratios": [0, 0, 4, 128, 4, 4, 128, 2, 0]}),
         ("compress_ratios", {"compress_ratios": [0, 0, 4, 128, 4, 4, 128, 4, 4]}),
@@ -131,7 +134,7 @@ def test_draft_stages_of_the_0731_release_are_recognised() -> None:
     assert ModelConfig.from_json(config.to_json()) == config
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"'])
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "[" * 100_000])
 def test_garbage_file_is_refused_by_path(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.json"
     path.write_text(text)
