@@ -38,7 +38,10 @@ CHUNK_ELEMENTS = 1 << 19
 """Logical elements decoded at a time. The FP4 decoder's temporaries take about 32 bytes per element: 16 MiB."""
 
 WORKING_BYTES = 48 << 20
-"""Bound of everything `load_named` holds beside the final weights (tested): chunk, scales, temporaries, headers."""
+"""Bound of what `load_named` holds beside the final weights (tested): chunk, scales of one tensor, temporaries.
+
+The name and header tables come on top, about 0.9 KB per stored tensor  # measured: 60 MB for Flash, 129 MB for Pro
+"""
 
 
 @dataclass(frozen=True, slots=True)
