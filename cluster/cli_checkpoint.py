@@ -160,7 +160,8 @@ def _draw_report(report: Report, console: Console) -> None:
         )
     if len(report.problems) > SHOWN_PROBLEMS:
         console.print(f"... and {len(report.problems) - SHOWN_PROBLEMS} more problems (--json lists all)")
-    verdict = f"{len(report.problems)} problems" if report.problems else "no problems"
+    count = len(report.problems)
+    verdict = f"{count} problem{'s' if count > 1 else ''}" if count else "no problems"
     console.print(f"{report.total.tensors:,} tensors, {report.total.bytes:,} bytes, {verdict}", highlight=False)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from workers.checkpoint.index import INDEX_NAME, CheckpointIndex, StoredTensor, read_index
 from workers.checkpoint.names import StoredForm, TensorSpec, aliases, tensor_table
 from workers.errors import BadCheckpoint, BadConfig
-from workers.model.config import ModelConfig
+from workers.model.config import WHOLE_FILE, ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,8 @@ def check_directory(directory: str | Path) -> CheckedCheckpoint:
     try:
         config = ModelConfig.from_json(path / "config.json")
     except BadConfig as exc:
+        if exc.key == WHOLE_FILE:
+            raise BadCheckpoint(exc.source, None, exc.expected, exc.found) from exc
         raise BadCheckpoint(exc.source, None, f"key {exc.key!r} to be {exc.expected}", repr(exc.found)) from exc
     return match_tensors(config, read_index(path))
 

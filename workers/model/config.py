@@ -74,6 +74,9 @@ QUANTIZATION: dict[str, tuple[object, ...]] = {
 
 _NAME_KEY = "_name_or_path"
 
+WHOLE_FILE = "(file)"
+"""`BadConfig.key` when the file itself cannot be read or parsed."""
+
 
 class LayerKind(enum.Enum):
     """How one layer attends beyond its sliding window; the value is its compression ratio."""
@@ -167,11 +170,11 @@ class ModelConfig:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as exc:
-            raise BadConfig("(file)", exc.strerror, "a readable file", str(path)) from exc
+            raise BadConfig(WHOLE_FILE, exc.strerror, "a readable file", str(path)) from exc
         except (ValueError, RecursionError) as exc:
-            raise BadConfig("(file)", str(exc), "a JSON object in UTF-8", str(path)) from exc
+            raise BadConfig(WHOLE_FILE, str(exc), "a JSON object in UTF-8", str(path)) from exc
         if not isinstance(data, dict):
-            raise BadConfig("(file)", type(data).__name__, "a JSON object", str(path))
+            raise BadConfig(WHOLE_FILE, type(data).__name__, "a JSON object", str(path))
         return _parse_config(data, str(path), path.resolve().parent.name)
 
     def to_json(self) -> dict[str, Any]:

@@ -301,7 +301,7 @@ def test_wrong_total_size_is_only_noted(tiny_dir: Path) -> None:
 
 def test_empty_and_absent_directory(tmp_path: Path) -> None:
     for directory in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(BadCheckpoint, match=r"config\.json"):
+        with pytest.raises(BadCheckpoint, match=r"config\.json: expected a readable file, found No such file"):
             load_named(directory)
 
 
