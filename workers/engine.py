@@ -8,6 +8,7 @@ not own: who runs (`workers/scheduler`), threads (`workers/loop.py`), the model'
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -50,6 +51,10 @@ class BrokenLogits(RequestError):
     code = "model_output_invalid"
 
 
+RECENT_STEPS = 4096
+"""Steps whose times are kept, to tell what ran while KV was on the wire."""
+
+
 class StepTimes:
     """Counts and durations of steps. Written by the engine thread, readable from anywhere."""
 
@@ -58,9 +63,14 @@ class StepTimes:
         self.total_s = 0.0
         self.last_s = 0.0
         self.mean_s = 0.0
+        self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT_STEPS)
+        """(began, ended) of the last steps, seconds of `time.monotonic`."""
 
-    def add(self, seconds: float) -> None:
-        """Records one step; the mean forgets with a time constant of 50 steps."""
+    def add(self, began_s: float) -> None:
+        """Records a step that ends now; the mean forgets with a time constant of 50 steps."""
+        ended_s = time.monotonic()
+        seconds = ended_s - began_s
+        self.recent.append((began_s, ended_s))
         self.count += 1
         self.total_s += seconds
         self.last_s = seconds
@@ -149,7 +159,7 @@ class Engine:
 
     def prefill(self, plan: PrefillPlan) -> list[Sampled | None]:
         """Computes the chunks; a sampled first token for each chunk that ends its prompt, else None."""
-        began = time.perf_counter()
+        began_s = time.monotonic()
         items = []
         for chunk in plan.chunks:
             sequence = chunk.sequence
@@ -162,12 +172,12 @@ class Engine:
             ends = [i for i, chunk in enumerate(plan.chunks) if chunk.is_last]
             states = [_state_of(plan.chunks[i].sequence) for i in ends]
             first = dict(zip(ends, sample(logits[ends], states), strict=True)) if ends else {}
-        self.times.add(time.perf_counter() - began)
+        self.times.add(began_s)
         return [first.get(i) for i in range(len(plan.chunks))]
 
     def decode(self, plan: DecodePlan) -> list[Sampled]:
         """One more token for each sequence of the plan; raises whatever the model raises, with nothing sampled."""
-        began = time.perf_counter()
+        began_s = time.monotonic()
         try:
             with torch.inference_mode():
                 logits = self.model.forward(self._inputs.batch(plan), "last")
@@ -175,7 +185,7 @@ class Engine:
         except BaseException:
             self._inputs.forget()
             raise
-        self.times.add(time.perf_counter() - began)
+        self.times.add(began_s)
         return sampled
 
     def open_slot(self, kv: SequenceKV) -> None:

@@ -54,13 +54,13 @@ class PrefillScheduler:
 
     @property
     def num_computing(self) -> int:
-        """Prompts partly computed."""
-        return sum(s.state is SeqState.WAITING_PROMPT for s in self._active.values())
+        """Prompts partly computed. Any thread: the tuple is one step for the interpreter."""
+        return sum(s.state is SeqState.WAITING_PROMPT for s in tuple(self._active.values()))
 
     @property
     def num_draining(self) -> int:
-        """Prompts computed and still on their way to decode."""
-        return sum(s.state is SeqState.DRAINING for s in self._active.values())
+        """Prompts computed and still on their way to decode. Any thread."""
+        return sum(s.state is SeqState.DRAINING for s in tuple(self._active.values()))
 
     @property
     def sequences(self) -> list[Sequence]:
