@@ -39,12 +39,13 @@ class Usage:
     completion_tokens: int = 0
     reasoning_tokens: int | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """OpenAI's usage object."""
+    def as_dict(self, completion_tokens: int | None = None) -> dict[str, Any]:
+        """OpenAI's usage object; with `completion_tokens`, as of an earlier moment."""
+        completed = self.completion_tokens if completion_tokens is None else completion_tokens
         usage: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "completion_tokens": completed,
+            "total_tokens": self.prompt_tokens + completed,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
         if self.reasoning_tokens is not None:
@@ -158,11 +159,13 @@ class Answer:
                 token_ids, logprobs = token_ids[:-1], logprobs[:-1] if logprobs else None
             if token_ids:
                 for delta in parser.push(token_ids, logprobs):
+                    delta.output_tokens = self.usage.completion_tokens
                     events.append((choice, delta))
         if parser.stopped:
             self._generations[choice].abort()
         elif event.finish is not None:
             for delta in parser.finish(event.finish):
+                delta.output_tokens = self.usage.completion_tokens
                 events.append((choice, delta))
         else:
             return

@@ -46,6 +46,8 @@ class Delta:
     content_logprobs: list[dict[str, Any]] | None = None
     """OpenAI's form: token, logprob, bytes, top_logprobs."""
     reasoning_logprobs: list[dict[str, Any]] | None = None
+    output_tokens: int = 0
+    """Output tokens of the whole answer so far, set by `router.answer`."""
 
 
 class OutputParser(Protocol):
@@ -89,24 +91,25 @@ class ChatParser:
         self.finish_reason = ""
 
     def push(self, token_ids: tuple[int, ...], logprobs: Sequence[TokenLogprob] | None) -> list[Delta]:
-        hidden = self._hidden
-        if not hidden.isdisjoint(token_ids):
-            if logprobs is not None:
-                logprobs = [item for item, token in zip(logprobs, token_ids, strict=True) if token not in hidden]
-            token_ids = tuple([token for token in token_ids if token not in hidden])
-            if not token_ids:
-                return []
-        pairs = None if logprobs is None else [_recipe_logprob(item) for item in logprobs]
-        return self._read(self._processor.push(InferenceChunk.tokens(token_ids, pairs)))
+        deltas: list[Delta] = []
+        for at, token in enumerate(token_ids):
+            if token in self._hidden:
+                continue
+            # One token a chunk: the processor would drop complete characters together with a last incomplete one.
+            pairs = None if logprobs is None else [_recipe_logprob(logprobs[at])]
+            self._read(self._processor.push(InferenceChunk.tokens((token,), pairs)), deltas)
+            if self.stopped:
+                break
+        return deltas
 
     def finish(self, reason: FinishReason) -> list[Delta]:
         end = InferenceFinishReason.Length if reason is FinishReason.LENGTH else InferenceFinishReason.Stop
-        deltas = self._read(self._processor.push(InferenceChunk.finish(end)))
+        deltas: list[Delta] = []
+        self._read(self._processor.push(InferenceChunk.finish(end)), deltas)
         self.stopped = False
         return deltas
 
-    def _read(self, chunks: Sequence[Any]) -> list[Delta]:
-        deltas: list[Delta] = []
+    def _read(self, chunks: Sequence[Any], deltas: list[Delta]) -> None:
         for chunk in chunks:
             data = json.loads(chunk.to_json())
             if usage := data["usage"]:
@@ -116,7 +119,6 @@ class ChatParser:
                     self.finish_reason = choice["finish_reason"]
                     self.stopped = True
                 _append(deltas, choice["delta"], choice["logprobs"])
-        return deltas
 
     def _read_usage(self, usage: dict[str, Any]) -> None:
         if self._thinking:

@@ -34,10 +34,10 @@ class _Chunks:
         self._tail = '], "usage": null}\n\n' if options.include_usage else "]}\n\n"
         self._options = options
 
-    def chunk(self, choice: str, usage: Usage) -> bytes:
+    def chunk(self, choice: str, usage: Usage, output_tokens: int | None = None) -> bytes:
         """A chunk with one choice, given as JSON."""
         if self._options.continuous_usage:
-            return f'{self._head}{choice}], "usage": {json.dumps(usage.as_dict())}}}\n\n'.encode()
+            return f'{self._head}{choice}], "usage": {json.dumps(usage.as_dict(output_tokens))}}}\n\n'.encode()
         return f"{self._head}{choice}{self._tail}".encode()
 
     def end(self, usage: Usage) -> bytes:
@@ -67,20 +67,18 @@ class ChatRenderer:
         return b"".join(self._chunk(choice, delta, None, Usage()) for choice in range(self._num_choices))
 
     def delta(self, choice: int, delta: Delta, usage: Usage) -> bytes:
-        logprobs = _chat_logprobs(delta)
-        if delta.tool_calls is not None:
-            fields: dict[str, Any] = {"tool_calls": delta.tool_calls}
+        if delta.tool_calls is not None or (delta.reasoning and delta.content):
+            fields: dict[str, Any] = {"tool_calls": delta.tool_calls} if delta.tool_calls is not None else {}
             if delta.content:
                 fields["content"] = delta.content
             if delta.reasoning:
                 fields["reasoning_content"] = delta.reasoning
-            return self._chunk(choice, json.dumps(fields), logprobs, usage)
-        if delta.reasoning and not delta.content:
-            return self._chunk(choice, f'{{"reasoning_content": {encode_text(delta.reasoning)}}}', logprobs, usage)
-        if not delta.reasoning:
-            return self._chunk(choice, f'{{"content": {encode_text(delta.content)}}}', logprobs, usage)
-        both = {"reasoning_content": delta.reasoning, "content": delta.content}
-        return self._chunk(choice, json.dumps(both), logprobs, usage)
+            shown = json.dumps(fields)
+        elif delta.reasoning:
+            shown = f'{{"reasoning_content": {encode_text(delta.reasoning)}}}'
+        else:
+            shown = f'{{"content": {encode_text(delta.content)}}}'
+        return self._chunk(choice, shown, _chat_logprobs(delta), usage, delta.output_tokens)
 
     def end_choice(self, choice: int, reason: str, usage: Usage) -> bytes:
         last = f'{{"index": {choice}, "delta": {{}}, "logprobs": null, "finish_reason": "{reason}"}}'
@@ -104,10 +102,12 @@ class ChatRenderer:
         ]
         return self._chunks.body(choices, usage)
 
-    def _chunk(self, choice: int, delta: str, logprobs: dict[str, Any] | None, usage: Usage) -> bytes:
+    def _chunk(
+        self, choice: int, delta: str, logprobs: dict[str, Any] | None, usage: Usage, output_tokens: int | None = None
+    ) -> bytes:
         shown = "null" if logprobs is None else json.dumps(logprobs)
         return self._chunks.chunk(
-            f'{{"index": {choice}, "delta": {delta}, "logprobs": {shown}, "finish_reason": null}}', usage
+            f'{{"index": {choice}, "delta": {delta}, "logprobs": {shown}, "finish_reason": null}}', usage, output_tokens
         )
 
 
@@ -179,7 +179,7 @@ class TextRenderer:
         if delta.content_logprobs is not None:
             logprobs = _text_logprobs(delta.content_logprobs, self._offsets[choice])
             self._offsets[choice] += sum(len(entry["token"]) for entry in delta.content_logprobs)
-        return self._chunk(choice, delta.content, logprobs, "null", usage)
+        return self._chunk(choice, delta.content, logprobs, "null", usage, delta.output_tokens)
 
     def end_choice(self, choice: int, reason: str, usage: Usage) -> bytes:
         return self._chunk(choice, "", None, f'"{reason}"', usage)
@@ -204,10 +204,20 @@ class TextRenderer:
             )
         return self._chunks.body(choices, usage)
 
-    def _chunk(self, choice: int, text: str, logprobs: dict[str, Any] | None, reason: str, usage: Usage) -> bytes:
+    def _chunk(
+        self,
+        choice: int,
+        text: str,
+        logprobs: dict[str, Any] | None,
+        reason: str,
+        usage: Usage,
+        output_tokens: int | None = None,
+    ) -> bytes:
         shown = "null" if logprobs is None else json.dumps(logprobs)
         return self._chunks.chunk(
-            f'{{"index": {choice}, "text": {encode_text(text)}, "logprobs": {shown}, "finish_reason": {reason}}}', usage
+            f'{{"index": {choice}, "text": {encode_text(text)}, "logprobs": {shown}, "finish_reason": {reason}}}',
+            usage,
+            output_tokens,
         )
 
 

@@ -1,7 +1,7 @@
 """Scripted prefill and decode workers: deterministic, no model, no clock.
 
 A decode worker answers a request with the tokens its script gives, as soon as the prefill worker hands it over; with
-`manual` set, the test emits them. Both count what they hold, so that a test can see a leak. Used by tests and benchmarks.
+`manual` set, the test emits them. Both count what they hold, so that a test can see a leak.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class FakeDecode:
     max_running: int = 64
     held: dict[str, GenerateRequest] = field(default_factory=dict)
     admitted: list[GenerateRequest] = field(default_factory=list)
+    committed: list[GenerateRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     admit_errors: list[BaseException] = field(default_factory=list)
     """Raised by the next admissions, in order."""
@@ -92,12 +93,18 @@ class FakeDecode:
             running=len(self.held),
         )
 
+    async def granted(self, count: int = 1) -> GenerateRequest:
+        """Waits until `count` requests in all have their KV here; returns the newest."""
+        await until(lambda: len(self.committed) >= count)
+        return self.committed[-1]
+
     def commit(self, request_id: str, epoch: int) -> None:
         """The KV has arrived."""
         request = self.held.get(request_id)
         if request is None or request.epoch != epoch:
             return
         self._next_index[request_id] = 0
+        self.committed.append(request)
         if not self.manual:
             self.play(request_id, self.script(request))
 
@@ -194,6 +201,13 @@ class FakePrefill:
     def _check(self) -> None:
         if self.down:
             raise WorkerUnavailable(f"{self.name} is down")
+
+
+async def until(condition: Callable[[], bool], patience_s: float = 5.0) -> None:
+    """Lets the loop run until `condition` holds. Raises `TimeoutError`."""
+    async with asyncio.timeout(patience_s):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 def _logprobs(request: GenerateRequest, token_ids: Sequence[int]) -> tuple[TokenLogprob, ...] | None:
