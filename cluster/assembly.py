@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.backends import ReplaceableBackend
+from cluster.backends import Client, ReplaceableBackend, WorkerAddress
 from cluster.config import Effort
 from cluster.metrics import render
 from workers.config import WorkerConfig
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cluster.actors import RouterSpec, WorkerSpec
     from router.model_info import EffortStyle
     from router.server import RunningRouter
+    from workers.service.server import RunningWorker
 
 STATS_S = 1.0
 """Wait for one worker's statistics when `/metrics` is read; a worker that is late is left out."""
@@ -66,6 +67,32 @@ def effort_style(spec: RouterSpec) -> EffortStyle:
         return EffortStyle.NONE
     is_refresh = any(date in spec.model.name for date in ("0731", "0813"))
     return EffortStyle.REFRESH if is_refresh else EffortStyle.PREVIEW
+
+
+async def serve_worker_of(spec: WorkerSpec) -> RunningWorker:
+    """Loads the checkpoint and serves it; the event loop stays free meanwhile. Raises `WorkerError`, `OSError`."""
+    from workers.model_bundle import build_engine
+    from workers.service.server import serve_worker
+
+    config = worker_config(spec, _advertised_host(spec.host))
+    engine = await asyncio.to_thread(build_engine, config)
+    return await serve_worker(config, engine)
+
+
+def connect_worker(address: WorkerAddress) -> Client:
+    """A gRPC client of one incarnation."""
+    from workers.service.client import WorkerClient
+
+    return WorkerClient(address.name, address.role, address.address)
+
+
+def _advertised_host(host: str) -> str:
+    """What other machines are told: the node's address when the worker listens on every interface."""
+    if host not in ("0.0.0.0", "::"):
+        return ""
+    import ray
+
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 async def start_router_of(spec: RouterSpec, backends: Sequence[ReplaceableBackend]) -> RunningRouter:
