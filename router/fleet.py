@@ -181,7 +181,8 @@ class Fleet:
         self._prefill: dict[str, PrefillSlot] = {}
         self._decode: dict[str, DecodeSlot] = {}
         self._retired: set[PrefillSlot | DecodeSlot] = set()
-        self._turn = itertools.count()
+        self._prefill_turn = itertools.count()
+        self._decode_turn = itertools.count()
 
     async def update(self, prefill: Sequence[PrefillBackend], decode: Sequence[DecodeBackend]) -> None:
         """Makes these the workers. A slot survives when its backend is the same object; new ones are probed once."""
@@ -206,17 +207,23 @@ class Fleet:
 
     def pick_prefill(self, excluded: Collection[str]) -> PrefillSlot:
         """The least loaded prefill worker outside `excluded`. Raises `WorkerUnavailable`."""
-        name = choose_prefill(_views(self._prefill.values()), excluded, next(self._turn))
+        name = choose_prefill(_views(self._prefill.values()), excluded, next(self._prefill_turn))
         if name is None:
             raise WorkerUnavailable("no prefill worker is available")
         return self._prefill[name]
 
     def pick_decode(self, excluded: Collection[str]) -> DecodeSlot:
         """The least loaded decode worker outside `excluded`. Raises `WorkerUnavailable`."""
-        name = choose_decode(_views(self._decode.values()), excluded, next(self._turn))
+        name = choose_decode(_views(self._decode.values()), excluded, next(self._decode_turn))
         if name is None:
             raise WorkerUnavailable("no decode worker is available")
         return self._decode[name]
+
+    def can_serve(self, bad_prefill: Collection[str], bad_decode: Collection[str]) -> bool:
+        """True when a worker of each role remains outside these."""
+        return any(slot.reachable and slot.name not in bad_prefill for slot in self._prefill.values()) and any(
+            slot.reachable and slot.name not in bad_decode for slot in self._decode.values()
+        )
 
     def reachable(self) -> dict[str, int]:
         """Workers that can take a request, by role."""

@@ -386,12 +386,7 @@ class Generation:
             return False
         if error.status not in _WORTH_ANOTHER_ATTEMPT:
             return False
-        try:
-            self._dispatcher.fleet.pick_decode(self._bad_decode)
-            self._dispatcher.fleet.pick_prefill(self._bad_prefill)
-        except WorkerUnavailable:
-            return False
-        return True
+        return self._dispatcher.fleet.can_serve(self._bad_prefill, self._bad_decode)
 
     async def _withdraw(self, error: RequestError) -> None:
         """Ends the attempt at its workers and opens the next epoch."""
