@@ -138,7 +138,7 @@ class KVImage:
 
 def payload_view(payload: torch.Tensor, offset: int, length: int) -> memoryview:
     """Writable bytes [offset, offset + length) of a host tensor, without a copy."""
-    return memoryview(payload.numpy())[offset : offset + length]
+    return payload[offset : offset + length].numpy().data
 
 
 def check_header(header: ImageHeader, spec: KVSpec, *, model_hash: str = "") -> None:

@@ -265,6 +265,20 @@ class KVSpec:
         """Every live row of every pool after n tokens, in manifest order."""
         return [r for p in self.pools for r in self.split(p.name, p.live_rows(num_tokens), num_tokens, target_bytes)]
 
+    def chunk_ranges(self, start_token: int, end_token: int, num_tokens: int, target_bytes: int) -> list[RowRange]:
+        """Rows that become final while tokens [start, end) of a prompt of n are prefilled: sent after the chunk."""
+        return [
+            r
+            for p in self.growing_pools
+            for r in self.split(p.name, p.finished_rows(start_token, end_token), num_tokens, target_bytes)
+        ]
+
+    def tail_ranges(self, num_tokens: int, target_bytes: int) -> list[RowRange]:
+        """Window and state rows after n tokens: send them with the last chunk."""
+        return [
+            r for p in self.tail_pools for r in self.split(p.name, p.live_rows(num_tokens), num_tokens, target_bytes)
+        ]
+
 
 def _entry_planes(head_dim: int, rope_dim: int, fmt: KVFormat) -> tuple[Plane, ...]:
     """A stored KV entry: e4m3 nope and bf16 rope, then e8m0 scales padded to 8 bytes; or plain fp32."""

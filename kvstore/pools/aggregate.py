@@ -6,12 +6,13 @@ otherwise). Not thread-safe: the engine thread that runs the model is the only c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from kvstore.errors import IntegrityError
-from kvstore.ids import SlotId
+from kvstore.ids import PageId, SlotId
 from kvstore.image import DEFAULT_SEGMENT_BYTES, ImageHeader, KVImage, Segment, check_header
 from kvstore.pools.pool import Pool
 from kvstore.sequence_kv import SequenceIndices
@@ -71,8 +72,18 @@ class KVPools:
         held = [page for page in indices.window_pages if page is not None]
         self._for_units(indices.full_pages, held, indices.slot, Pool.poison)
 
-    def _for_units(self, full, window, slot: SlotId, action) -> None:
-        units = {IndexSpace.FULL_PAGE: full, IndexSpace.WINDOW_PAGE: window, IndexSpace.SLOT: (slot,)}
+    def _for_units(
+        self,
+        full: Sequence[PageId],
+        window: Sequence[PageId],
+        slot: SlotId,
+        action: Callable[[Pool, torch.Tensor], None],
+    ) -> None:
+        units: dict[IndexSpace, Sequence[int]] = {
+            IndexSpace.FULL_PAGE: full,
+            IndexSpace.WINDOW_PAGE: window,
+            IndexSpace.SLOT: (slot,),
+        }
         for pool in self.pools:
             if len(units[pool.spec.space]):
                 action(pool, torch.tensor(units[pool.spec.space], dtype=torch.int64, device=self.device))
