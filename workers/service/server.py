@@ -1,8 +1,8 @@
 """`serve_worker`: one worker behind one gRPC port. What Ray actors and tests start; Ray-free.
 
 Owns: the server, the order of start and stop, statistics of all parts as one `WorkerStats`. Does not own: the model
-(`workers/load_model.py` builds the engine), requests (`prefill.py`, `decode.py`). All methods run on the event loop on
-which the worker was served.
+(`workers/model_bundle.py` builds the engine), requests (`prefill.py`, `decode.py`). All methods run on the event loop
+that served the worker.
 """
 
 from __future__ import annotations
