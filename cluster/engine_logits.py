@@ -31,7 +31,7 @@ def write_logits(
     """Computes and writes float32 [positions, vocabulary]; returns the shape. Raises `WorkerError`."""
     import numpy
 
-    from workers.engine import engine_logits
+    from workers.engine_logits import engine_logits
 
     values = engine_logits(model, token_ids, precision=precision, prefill_chunk=prefill_chunk, decode_from=decode_from)
     array = numpy.asarray(values, dtype=numpy.float32)
