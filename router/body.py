@@ -33,10 +33,10 @@ async def read_json(request: web.Request) -> Any:
         raise ApiError(413, "The request body is too large.", code="request_too_large") from exc
     try:
         value = json.loads(raw, parse_constant=_refuse_constant)
+        return _repaired(value) if b"\\ud" in raw.lower() else value
     except (ValueError, RecursionError) as exc:
         reason = "nested too deeply" if isinstance(exc, RecursionError) else str(exc)
         raise bad_request(None, f"The request body is not valid JSON: {reason}", "invalid_json") from exc
-    return _repaired(value) if b"\\ud" in raw.lower() else value
 
 
 def _refuse_constant(name: str) -> None:

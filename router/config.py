@@ -29,8 +29,8 @@ class RouterConfig:
     """Most stop strings of one request."""
     request_timeout_s: float = 900.0
     """Whole life of a request, from arrival to its last token; then 504."""
-    admit_timeout_s: float = 10.0
-    """Wait for a decode worker's grant."""
+    admit_timeout_s: float = 100.0
+    """Wait for a decode worker's grant; a full worker queues admissions, so this is the patience with a queue (429)."""
     stall_timeout_s: float = 180.0
     """Longest silence between two events of one request; retracted requests are silent, so keep it generous."""
     abort_timeout_s: float = 5.0

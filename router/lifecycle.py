@@ -326,7 +326,7 @@ class Generation:
             async with asyncio.timeout(self._config.admit_timeout_s):
                 grant = await decode.backend.admit(request)
         except TimeoutError:
-            raise self._blame(decode, WorkerUnavailable(f"decode worker {decode.name} gave no grant in time")) from None
+            raise self._blame(decode, WorkerFull(f"no room at decode worker {decode.name} in time")) from None
         except RequestError as exc:
             raise self._blame(decode, exc) from exc
         call = asyncio.ensure_future(prefill.backend.prefill(request, grant))

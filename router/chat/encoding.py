@@ -65,7 +65,11 @@ class ChatEncoder:
     def encode(self, request: ChatRequest) -> EncodedPrompt:
         """Token ids of the prompt. Raises `ApiError` 400 for a conversation the layout cannot express."""
         thinking = self._thinking(request)
-        ids = self._encoding.encode(self._conversation(request, thinking=thinking))
+        try:
+            ids = self._encoding.encode(self._conversation(request, thinking=thinking))
+        except (RecursionError, ValueError) as exc:
+            # The recipe refuses what Rust's JSON cannot hold: schemas nested deeper than 128.
+            raise bad_request(None, f"The conversation cannot be encoded: {exc}") from exc
         return EncodedPrompt(
             token_ids=tuple(ids),
             stage=_stage(request.messages[-1]) if thinking else None,

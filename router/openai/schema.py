@@ -149,7 +149,7 @@ def _sampling(fields: Fields, config: RouterConfig, logprobs: int | None) -> Sam
         max_tokens=max_tokens,
         temperature=fields.number("temperature", None, 0.0, 2.0),
         top_p=fields.number("top_p", None, 0.0, 1.0),
-        top_k=max(0, fields.integer("top_k", 0, -1, _MAX_INT)),
+        top_k=max(0, fields.integer("top_k", 0, -1, 2**31 - 1)),
         min_p=fields.number("min_p", 0.0, 0.0, 1.0),
         seed=fields.integer("seed", None, -_MAX_INT - 1, _MAX_INT),
         presence_penalty=fields.number("presence_penalty", 0.0, -2.0, 2.0),

@@ -18,7 +18,9 @@ _TAIL = 16
 
 def request_bytes(host: str, body: bytes, path: str = "/v1/chat/completions") -> bytes:
     """One POST on a keep-alive connection."""
-    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     return head.encode() + body
 
 

@@ -85,6 +85,16 @@ async def test_every_wrong_field_is_named(rig: Rig):
     assert rig.decode[0].admitted == []
 
 
+async def test_schemas_nested_too_deeply_are_refused(rig: Rig):
+    schema: dict[str, Any] = {}
+    for _ in range(300):
+        schema = {"a": schema}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    await rig.refused(400, json=chat_body(tools=[tool]))
+    wrapper = {"type": "json_schema", "json_schema": {"schema": schema}}
+    await rig.refused(400, json=chat_body(response_format=wrapper, user="\ud800"))
+
+
 async def test_missing_fields_are_named(rig: Rig):
     assert (await rig.refused(400, json={"messages": HELLO}))["param"] == "model"
     assert (await rig.refused(400, json={"model": MODEL}))["param"] == "messages"
