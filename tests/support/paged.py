@@ -14,8 +14,8 @@ from workers.batch import ForwardBatch
 from workers.model.config import PAGE_TOKENS, ModelConfig
 from workers.model.kv_layout import kv_spec
 from workers.model.precision import Precision
-from workers.model.transformer import LogitsFor
 from workers.model.weights import ModelWeights
+from workers.ops import LogitsFor
 
 
 @dataclass

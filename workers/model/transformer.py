@@ -7,12 +7,13 @@ the reference path, bit for bit on the CPU path). Differentiable full-sequence f
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
 
 import torch
 from torch import Tensor
 
 from kvstore.pools.aggregate import KVPools
+from workers import ops
 from workers.batch import ForwardBatch
 from workers.model import layers as parts
 from workers.model.config import ModelConfig
@@ -24,14 +25,47 @@ from workers.reference.mhc import hc_post
 from workers.reference.moe import moe
 from workers.reference.norm_rope import rms_norm
 
-LogitsFor = Literal["last", "all"]
-"""Rows that get logits: the last new token of each sequence, or every token of the step."""
+logger = logging.getLogger(__name__)
 
 
 class Transformer:
-    """The trunk over one set of pools, in plain torch. Runs on the thread that owns the pools.
+    """The trunk over one set of pools, on the fastest backend that covers the model.
 
-    Raises ValueError when the pools were laid out for another model or a narrower precision.
+    `backend` forces one (`reference` for checks); `num_threads` bounds the threads of the CPU path, by default torch's.
+    Runs on the thread that owns the pools. Raises ValueError when the pools were laid out for another precision.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        precision: Precision,
+        pools: KVPools,
+        *,
+        backend: ops.Backend | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        chosen, reason = (backend, "asked for") if backend else ops.choose_backend(config, precision, pools)
+        logger.info("model runs on backend %s: %s", chosen, reason)
+        self.backend: ops.Backend = chosen
+        self._model: ops.PagedModel = (
+            ops.build_cpu_model(config, weights, precision, pools, num_threads)
+            if chosen == "cpu"
+            else ReferenceTransformer(config, weights, precision, pools)
+        )
+
+    def forward(self, batch: ForwardBatch, logits_for: ops.LogitsFor = "last") -> Tensor:
+        """Run every new token of `batch`, write its KV, and return fp32 logits ([B, V] for "last", [T, V] for "all").
+
+        The slots of sequences that start at 0 must have been reset, and pages must reach each last new token.
+        """
+        return self._model.forward(batch, logits_for)
+
+
+class ReferenceTransformer:
+    """The trunk in plain torch, written to be read. Same construction and `forward` as `Transformer`.
+
+    Raises ValueError when the pools store a narrower format than the precision asks for.
     """
 
     def __init__(self, config: ModelConfig, weights: ModelWeights, precision: Precision, pools: KVPools) -> None:
@@ -39,11 +73,8 @@ class Transformer:
         self._attention = PagedAttention(config, precision, PagedKV(config, precision, pools))
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, logits_for: LogitsFor = "last") -> Tensor:
-        """Run every new token of `batch`, write its KV, and return fp32 logits ([B, V] for "last", [T, V] for "all").
-
-        The slots of sequences that start at 0 must have been reset, and pages must reach each last new token.
-        """
+    def forward(self, batch: ForwardBatch, logits_for: ops.LogitsFor = "last") -> Tensor:
+        """As `Transformer.forward`."""
         streams = parts.embed_streams(self.weights, self.config, batch.token_ids)  # [T, S, hidden]
         for index, layer in enumerate(self.weights.layers):
             streams = self._block(index, layer, streams, batch)

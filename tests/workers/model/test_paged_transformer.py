@@ -11,7 +11,7 @@ from tests.support.tiny import random_tokens, tiny_config, tiny_pro_config
 from workers.model.config import ModelConfig
 from workers.model.full_sequence import forward_full
 from workers.model.precision import Precision
-from workers.model.transformer import Transformer
+from workers.model.transformer import ReferenceTransformer
 from workers.model.weights import ModelWeights, random_named_weights
 
 LIMIT = 1e-4
@@ -36,7 +36,7 @@ def _full(config: ModelConfig, tokens: list[int], precision: Precision = FP32) -
 
 
 def _run(config: ModelConfig, prompts: list[list[int]], precision: Precision = FP32, seed: int = 0) -> PagedRun:
-    return PagedRun(Transformer, config, _weights(config), precision, prompts, seed)
+    return PagedRun(ReferenceTransformer, config, _weights(config), precision, prompts, seed)
 
 
 def _tokens(config: ModelConfig, count: int, seed: int = 5) -> list[int]:
@@ -138,4 +138,4 @@ def test_memory_is_bounded_by_query_blocks(monkeypatch: pytest.MonkeyPatch) -> N
 def test_pools_narrower_than_the_precision_are_refused() -> None:
     run = _run(FLASH, [[1]], Precision.native())
     with pytest.raises(ValueError, match="fp32"):
-        Transformer(FLASH, _weights(FLASH), FP32, run.pools)
+        ReferenceTransformer(FLASH, _weights(FLASH), FP32, run.pools)

@@ -1,0 +1,258 @@
+"""LLVM building blocks of the CPU kernels: a register-blocked matrix product and bit-exact scalar conversions.
+
+Numba's loop vectoriser cannot keep a block of accumulators in registers, which is what a small matrix product lives
+on, so the inner product loop is written as LLVM IR: `ROWS x VECTORS` accumulators of `LANES` floats, one fused
+multiply-add per k. Each output element is summed over k = 0, 1, 2, ... alone, whatever the block: its bits depend
+neither on how many rows share the call nor on the vector width of the machine. That is the batch invariance here.
+
+Everything takes raw addresses (int64). Scalar conversions are straight-line IR, so loops around them vectorise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+
+HAS_AVX512 = bool(llvm.get_host_cpu_features().get("avx512f", False))
+LANES = 16 if HAS_AVX512 else 8
+"""Floats of one vector register of this machine."""
+
+MAX_VECTORS = 4 if HAS_AVX512 else 2
+"""Vectors of one panel row. With 4 rows: 16 of 32 (AVX-512) or 8 of 16 registers hold sums."""
+
+PANEL = LANES * MAX_VECTORS
+"""Output columns of one weight panel (64 or 16)."""
+
+ROW_BLOCKS = (4, 2, 1)
+"""Rows of one call of the inner loop, tried in this order."""
+
+
+def _declare(module: ir.Module, name: str, function_type: ir.FunctionType) -> ir.Function:
+    return cgutils.get_or_insert_function(module, function_type, name)
+
+
+def _fmuladd(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    vector = a.type
+    name = f"llvm.fmuladd.v{vector.count}f32"
+    return builder.call(_declare(builder.module, name, ir.FunctionType(vector, [vector] * 3)), [a, b, c])
+
+
+def _splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    vector = ir.VectorType(F32, LANES)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
+    mask = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), mask)
+
+
+def _address(builder: ir.IRBuilder, base: ir.Value, byte_offset: ir.Value, pointee: ir.Type) -> ir.Value:
+    return builder.inttoptr(builder.add(base, byte_offset), pointee.as_pointer())
+
+
+def _load_panel_vector(builder: ir.IRBuilder, address: ir.Value, index: int, bf16: bool) -> ir.Value:
+    """LANES floats of a panel row; bf16 panels widen by a 16-bit shift, which is exact."""
+    wide = ir.VectorType(F32, LANES)
+    if not bf16:
+        return builder.load(_address(builder, address, I64(4 * LANES * index), wide), align=4)
+    raw = builder.load(_address(builder, address, I64(2 * LANES * index), ir.VectorType(I16, LANES)), align=2)
+    ints = builder.zext(raw, ir.VectorType(I32, LANES))
+    shifted = builder.shl(ints, ir.Constant(ir.VectorType(I32, LANES), [16] * LANES))
+    return builder.bitcast(shifted, wide)
+
+
+def _build_product(function: ir.Function, rows: int, vectors: int, bf16: bool) -> None:
+    """Body of `c[m, n] = sum_k a[m, k] * b[k, n]` for `rows` m and `vectors * LANES` n."""
+    a, row_stride, k_stride, b, b_stride, c, c_stride, size = function.args  # strides in bytes
+    vector = ir.VectorType(F32, LANES)
+    zero = ir.Constant(vector, [0.0] * LANES)
+    entry = function.append_basic_block("entry")
+    loop, done = function.append_basic_block("loop"), function.append_basic_block("done")
+    builder = ir.IRBuilder(entry)
+    a_rows = [builder.add(a, builder.mul(row_stride, I64(m))) for m in range(rows)]
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    k = builder.phi(I64)
+    k.add_incoming(I64(0), entry)
+    sums = [[builder.phi(vector) for _ in range(vectors)] for _ in range(rows)]
+    a_offset, b_address = builder.mul(k, k_stride), builder.add(b, builder.mul(k, b_stride))
+    panel = [_load_panel_vector(builder, b_address, v, bf16) for v in range(vectors)]
+    for m in range(rows):
+        scalar = _splat(builder, builder.load(_address(builder, a_rows[m], a_offset, F32), align=4))
+        for v in range(vectors):
+            total = _fmuladd(builder, scalar, panel[v], sums[m][v])
+            sums[m][v].add_incoming(zero, entry)
+            sums[m][v].add_incoming(total, loop)
+            sums[m][v] = total
+    following = builder.add(k, I64(1))
+    k.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed("<", following, size), loop, done)
+    builder.position_at_end(done)
+    for m in range(rows):
+        row = builder.add(c, builder.mul(c_stride, I64(m)))
+        for v in range(vectors):
+            builder.store(sums[m][v], _address(builder, row, I64(4 * LANES * v), vector), align=4)
+    builder.ret_void()
+
+
+def _variant(rows: int, vectors: int, bf16: bool) -> int:
+    """Number of a block shape, as the inner loop's dispatch understands it."""
+    return (rows * 8 + vectors) * 2 + int(bf16)
+
+
+def _build_dispatch(function: ir.Function) -> None:
+    """Body that jumps to the inner loop of the block shape in the first argument."""
+    entry, other = function.append_basic_block("entry"), function.append_basic_block("other")
+    ir.IRBuilder(other).ret_void()
+    jump = ir.IRBuilder(entry).switch(function.args[0], other)
+    for rows in ROW_BLOCKS:
+        for vectors in range(1, MAX_VECTORS + 1):
+            for bf16 in (False, True):
+                name = f"dsv4_product_{rows}x{vectors}_{'bf16' if bf16 else 'f32'}"
+                inner = _declare(function.module, name, ir.FunctionType(ir.VoidType(), [I64] * 8))
+                inner.linkage = "internal"
+                _build_product(inner, rows, vectors, bf16)
+                block = function.append_basic_block()
+                builder = ir.IRBuilder(block)
+                builder.call(inner, function.args[1:])
+                builder.ret_void()
+                jump.add_case(I64(_variant(rows, vectors, bf16)), block)
+
+
+@intrinsic
+def block_product(typingctx, variant, a, row_step, k_step, b, b_step, c, c_step, size):  # type: ignore[no-untyped-def]
+    """`c[m, n] = sum_k a[m, k] * b[k, n]` of one block shape (`variant`). Addresses and steps in bytes, size >= 1."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        name = "dsv4_block_product"
+        function = _declare(builder.module, name, ir.FunctionType(ir.VoidType(), [I64] * 9))
+        if not function.blocks:
+            function.linkage = "internal"
+            function.attributes.add("noinline")
+            _build_dispatch(function)
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    return types.void(*([types.int64] * 9)), codegen
+
+
+def _pointer(item: types.Type) -> Callable[..., Any]:
+    """Intrinsic int64 address -> typed pointer; `pointer[i]` reads and writes without bounds or wraparound checks."""
+
+    @intrinsic
+    def as_pointer(typingctx, address):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(item)(types.int64), codegen
+
+    return as_pointer
+
+
+f32_at, i32_at, i64_at = _pointer(types.float32), _pointer(types.int32), _pointer(types.int64)
+u8_at, u16_at = _pointer(types.uint8), _pointer(types.uint16)
+
+
+def _scalar(result: types.Type, argument: types.Type, build: Callable[[ir.IRBuilder, ir.Value], ir.Value]) -> Any:
+    """Intrinsic of one value to one value, emitted in place."""
+
+    @intrinsic
+    def convert(typingctx, value):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return build(builder, args[0])
+
+        return result(argument), codegen
+
+    return convert
+
+
+def _build_exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """exp by 2^n * polynomial (Cephes expf coefficients), below 2 ulp; arguments are clamped to [-87, 88]."""
+
+    def f(value: float) -> ir.Constant:
+        return ir.Constant(F32, value)
+
+    fma = _declare(builder.module, "llvm.fmuladd.f32", ir.FunctionType(F32, [F32] * 3))
+    x = builder.select(builder.fcmp_ordered("<", x, f(-87.0)), f(-87.0), x)
+    x = builder.select(builder.fcmp_ordered(">", x, f(88.0)), f(88.0), x)
+    magic = f(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer, held in the low mantissa bits
+    shifted = builder.call(fma, [x, f(1.44269502162933349609375), magic])
+    whole = builder.fsub(shifted, magic)
+    r = builder.call(fma, [whole, f(-0.693359375), x])
+    r = builder.call(fma, [whole, f(2.12194440e-4), r])
+    total = f(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        total = builder.call(fma, [total, r, f(coefficient)])
+    total = builder.fadd(builder.call(fma, [total, builder.fmul(r, r), r]), f(1.0))
+    exponent = builder.sub(builder.bitcast(shifted, I32), I32(0x4B400000 - 127))
+    return builder.fmul(total, builder.bitcast(builder.shl(exponent, I32(23)), F32))
+
+
+def _build_e4m3_decode(builder: ir.IRBuilder, code: ir.Value) -> ir.Value:
+    """e4m3 byte to fp32: the 7 magnitude bits as the top of an fp32 magnitude, times 2^120. Exact, subnormals too."""
+    wide = builder.zext(code, I32)
+    sign = builder.shl(builder.and_(wide, I32(0x80)), I32(24))
+    magnitude = builder.shl(builder.and_(wide, I32(0x7F)), I32(20))
+    return builder.fmul(builder.bitcast(builder.or_(sign, magnitude), F32), ir.Constant(F32, 2.0**120))
+
+
+def _build_e4m3_encode(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """fp32 to e4m3 byte: nearest even, saturating at 448."""
+    bits = builder.bitcast(x, I32)
+    sign = builder.and_(builder.lshr(bits, I32(24)), I32(0x80))
+    magnitude = builder.and_(bits, I32(0x7FFFFFFF))
+    limit = I32(0x43E00000)  # 448.0
+    magnitude = builder.select(builder.icmp_unsigned(">", magnitude, limit), limit, magnitude)
+    odd = builder.and_(builder.lshr(magnitude, I32(20)), I32(1))
+    rounded = builder.add(builder.add(magnitude, I32(0x7FFFF)), odd)
+    normal = builder.sub(builder.lshr(rounded, I32(20)), I32(120 << 3))
+    # Below 2^-6 codes are multiples of 2^-9, which is one unit in the last place of 2^14.
+    pushed = builder.fadd(builder.bitcast(magnitude, F32), ir.Constant(F32, 16384.0))
+    small = builder.sub(builder.bitcast(pushed, I32), I32(0x46800000))
+    tiny = builder.icmp_unsigned("<", magnitude, I32(0x3C800000))
+    return builder.trunc(builder.or_(builder.select(tiny, small, normal), sign), I8)
+
+
+def _build_bf16_encode(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """fp32 to bf16 bits, nearest even (finite input)."""
+    bits = builder.bitcast(x, I32)
+    odd = builder.and_(builder.lshr(bits, I32(16)), I32(1))
+    return builder.trunc(builder.lshr(builder.add(builder.add(bits, I32(0x7FFF)), odd), I32(16)), I16)
+
+
+def _build_bf16_decode(builder: ir.IRBuilder, code: ir.Value) -> ir.Value:
+    return builder.bitcast(builder.shl(builder.zext(code, I32), I32(16)), F32)
+
+
+def _build_scale_byte(builder: ir.IRBuilder, ratio: ir.Value) -> ir.Value:
+    """e8m0 byte of the power of two at or above a positive normal fp32."""
+    bits = builder.bitcast(ratio, I32)
+    inexact = builder.icmp_unsigned("!=", builder.and_(bits, I32(0x7FFFFF)), I32(0))
+    return builder.trunc(builder.add(builder.lshr(bits, I32(23)), builder.zext(inexact, I32)), I8)
+
+
+def _build_scale_value(builder: ir.IRBuilder, byte: ir.Value) -> ir.Value:
+    return builder.bitcast(builder.shl(builder.zext(byte, I32), I32(23)), F32)
+
+
+def _build_order(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """int32 that orders like the float (-0.0 counts as 0.0)."""
+    bits = builder.bitcast(builder.fadd(x, ir.Constant(F32, 0.0)), I32)
+    negative = builder.icmp_signed("<", bits, I32(0))
+    return builder.select(negative, builder.xor(bits, I32(0x7FFFFFFF)), bits)
+
+
+exp = _scalar(types.float32, types.float32, _build_exp)
+e4m3_decode = _scalar(types.float32, types.uint8, _build_e4m3_decode)
+e4m3_encode = _scalar(types.uint8, types.float32, _build_e4m3_encode)
+bf16_decode = _scalar(types.float32, types.uint16, _build_bf16_decode)
+bf16_encode = _scalar(types.uint16, types.float32, _build_bf16_encode)
+scale_byte = _scalar(types.uint8, types.float32, _build_scale_byte)
+scale_value = _scalar(types.float32, types.uint8, _build_scale_value)
+float_order = _scalar(types.int32, types.float32, _build_order)
