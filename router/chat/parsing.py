@@ -9,7 +9,7 @@ grouped into events; after `stopped`, nothing more comes out.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -200,12 +200,12 @@ class StopStrings:
 class RawParser:
     """Plain text with stop strings: no sections, no tool calls."""
 
-    __slots__ = ("_describe", "_stops", "_text", "finish_reason", "reasoning_tokens", "stopped")
+    __slots__ = ("_stops", "_text", "_tokenizer", "finish_reason", "reasoning_tokens", "stopped")
 
     def __init__(self, tokenizer: ChatTokenizer, stops: tuple[str, ...]) -> None:
         self._text = Detokenizer(tokenizer)
         self._stops = StopStrings(stops)
-        self._describe: Callable[[TokenLogprob], dict[str, Any]] = lambda item: describe_logprob(tokenizer, item)
+        self._tokenizer = tokenizer
         self.stopped = False
         self.reasoning_tokens: int | None = None
         self.finish_reason = ""
@@ -214,7 +214,9 @@ class RawParser:
         text, self.stopped = self._stops.push(self._text.push(token_ids))
         if self.stopped:
             self.finish_reason = FinishReason.STOP.value
-        entries = [self._describe(item) for item in logprobs] if logprobs else None
+        hidden = self._tokenizer.hidden_ids
+        shown = [item for item in logprobs or () if item.token_id not in hidden]
+        entries = [describe_logprob(self._tokenizer, item) for item in shown] or None
         return [Delta(content=text, content_logprobs=entries)] if text or entries else []
 
     def finish(self, reason: FinishReason) -> list[Delta]:

@@ -195,7 +195,7 @@ async def test_text_completions_take_every_form_of_prompt(make_rig, say, tokeniz
 
 
 async def test_text_completion_logprobs_are_columns(make_rig, say):
-    rig: Rig = await make_rig(say("ab"))
+    rig: Rig = await make_rig(say("ab" + EOS))
     async with rig.post("/v1/completions", json={"model": MODEL, "prompt": "x", "logprobs": 1}) as response:
         logprobs = (await response.json())["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["a", "b"]
