@@ -249,9 +249,9 @@ class DecodeWorker:
         for sequence in self._attempts.expired(now_s):
             self._end(sequence, DeadlineExceeded(f"request {sequence.request.request_id} ran out of time"))
         for key, (_, limit_s) in tuple(self._admissions.items()):
-            sequence = self._attempts.find(*key)
-            if limit_s <= now_s and sequence is not None:
-                self._end(sequence, WorkerFull(f"no KV memory became free within {self.config.admit_wait_s:g} s"))
+            waiting = self._attempts.find(*key)
+            if limit_s <= now_s and waiting is not None:
+                self._end(waiting, WorkerFull(f"no KV memory became free within {self.config.admit_wait_s:g} s"))
         self._flush()
 
     def on_idle(self) -> None:

@@ -67,7 +67,7 @@ def identity_of(tensors: dict[str, Tensor]) -> str:
     for key in sorted(tensors):
         tensor = tensors[key]
         head = tensor.reshape(-1)[: IDENTITY_BYTES // tensor.element_size()].contiguous()
-        parts.append(f"{key} {tuple(tensor.shape)} {checksum(head.cpu().view(torch.uint8).numpy()):x}")
+        parts.append(f"{key} {tuple(tensor.shape)} {checksum(head.cpu().view(torch.uint8).numpy().data):x}")
     return f"{checksum(chr(10).join(parts).encode()):016x}"
 
 

@@ -134,7 +134,7 @@ def _logprob_from_wire(wire: pb.TokenLogprob) -> TokenLogprob:
 def first_token_to_bytes(token_id: int, logprob: TokenLogprob | None) -> bytes:
     """The token that rides with the last KV segment."""
     wire = pb.FirstToken(token_id=token_id, logprob=None if logprob is None else _logprob_to_wire(logprob))
-    return wire.SerializeToString()
+    return bytes(wire.SerializeToString())
 
 
 def first_token_from_bytes(raw: bytes) -> tuple[int, TokenLogprob | None]:

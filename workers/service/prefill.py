@@ -8,16 +8,17 @@ into the stream's queue, so the rows of one chunk travel while the next chunk co
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import grpc
 
 from kvstore.errors import SpecMismatch
+from kvstore.transfer.overlap import measure_overlap
 from kvstore.transfer.sender import KVSender, KVStream, TransferResult
 from workers.errors import RequestError
 from workers.messages import GenerateRequest, Grant, PrefillResult
 from workers.prefill import Prefilled, PrefillWorker, Rows
 from workers.service import codec
-from workers.service.overlap import covered, total
 from workers.service.status import abort_with, request_error_of
 from workers.service.stubs import worker_pb2 as pb
 from workers.service.stubs import worker_pb2_grpc
@@ -114,9 +115,10 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         sink = _StreamSink(stream, asyncio.get_running_loop())
         await _within(self.worker.submit(request, sink), ENGINE_S)
         committed = asyncio.ensure_future(stream.committed())
+        waits: list[asyncio.Future[Any]] = [sink.computed, committed]
         try:
             # The stream may fail before the prompt is computed; the prompt may fail with the stream sound.
-            await asyncio.wait({sink.computed, committed}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             if committed.done():
                 committed.result()
             prefilled = await sink.computed
@@ -140,9 +142,15 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         counters = self.counters
         counters.num_bytes += transfer.num_bytes
         counters.num_segments += transfer.num_segments
-        counters.send_s += total(on_wire)
-        counters.hidden_s += covered(on_wire, tuple(self.worker.engine.times.recent))
+        overlap = measure_overlap(on_wire, _since(min((sent for sent, _ in on_wire), default=0.0), self.worker))
+        counters.send_s += overlap.transfer_s
+        counters.hidden_s += overlap.hidden_s
         self.last_transfer = transfer
+
+
+def _since(began_s: float, worker: PrefillWorker) -> list[tuple[float, float]]:
+    """Steps that ended after `began_s`."""
+    return [step for step in tuple(worker.engine.times.recent) if step[1] > began_s]
 
 
 async def _within(future: object, limit_s: float) -> object:

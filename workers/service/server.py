@@ -19,6 +19,7 @@ import grpc
 import torch
 
 from kvstore.config import KVStoreConfig
+from kvstore.host_memory import keep_freed_memory
 from kvstore.transfer.receiver import KVReceiver
 from kvstore.transfer.sender import KVSender
 from kvstore.transfer.wire import channel_options
@@ -167,7 +168,7 @@ class ServedPrefill(RunningWorker):
 
     def _open(self) -> None:
         self.servicer.Stats = self.Stats  # type: ignore[method-assign]
-        worker_pb2_grpc.add_PrefillServiceServicer_to_server(self.servicer, self._server)
+        worker_pb2_grpc.add_PrefillServiceServicer_to_server(self.servicer, self._server)  # type: ignore[no-untyped-call]
 
     def _close_worker(self) -> None:
         self.worker.close()
@@ -229,7 +230,7 @@ class ServedDecode(RunningWorker):
         self._output.receiver = self.servicer.receiver = self.receiver
         self.servicer.kv_address = self.address
         self.servicer.Stats = self.Stats  # type: ignore[method-assign]
-        worker_pb2_grpc.add_DecodeServiceServicer_to_server(self.servicer, self._server)
+        worker_pb2_grpc.add_DecodeServiceServicer_to_server(self.servicer, self._server)  # type: ignore[no-untyped-call]
         self.receiver.add_to_server(self._server)
         self.receiver.start()
 
@@ -271,7 +272,8 @@ class ServedDecode(RunningWorker):
 
 
 async def serve_worker(config: WorkerConfig, engine: Engine) -> RunningWorker:
-    """Starts a worker of `config.role` over `engine` on this event loop."""
+    """Starts a worker of `config.role` over `engine` on this event loop; sets the process's allocator for transfers."""
+    keep_freed_memory()
     worker: RunningWorker = (ServedPrefill if config.role is WorkerRole.PREFILL else ServedDecode)(config, engine)
     try:
         await worker.start()
