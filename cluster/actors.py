@@ -8,14 +8,17 @@ the caller as the exception it was. No method is ever retried by Ray: a silent s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.backends import ReplaceableBackend, WorkerAddress
+from workers.errors import WorkerError
 from workers.messages import WorkerRole, WorkerStats
 
 logger = logging.getLogger(__name__)
@@ -66,6 +69,23 @@ class RouterSpec:
     drain_s: float
 
 
+class PartFailed(Exception):
+    """A part did not start. Carries text only: exceptions with their own constructors do not survive pickling."""
+
+
+@contextlib.contextmanager
+def _as_part_failure() -> Iterator[None]:
+    try:
+        yield
+    except WorkerError as exc:
+        raise PartFailed(str(exc)) from exc
+    except OSError as exc:
+        raise PartFailed(f"{exc.strerror or exc}") from exc
+    except Exception as exc:
+        logger.exception("start failed")
+        raise PartFailed(f"{type(exc).__name__}: {exc}") from exc
+
+
 class WorkerActor:
     """One prefill or decode worker in its own process."""
 
@@ -83,7 +103,8 @@ class WorkerActor:
             from cluster.assembly import serve_worker_of
 
             began = time.perf_counter()
-            self._service = await serve_worker_of(self._spec)
+            with _as_part_failure():
+                self._service = await serve_worker_of(self._spec)
             self._address = WorkerAddress(
                 name=self._spec.name,
                 role=self._spec.role,
@@ -128,7 +149,8 @@ class RouterActor:
                 backend = ReplaceableBackend(address.name, address.role, connect_worker)
                 await backend.bind(address)
                 self._backends[address.name] = backend
-            self._router = await start_router_of(self._spec, tuple(self._backends.values()))
+            with _as_part_failure():
+                self._router = await start_router_of(self._spec, tuple(self._backends.values()))
         host = "127.0.0.1" if self._spec.host in ("0.0.0.0", "::") else self._spec.host
         return f"http://{host}:{self._router.port}"
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from cluster.backends import Client, ReplaceableBackend, WorkerAddress
 from cluster.config import Effort
-from cluster.metrics import render
+from cluster.metrics import Member, render
 from workers.config import WorkerConfig
 from workers.errors import RequestError
 from workers.messages import WorkerRole, WorkerStats
@@ -114,7 +114,8 @@ async def start_router_of(spec: RouterSpec, backends: Sequence[ReplaceableBacken
     )
 
     async def worker_metrics() -> str:
-        return render(await worker_stats(backends), {backend.name: backend.num_restarts for backend in backends})
+        members = [Member(backend.name, backend.role, backend.num_restarts) for backend in backends]
+        return render(await worker_stats(backends), members)
 
     return await start_router(
         config,

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cluster.actors import RouterActor, RouterSpec, WorkerActor, WorkerSpec
+from cluster.actors import PartFailed, RouterActor, RouterSpec, WorkerActor, WorkerSpec
 from cluster.backends import WorkerAddress
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError
@@ -310,7 +310,8 @@ def _actor_errors(name: str) -> Iterator[None]:
     except RayTaskError as exc:
         cause = exc.cause or exc
         logger.debug("start_failed name=%s", name, exc_info=exc)
-        raise StartFailed(f"{name}: {type(cause).__name__}: {_first_line(cause)}") from exc
+        kind = "" if isinstance(cause, PartFailed) else f"{type(cause).__name__}: "
+        raise StartFailed(f"{name}: {kind}{_first_line(cause)}") from exc
     except RayActorError as exc:
         raise StartFailed(f"{name}: its process died: {_first_line(exc)}") from exc
     except GetTimeoutError as exc:

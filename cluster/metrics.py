@@ -8,10 +8,10 @@ checks, so that a new counter cannot be forgotten.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from workers.messages import SpaceStats, WorkerStats
+from workers.messages import SpaceStats, WorkerRole, WorkerStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +71,25 @@ SPACES = {"full": "full_pages", "window": "window_pages", "slot": "slots"}
 NOT_EXPORTED = frozenset({"step_ms_last"})
 """Fields that another series already tells better."""
 
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One worker of the deployment, whether it answers or not."""
+
+    name: str
+    role: WorkerRole
+    num_restarts: int
+
+
 _SAMPLE = re.compile(r"^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})?\s+(\S+)$")
 _LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"')
 
 
-def render(workers: Iterable[WorkerStats], restarts: Mapping[str, int] | None = None) -> str:
-    """Prometheus text of all workers, one HELP and TYPE per series, labelled by role and worker name."""
+def render(workers: Iterable[WorkerStats], members: Iterable[Member] = ()) -> str:
+    """Prometheus text, one HELP and TYPE per series, labelled by role and worker name.
+
+    `workers` are those that answered; `members` all of the deployment, so that one that is down still shows.
+    """
     workers = list(workers)
     lines: list[str] = []
     for metric in METRICS:
@@ -104,17 +117,21 @@ def render(workers: Iterable[WorkerStats], restarts: Mapping[str, int] | None = 
             failure=stats.failure,
         )
         lines.append(f"dsv4_worker_info{info} 1")
-    if restarts is not None:
+    members = list(members)
+    answered = {stats.name for stats in workers}
+    if members:
         lines += [
             "# HELP dsv4_worker_restarts_total Restarts of each worker",
             "# TYPE dsv4_worker_restarts_total counter",
         ]
-        lines += [f'dsv4_worker_restarts_total{{worker="{_escape(name)}"}} {count}' for name, count in restarts.items()]
+        lines += [f"dsv4_worker_restarts_total{_labels(member)} {member.num_restarts}" for member in members]
+        lines += ["# HELP dsv4_worker_up 1 when the worker answered just now", "# TYPE dsv4_worker_up gauge"]
+        lines += [f"dsv4_worker_up{_labels(member)} {int(member.name in answered)}" for member in members]
     return "\n".join(lines) + "\n"
 
 
-def _labels(stats: WorkerStats, **extra: str) -> str:
-    pairs = {"role": stats.role.value, "worker": stats.name, **extra}
+def _labels(worker: WorkerStats | Member, **extra: str) -> str:
+    pairs = {"role": worker.role.value, "worker": worker.name, **extra}
     return "{" + ",".join(f'{key}="{_escape(value)}"' for key, value in pairs.items()) + "}"
 
 
@@ -163,5 +180,7 @@ def worker_rows(text: str) -> dict[str, dict[str, object]]:
         elif sample.name == "dsv4_worker_info":
             row |= {key: sample.labels.get(key, "") for key in ("address", "incarnation", "failure")}
         elif sample.name == "dsv4_worker_restarts_total":
-            row["restarts"] = int(sample.value)
+            row |= {"role": sample.labels.get("role", ""), "restarts": int(sample.value)}
+        elif sample.name == "dsv4_worker_up":
+            row["up"] = bool(sample.value)
     return rows

@@ -88,6 +88,8 @@ def status_tables(found: ClusterStatus) -> list[Table]:
 
 
 def _state(row: dict[str, object]) -> str:
+    if not row.get("up", True):
+        return "[red]down[/red]"
     if row.get("failure"):
         return f"[red]{row['failure']}[/red]"
     return "[green]ready[/green]" if row.get("ready") else "[yellow]not ready[/yellow]"

@@ -7,7 +7,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from cluster.metrics import render
+from cluster.metrics import Member, render
 from workers.messages import WorkerRole, WorkerStats
 
 
@@ -30,6 +30,7 @@ class FakeRouter:
             WorkerStats("prefill-0", WorkerRole.PREFILL, "a", "127.0.0.1:1", 1.0, True, prefill_tokens=12),
             WorkerStats("decode-0", WorkerRole.DECODE, "b", "127.0.0.1:2", 1.0, True, kv_bytes_received=4096),
         ]
+        self.members = [Member("prefill-0", WorkerRole.PREFILL, 0), Member("decode-0", WorkerRole.DECODE, 1)]
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,7 +61,7 @@ class FakeRouter:
 
     def answer_get(self, handler: BaseHTTPRequestHandler) -> None:
         if handler.path == "/metrics":
-            _send(handler, 200, render(self.workers, {"decode-0": 1}).encode(), "text/plain")
+            _send(handler, 200, render(self.workers, self.members).encode(), "text/plain")
         elif handler.path == "/ready":
             _send_json(handler, 200 if self.ready else 503, {"error": {"message": "no worker", "code": None}})
         elif handler.path == "/v1/models":

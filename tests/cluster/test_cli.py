@@ -65,6 +65,11 @@ def test_status_says_when_nothing_is_ready(router: FakeRouter) -> None:
     assert "not ready" in run("status", "--url", router.url).output
 
 
+def test_status_shows_a_worker_that_is_down(router: FakeRouter) -> None:
+    router.workers.pop()
+    assert "down" in run("status", "--url", router.url).output
+
+
 def test_status_of_a_dead_address_is_one_line() -> None:
     result = run("status", "--url", "http://127.0.0.1:9")
     assert result.exit_code == 1

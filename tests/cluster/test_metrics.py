@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from cluster.metrics import METRICS, NOT_EXPORTED, SPACES, parse, render, worker_rows
+from cluster.metrics import METRICS, NOT_EXPORTED, SPACES, Member, parse, render, worker_rows
 from workers.messages import SpaceStats, WorkerRole, WorkerStats
 
 
@@ -55,11 +55,16 @@ def test_status_rows_round_trip() -> None:
         step_ms_mean=1.25,
         failure='a "b"\nc',
     )
-    rows = worker_rows(render([decode], restarts={"decode-0": 2}))
+    rows = worker_rows(render([decode], [Member("decode-0", WorkerRole.DECODE, 2)]))
     row = rows["decode-0"]
     assert (row["role"], row["running"], row["leaked_pages"], row["step_ms_mean"]) == ("decode", 3, 0, 1.25)
     assert (row["full_pages_free"], row["full_pages_used"]) == (60, 4)
     assert (row["failure"], row["incarnation"], row["restarts"]) == ('a "b"\nc', "i1", 2)
+
+
+def test_a_worker_that_does_not_answer_still_shows() -> None:
+    rows = worker_rows(render([], [Member("decode-0", WorkerRole.DECODE, 1)]))
+    assert rows == {"decode-0": {"name": "decode-0", "role": "decode", "restarts": 1, "up": False}}
 
 
 def test_foreign_lines_are_skipped() -> None:

@@ -23,7 +23,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterato
         yield running
     finally:
         stopped = running.dsv4("down")
-        leftovers = running.processes()
+        leftovers = [process for process in running.processes() if process.is_alive]
         running.destroy()
     assert stopped.returncode == 0, stopped.stderr
     assert leftovers == []

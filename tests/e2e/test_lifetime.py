@@ -34,8 +34,8 @@ def test_a_killed_worker_comes_back_and_ctrl_c_leaves_no_process(tmp_path: Path,
         deployment.worker_process("decode-0").send_signal(signal.SIGKILL)
 
         def is_back() -> bool:
-            rows = {row["name"]: row for row in deployment.status().workers}
-            return rows.get("decode-0", before)["incarnation"] != before["incarnation"]
+            row = next(row for row in deployment.status().workers if row["name"] == "decode-0")
+            return bool(row["up"]) and row["incarnation"] != before["incarnation"]
 
         assert wait_until(is_back, timeout_s=90.0), deployment.log.read_text()
         assert wait_until(lambda: answers(deployment), timeout_s=20.0), deployment.log.read_text()
