@@ -103,6 +103,7 @@ class RouterApp:
                 response.headers["Allow"] = allow
         except (asyncio.CancelledError, ConnectionResetError):
             self._metrics.disconnects.inc()
+            self._metrics.requests.labels(route, "499").inc()
             raise
         except Exception:
             logger.exception("request=%s failed", request_id)

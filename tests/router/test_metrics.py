@@ -60,6 +60,7 @@ async def test_retries_and_disconnects_are_counted(make_rig, say):
     await until(lambda: rig.leaks() == {})
     found = await samples(rig)
     assert found["dsv4_router_client_disconnects_total"] == 1
+    assert found["dsv4_router_requests_total|/v1/chat/completions|499"] == 1
     assert found["dsv4_router_active_requests"] == 0
 
 
