@@ -15,12 +15,14 @@ RUN_READY ?= $(VENV)/.installed
 DEV_READY ?= $(VENV)/.installed-dev
 PROTO_OUT ?= .
 
+KERNELS_READY ?= $(VENV)/.kernels
+
 .PHONY: serve test check format proto test-gpu bench clean
 
-serve: $(RUN_READY)
+serve: $(RUN_READY) $(KERNELS_READY)
 	$(VENV)/bin/dsv4 up $(ARGS)
 
-test: $(DEV_READY)
+test: $(DEV_READY) $(KERNELS_READY)
 	$(PY) -m pytest -q $(ARGS)
 
 check: $(DEV_READY)
@@ -43,7 +45,7 @@ proto: $(DEV_READY)
 test-gpu: $(DEV_READY)
 	$(PY) -m pytest -q -m gpu $(ARGS)
 
-bench: $(DEV_READY)
+bench: $(DEV_READY) $(KERNELS_READY)
 	$(PY) -m tests.bench.serve $(ARGS)
 
 clean:
@@ -65,3 +67,8 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --editable '.[dev]' -c $(VENV)/constraints.txt
 	touch $(VENV)/.installed $@
+
+# Compiled once per change of their sources, so that no start of a worker waits for it.
+$(VENV)/.kernels: $(wildcard workers/cpu/*.py) | $(RUN_READY)
+	$(PY) -m workers.cpu.warm
+	touch $@

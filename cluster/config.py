@@ -20,6 +20,9 @@ from typing import Any, NewType
 
 from cluster.errors import ClusterError
 
+DEFAULT_MAX_CONTEXT = 16384
+"""Longest context that is promised unasked: V4-Flash's own million would size every pool for it."""
+
 BUNDLED_MODEL = Path(__file__).resolve().parents[1] / "deploy" / "demo" / "dsv4-nano"
 """The checkpoint that the repository carries; the default of every command that wants a model."""
 
@@ -155,8 +158,8 @@ class ClusterConfig:
     """auto, cpu or cuda."""
     precision: PrecisionMode = PrecisionMode.NATIVE
     """native or fp32."""
-    max_context: int = 16384
-    """Most prompt and output tokens of one request."""
+    max_context: int | None = None
+    """Most prompt and output tokens of one request; unset takes the model's own limit, but at most 16384."""
     effort: Effort = Effort.AUTO
     """Prompt convention of reasoning effort: auto, none (dsv4-nano), preview (April 2026), refresh (0731 and later)."""
     router: RouterSettings = field(default_factory=RouterSettings)
@@ -186,7 +189,7 @@ class ClusterConfig:
                 settings.kv_budget >= 2**20, f"{role}.kv_budget", f"found {settings.kv_budget} bytes, expected >= 1MiB"
             )
         check(self.prefill.chunk_tokens >= 1, "prefill.chunk_tokens", "expected at least 1")
-        check(self.max_context >= 2, "max_context", f"found {self.max_context}, expected at least 2")
+        check(self.max_context is None or self.max_context >= 2, "max_context", "expected at least 2")
         check(self.decode.lease > 0, "decode.lease", "expected more than 0 s")
         check(self.decode.max_waiting >= 0, "decode.max_waiting", "expected at least 0")
         check(self.router.request_deadline > 0, "router.request_deadline", "expected more than 0 s")

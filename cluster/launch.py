@@ -9,6 +9,8 @@ left running.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import logging
 import os
 import time
@@ -17,7 +19,7 @@ from typing import Any
 
 from cluster.actors import PartFailed, RouterActor, RouterSpec, WorkerActor, WorkerSpec
 from cluster.backends import WorkerAddress
-from cluster.config import ClusterConfig
+from cluster.config import DEFAULT_MAX_CONTEXT, ClusterConfig
 from cluster.errors import ClusterError
 from cluster.health import HealthWatch, WorkerDown, WorkerLost
 from cluster.placement import ActorPlan, NodeResources, plan
@@ -43,7 +45,7 @@ class Cluster:
     """One running deployment. Made by `start_cluster`; `close` ends it and everything it started."""
 
     def __init__(self, config: ClusterConfig, report: Report) -> None:
-        self._config = config
+        self._config = dataclasses.replace(config, max_context=context_limit(config))
         self._report = report
         self._workers: dict[str, _RayWorker] = {}
         self._router: Any = None
@@ -261,6 +263,17 @@ def _create_router(config: ClusterConfig) -> Any:
     return actor.remote(router_spec(config))
 
 
+def context_limit(config: ClusterConfig) -> int:
+    """The configured limit, or the model's own. Raises `StartFailed` when its config.json is unreadable."""
+    if config.max_context is not None:
+        return config.max_context
+    path = config.model / "config.json"
+    try:
+        return min(DEFAULT_MAX_CONTEXT, int(json.loads(path.read_text())["max_position_embeddings"]))
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise StartFailed(f"{path}: max_position_embeddings: {exc!r}") from exc
+
+
 def worker_spec(item: ActorPlan, config: ClusterConfig) -> WorkerSpec:
     """The settings of one worker process."""
     role = config.prefill if item.role is WorkerRole.PREFILL else config.decode
@@ -272,7 +285,7 @@ def worker_spec(item: ActorPlan, config: ClusterConfig) -> WorkerSpec:
         device=item.device,
         precision=config.precision.value,
         threads=item.threads,
-        max_context=config.max_context,
+        max_context=context_limit(config),
         kv_budget_bytes=role.kv_budget,
         chunk_tokens=config.prefill.chunk_tokens,
         max_running=role.max_running,
@@ -293,7 +306,7 @@ def router_spec(config: ClusterConfig) -> RouterSpec:
         model=config.model,
         model_name=config.served_name,
         effort=config.effort.value,
-        max_context=config.max_context,
+        max_context=context_limit(config),
         max_concurrent=config.router.max_concurrent,
         request_deadline_s=config.router.request_deadline,
         drain_s=config.router.drain,
