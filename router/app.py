@@ -114,7 +114,7 @@ class RouterApp:
         return response
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
-        call = parse_chat(await self._body(request), self._config)
+        call = parse_chat(await read_json(request), self._config)
         self._check_model(call.model)
         plan = await self._planner.plan_chat(call.request)
         answer_id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
@@ -122,7 +122,7 @@ class RouterApp:
         return await self._answer(request, answer_id, plan, renderer, call.ignored, stream=call.delivery.stream)
 
     async def _text(self, request: web.Request) -> web.StreamResponse:
-        call = parse_text(await self._body(request), self._config)
+        call = parse_text(await read_json(request), self._config)
         self._check_model(call.model)
         plan = await self._planner.plan_text(call.request)
         answer_id, created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
@@ -158,9 +158,14 @@ class RouterApp:
             answer.close()
             self.active -= 1
             self._metrics.active.dec()
-
-    async def _body(self, request: web.Request) -> Any:
-        return await read_json(request)
+            logger.info(
+                "request=%s answer=%s done=%s prompt_tokens=%d output_tokens=%d",
+                _REQUEST_ID.get(),
+                answer_id,
+                answer.done,
+                answer.usage.prompt_tokens,
+                answer.usage.completion_tokens,
+            )
 
     def _check_model(self, name: str) -> None:
         if name not in self._model_names:

@@ -29,6 +29,8 @@ async def read_json(request: web.Request) -> Any:
             raw = await request.read()
     except TimeoutError:
         raise ApiError(408, "The request body did not arrive in time.") from None
+    except web.RequestPayloadError as exc:
+        raise bad_request(None, f"The request body cannot be read: {exc}", "invalid_body") from exc
     except web.HTTPRequestEntityTooLarge as exc:
         raise ApiError(413, "The request body is too large.", code="request_too_large") from exc
     try:

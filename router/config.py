@@ -38,7 +38,10 @@ class RouterConfig:
     stats_interval_s: float = 1.0
     """Period of the load and liveness probe of every worker."""
     stats_timeout_s: float = 2.0
-    """Wait for one probe; a worker that misses it counts as unreachable until the next."""
+    """Wait for one probe."""
+    missed_probes: int = 5
+    """Probes in a row without an answer before a worker counts as unreachable; a busy host is slow, not dead. A refused
+    connection counts at once."""
     reconnect_s: float = 0.25
     """Pause before an event stream that broke is opened again."""
     keepalive_s: float = 15.0
@@ -53,7 +56,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_active_requests", "max_choices", "max_output_tokens"):
             _require(self, name, getattr(self, name) >= 1, ">= 1")
-        for name in ("default_output_tokens", "max_attempts", "retry_after_s"):
+        for name in ("default_output_tokens", "max_attempts", "retry_after_s", "missed_probes"):
             _require(self, name, getattr(self, name) >= 1, ">= 1")
         for name in (
             "request_timeout_s",

@@ -49,6 +49,7 @@ class WorkerSlot:
         self._probed = backend
         self._config = config
         self._answers = False
+        self._missed = 0
         self._tasks = [asyncio.create_task(self._probe_forever(), name=f"probe {self.name}")]
 
     @property
@@ -77,12 +78,20 @@ class WorkerSlot:
         try:
             async with asyncio.timeout(self._config.stats_timeout_s):
                 self.stats = await self._probed.stats()
-        except (TimeoutError, RequestError) as exc:
-            if self._answers:
-                logger.warning("worker=%s unreachable: %s", self.name, str(exc) or "probe timed out")
-            self._answers = False
+        except TimeoutError:
+            self._missed += 1
+            if self._missed >= self._config.missed_probes:
+                self._lost("no answer to probes")
+        except RequestError as exc:
+            self._lost(str(exc))
         else:
+            self._missed = 0
             self._answers = self.stats.ready
+
+    def _lost(self, reason: str) -> None:
+        if self._answers:
+            logger.warning("worker=%s unreachable: %s", self.name, reason)
+        self._answers = False
 
     async def close(self) -> None:
         """Stops this slot's tasks."""

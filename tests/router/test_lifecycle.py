@@ -9,8 +9,10 @@ from typing import Any
 import aiohttp
 import pytest
 
+from router.config import RouterConfig
+from router.fleet import PrefillSlot
 from tests.router.conftest import Rig, chat_body
-from tests.support.fake_backends import until
+from tests.support.fake_backends import FakePrefill, until
 from workers.errors import DeadlineExceeded, RequestError, WorkerFull, WorkerStopping, WorkerUnavailable
 from workers.messages import FinishReason, TokenBatch, TokenEvent
 
@@ -303,3 +305,26 @@ async def test_unreachable_workers_come_back_by_themselves(make_rig, say):
         while not await ready():
             await asyncio.sleep(0.005)
     assert (await rig.chat())["choices"][0]["message"]["content"] == "hello"
+
+
+async def test_a_slow_probe_is_not_a_dead_worker():
+    prefill = FakePrefill("p", {})
+    slot = PrefillSlot(prefill, RouterConfig(stats_timeout_s=0.001, stats_interval_s=1000.0, missed_probes=3))
+    await slot.probe()
+    prefill.stats = asyncio.Event().wait
+    for _ in range(2):
+        await slot.probe()
+        assert slot.reachable
+    await slot.probe()
+    assert not slot.reachable
+    await slot.close()
+
+
+async def test_a_refused_probe_counts_at_once():
+    prefill = FakePrefill("p", {})
+    slot = PrefillSlot(prefill, RouterConfig(stats_interval_s=1000.0, missed_probes=3))
+    await slot.probe()
+    prefill.down = True
+    await slot.probe()
+    assert not slot.reachable
+    await slot.close()

@@ -132,6 +132,13 @@ async def test_json_with_a_charset_is_accepted(rig: Rig):
         assert response.status == 200
 
 
+async def test_a_body_that_is_not_what_its_encoding_says_is_400(rig: Rig):
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    async with rig.session.post(rig.url + "/v1/completions", data=b"no gzip", headers=headers) as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["code"] == "invalid_body"
+
+
 async def test_a_huge_body_is_413(rig: Rig):
     await rig.refused(413, json=chat_body(user="x" * 200_000))
 
