@@ -21,7 +21,7 @@ class KVStoreConfig:
         slots: requests that may hold KV at the same time (default 32).
         landing_budget_bytes: host memory for KV that has arrived but is not in the pools yet (default 512 MiB).
         credit_bytes: payload bytes a sender may have unacknowledged (default 64 MiB).
-        segment_bytes: target size of one transfer segment (default 4 MiB).
+        segment_bytes: target size of one transfer segment (default 2 MiB: those of larger pools are then 1 to 2 MiB).
         max_message_bytes: largest gRPC message accepted or sent; larger segments are split (default 8 MiB).
         lease_s: seconds a grant lives without any sign of its sender (default 30).
         max_lease_s: seconds after which a grant ends whatever its sender does (default 600).
@@ -34,7 +34,7 @@ class KVStoreConfig:
     slots: int = 32
     landing_budget_bytes: int = 512 << 20
     credit_bytes: int = 64 << 20
-    segment_bytes: int = 4 << 20
+    segment_bytes: int = 2 << 20
     max_message_bytes: int = 8 << 20
     lease_s: float = 30.0
     max_lease_s: float = 600.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 
 import grpc
@@ -196,20 +196,25 @@ class KVStream:
 
         Ranges longer than one message are split. Errors surface in `committed`.
         """
+        self.enqueue_chunk([(place, rows)])
+
+    def enqueue_chunk(self, pieces: Iterable[tuple[RowRange, torch.Tensor]]) -> None:
+        """`enqueue` for all rows of a chunk: wakes the loop once, so that the engine gets the interpreter back at once."""
         now = self._clock()
-        for piece, part in self._pieces(place, rows):
-            item = _Item(piece, part, SegmentTrace(piece, now))
-            self._loop.call_soon_threadsafe(self._put, item)
+        split = [part for place, rows in pieces for part in self._pieces(place, rows)]
+        items = [_Item(place, rows, SegmentTrace(place, now)) for place, rows in split]
+        self._loop.call_soon_threadsafe(self._put, items)
 
     def finish(self, tail: bytes) -> None:
         """No more rows: commit with these opaque bytes once all rows are acknowledged. Any thread."""
         self._loop.call_soon_threadsafe(self._queue.put_nowait, _Finish(tail))
 
-    def _put(self, item: _Item) -> None:
+    def _put(self, items: list[_Item]) -> None:
         if self._done.done():
             return
-        self._queued_bytes += item.place.length
-        self._queue.put_nowait(item)
+        for item in items:
+            self._queued_bytes += item.place.length
+            self._queue.put_nowait(item)
 
     def _pieces(self, place: RowRange, rows: torch.Tensor) -> list[tuple[RowRange, torch.Tensor]]:
         if rows.numel() != place.length or rows.dtype != torch.uint8:
