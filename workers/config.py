@@ -54,8 +54,6 @@ class WorkerConfig:
     """Decode: how long the requests of a router without an event stream live on."""
     drain_s: float = 2.0
     """Longest wait for running work when the server closes."""
-    deterministic: bool = True
-    """Results of a request do not depend on its batch, where that costs speed."""
 
     def __post_init__(self) -> None:
         for field in ("num_threads", "kv_budget_bytes", "max_running", "chunk_tokens", "credit_bytes"):
