@@ -310,7 +310,8 @@ async def test_unreachable_workers_come_back_by_themselves(make_rig, say):
 async def test_a_slow_probe_is_not_a_dead_worker():
     prefill = FakePrefill("p", {})
     slot = PrefillSlot(prefill, RouterConfig(stats_timeout_s=0.001, stats_interval_s=1000.0, missed_probes=3))
-    await slot.probe()
+    # The slot's own first probe runs here; its next one is far away.
+    await until(lambda: slot.reachable)
     prefill.stats = asyncio.Event().wait
     for _ in range(2):
         await slot.probe()
@@ -323,7 +324,7 @@ async def test_a_slow_probe_is_not_a_dead_worker():
 async def test_a_refused_probe_counts_at_once():
     prefill = FakePrefill("p", {})
     slot = PrefillSlot(prefill, RouterConfig(stats_interval_s=1000.0, missed_probes=3))
-    await slot.probe()
+    await until(lambda: slot.reachable)
     prefill.down = True
     await slot.probe()
     assert not slot.reachable
