@@ -199,7 +199,7 @@ class KVStream:
         self.enqueue_chunk([(place, rows)])
 
     def enqueue_chunk(self, pieces: Iterable[tuple[RowRange, torch.Tensor]]) -> None:
-        """`enqueue` for all rows of a chunk: wakes the loop once, so that the engine gets the interpreter back at once."""
+        """`enqueue` for all rows of a chunk; one wake-up of the loop lets the engine keep the interpreter. Any thread."""
         now = self._clock()
         split = [part for place, rows in pieces for part in self._pieces(place, rows)]
         items = [_Item(place, rows, SegmentTrace(place, now)) for place, rows in split]

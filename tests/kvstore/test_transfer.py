@@ -7,94 +7,18 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator
 
-import grpc
 import grpc.aio
 import pytest
 import torch
 
-from kvstore.checksum import CHECKSUM_NAME, checksum
 from kvstore.config import KVStoreConfig
 from kvstore.errors import TransferAborted, TransferRefused, TransferTimeout, TransferUnavailable
-from kvstore.image import KVImage
-from kvstore.pools.aggregate import KVPools
-from kvstore.transfer.landing import GrantInfo, ReceivedImage
-from kvstore.transfer.receiver import KVReceiver
-from kvstore.transfer.sender import KVSender, KVStream
-from kvstore.transfer.stubs.kv_transfer_pb2 import Commit, Open, PushReply, PushRequest, Renew, SegmentHeader
-from kvstore.transfer.wire import PUSH_METHOD, WIRE_VERSION, channel_options, encode_request
-from tests.kvstore.clocks import ManualClock
-from tests.kvstore.layouts import SMALL_SIZES, allocators, fill_random, opened, small_spec
-
-N = 300
-SMALL = KVStoreConfig(
-    landing_budget_bytes=4 << 20,
-    credit_bytes=64_000,
-    segment_bytes=20_000,
-    connect_timeout_s=5.0,
-    stall_timeout_s=5.0,
-)
-
-
-class Decode:
-    """A receiver behind a real server; images and losses land in queues."""
-
-    def __init__(self, config: KVStoreConfig = SMALL) -> None:
-        self.spec = small_spec()
-        self.clock = ManualClock()
-        self.images: asyncio.Queue[ReceivedImage] = asyncio.Queue()
-        self.lost: asyncio.Queue[tuple[GrantInfo, str]] = asyncio.Queue()
-        self.receiver = KVReceiver(
-            self.spec,
-            config,
-            on_image=self.images.put_nowait,
-            on_lost=lambda grant, reason: self.lost.put_nowait((grant, reason)),
-            model_hash="weights",
-            clock=self.clock,
-        )
-        self.server = grpc.aio.server(options=channel_options(config))
-        self.receiver.add_to_server(self.server)
-        self.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
-
-    def grant(self, request_id: str = "r", epoch: int = 0) -> GrantInfo:
-        grant = self.receiver.grant(request_id, epoch, N)
-        assert grant is not None
-        return grant
-
-    def assert_empty(self) -> None:
-        self.receiver.check_integrity()
-        assert self.receiver.stats().held_bytes == 0
-
-
-@contextlib.asynccontextmanager
-async def decode_worker(config: KVStoreConfig = SMALL) -> AsyncIterator[Decode]:
-    decode = Decode(config)
-    await decode.server.start()
-    decode.receiver.start()
-    try:
-        yield decode
-    finally:
-        await decode.server.stop(None)
-        await decode.receiver.close()
-
-
-@contextlib.asynccontextmanager
-async def prefill_worker(config: KVStoreConfig = SMALL, **changes: str) -> AsyncIterator[KVSender]:
-    sender = KVSender(small_spec(), config, model_hash=changes.get("model_hash", "weights"))
-    try:
-        yield sender
-    finally:
-        await sender.close()
-
-
-def prompt_image() -> KVImage:
-    pools = KVPools(small_spec(), SMALL_SIZES)
-    fill_random(pools, 21)
-    return pools.get_cpu_copy(opened(allocators(), N).indices(), segment_bytes=20_000)
-
-
-async def send_all(stream: KVStream, image: KVImage) -> None:
-    for segment in image.header.segments:
-        await stream.send(segment.place, image.segment_rows(segment, stream.spec))
+from kvstore.transfer.landing import ReceivedImage
+from kvstore.transfer.sender import KVSender
+from kvstore.transfer.stubs.kv_transfer_pb2 import PushReply
+from kvstore.transfer.wire import PUSH_METHOD
+from tests.kvstore.layouts import small_spec
+from tests.kvstore.peers import SMALL, N, decode_worker, prefill_worker, prompt_image, raw_open, raw_stream, send_all
 
 
 async def test_an_image_crosses_bit_for_bit_with_its_tail() -> None:
@@ -210,8 +134,8 @@ async def test_a_senders_abort_carries_its_reason() -> None:
 async def test_a_sender_that_vanishes_frees_the_landing() -> None:
     async with decode_worker() as decode, prefill_worker() as sender:
         decode.grant()
-        async with _raw_stream(decode) as call:
-            await _raw_open(call, decode)
+        async with raw_stream(decode) as call:
+            await raw_open(call, decode)
             call.cancel()
         assert (await decode.lost.get())[0].request_id == "r"
         decode.assert_empty()
@@ -389,149 +313,6 @@ async def test_segments_that_are_never_acknowledged_time_out() -> None:
         stream.enqueue(image.header.segments[0].place, image.segment_rows(image.header.segments[0], sender.spec))
         with pytest.raises(TransferTimeout, match="acknowledgements"):
             await stream.commit(b"")
-
-
-@contextlib.asynccontextmanager
-async def _raw_stream(decode: Decode) -> AsyncIterator[grpc.aio.StreamStreamCall]:
-    """A hostile sender: any messages in any order."""
-    async with grpc.aio.insecure_channel(decode.address, options=channel_options(SMALL)) as channel:
-        call = channel.stream_stream(
-            PUSH_METHOD, request_serializer=encode_request, response_deserializer=PushReply.FromString
-        )()
-        yield call
-        call.cancel()
-
-
-async def _raw_open(call: grpc.aio.StreamStreamCall, decode: Decode, **changes: object) -> PushReply:
-    fields: dict[str, object] = {
-        "version": WIRE_VERSION,
-        "request_id": "r",
-        "num_tokens": N,
-        "fingerprint": decode.spec.fingerprint,
-        "model_hash": "weights",
-        "checksum_name": CHECKSUM_NAME,
-    }
-    await call.write(PushRequest(open=Open(**{**fields, **changes})))  # type: ignore[arg-type]
-    return await call.read()
-
-
-def _raw_segment(image: KVImage, index: int, *, flip: bool = False) -> PushRequest:
-    segment = image.header.segments[index]
-    place, payload = segment.place, bytearray(image.segment_bytes(segment))
-    digest = checksum(bytes(payload))
-    if flip:
-        payload[0] ^= 0x80
-    header = SegmentHeader(
-        seq=index,
-        pool=place.pool.value,
-        row_start=place.row_start,
-        row_end=place.row_end,
-        offset=place.offset,
-        length=place.length,
-        checksum=digest,
-    )
-    return PushRequest(segment=header, payload=bytes(payload))
-
-
-async def test_duplicates_and_reversed_order_are_harmless_on_the_wire() -> None:
-    image = prompt_image()
-    count = len(image.header.segments)
-    async with decode_worker() as decode, _raw_stream(decode) as call:
-        decode.grant()
-        assert (await _raw_open(call, decode)).opened.credit_bytes == SMALL.credit_bytes
-        duplicates = 0
-        for index in reversed(range(count)):
-            for _ in range(2):
-                await call.write(_raw_segment(image, index))
-                reply = await call.read()
-                assert reply.ack.seq == index
-                duplicates += reply.ack.duplicate
-        assert duplicates == count == decode.receiver.stats().duplicates
-        commit = Commit(num_segments=count, num_bytes=decode.spec.live_bytes(N), tail_checksum=checksum(b""))
-        await call.write(PushRequest(commit=commit))
-        assert (await call.read()).committed.num_segments == count
-        with await decode.images.get() as received:
-            received.image.verify()
-            assert torch.equal(received.image.payload, image.payload)
-
-
-async def test_a_bit_flip_on_the_wire_is_refused_and_reported() -> None:
-    image = prompt_image()
-    async with decode_worker() as decode, _raw_stream(decode) as call:
-        decode.grant()
-        await _raw_open(call, decode)
-        await call.write(_raw_segment(image, 0, flip=True))
-        reply = await call.read()
-        assert "checksum" in reply.refused.message
-        assert "checksum" in (await decode.lost.get())[1]
-        assert decode.receiver.stats().checksum_failures == 1
-        decode.assert_empty()
-
-
-async def test_a_sender_that_ignores_its_credit_is_refused() -> None:
-    image = prompt_image()
-    config = KVStoreConfig(landing_budget_bytes=4 << 20, credit_bytes=20_000, segment_bytes=20_000)
-    async with decode_worker(config) as decode, _raw_stream(decode) as call:
-        decode.grant()
-        place = decode.spec.place(image.header.segments[0].place.pool, N - 128, N, N)
-        await _raw_open(call, decode)
-        header = SegmentHeader(
-            pool=place.pool.value, row_start=N - 128, row_end=N, offset=place.offset, length=place.length
-        )
-        await call.write(PushRequest(segment=header, payload=bytes(place.length)))
-        assert "credit 20000" in (await call.read()).refused.message
-        decode.assert_empty()
-
-
-@pytest.mark.parametrize(
-    ("request_", "named"),
-    [
-        (PushRequest(renew=Renew()), "not open"),
-        (PushRequest(), "not open"),
-        (PushRequest(segment=SegmentHeader(pool="c4")), "not open"),
-        (PushRequest(open=Open(version=99)), "version 99"),
-    ],
-)
-async def test_a_stream_that_begins_wrongly_is_refused(request_: PushRequest, named: str) -> None:
-    async with decode_worker() as decode, _raw_stream(decode) as call:
-        await call.write(request_)
-        assert named in (await call.read()).refused.message
-
-
-@pytest.mark.parametrize(
-    ("request_", "named"),
-    [
-        (PushRequest(open=Open()), "unexpected message open"),
-        (PushRequest(), "unexpected message None"),
-        (PushRequest(segment=SegmentHeader(pool="mtp_window")), "unknown pool 'mtp_window'"),
-        (PushRequest(commit=Commit(tail=b"x", tail_checksum=1)), "tail checksum"),
-    ],
-)
-async def test_a_stream_that_goes_on_wrongly_is_refused(request_: PushRequest, named: str) -> None:
-    async with decode_worker() as decode, _raw_stream(decode) as call:
-        decode.grant()
-        await _raw_open(call, decode)
-        await call.write(request_)
-        assert named in (await call.read()).refused.message
-        assert named in (await decode.lost.get())[1]
-        decode.assert_empty()
-
-
-async def test_garbage_bytes_end_only_their_own_stream() -> None:
-    image = prompt_image()
-    async with decode_worker() as decode, prefill_worker() as sender:
-        async with grpc.aio.insecure_channel(decode.address) as channel:
-            call = channel.stream_stream(PUSH_METHOD)()
-            await call.write(b"\xff\xfe not a message")
-            with pytest.raises(grpc.RpcError):
-                await call.read()
-                await call.read()
-        decode.grant()
-        async with sender.open(decode.address, "r", 0, N) as stream:
-            await send_all(stream, image)
-            await stream.commit(b"")
-        (await decode.images.get()).release()
-        decode.assert_empty()
 
 
 async def test_eight_requests_at_once_do_not_mix() -> None:
