@@ -52,6 +52,8 @@ class WorkerConfig:
     """Decode: KV bytes of one request that may be on the wire or unverified."""
     router_grace_s: float = 5.0
     """Decode: how long the requests of a router without an event stream live on."""
+    allow_retract_control: bool = False
+    """Decode: whether `SetRetractControl` is served: forced retracts and planned errors, for proofs."""
     drain_s: float = 2.0
     """Longest wait for running work when the server closes."""
 

@@ -19,7 +19,7 @@ from workers.config import WorkerConfig
 from workers.engine import BrokenLogits, Engine
 from workers.errors import DeadlineExceeded, RequestAborted, RequestError, WorkerFull, WorkerStopping
 from workers.loop import EngineLoop
-from workers.messages import GenerateRequest, TokenEvent, TokenLogprob
+from workers.messages import GenerateRequest, RetractControl, RetractReport, TokenEvent, TokenLogprob
 from workers.scheduler.decode import DecodeLimits, DecodeScheduler
 from workers.sequence import SeqState, Sequence
 
@@ -106,9 +106,20 @@ class DecodeWorker:
         """Ends every request of one router; how many there were."""
         return self.loop.call(lambda: self._abort_router(router_id))
 
+    def control(self, control: RetractControl) -> Future[None]:
+        """Forces retracts from the next step on, or stops doing so."""
+        return self.loop.call(lambda: self._control(control))
+
+    def retract_report(self, *, reset: bool = False) -> Future[RetractReport]:
+        """What was retracted and resumed; `reset` starts the counts anew."""
+        return self.loop.call(RetractReport)
+
     def close(self) -> None:
         """Ends every request with `WorkerStopping` and stops the thread."""
         self.loop.close()
+
+    def _control(self, control: RetractControl) -> None:
+        raise NotImplementedError
 
     # -- engine thread ------------------------------------------------------------------------------------------------
 

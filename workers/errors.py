@@ -10,6 +10,7 @@ WorkerError
 |   +-- RequestAborted       the client went away
 |   +-- WorkerStopping       the worker drains and takes nothing new (503)
 |   +-- WorkerUnavailable    the worker cannot be reached (503)
+|   +-- NotAllowed           the worker was not started with this allowed (403)
 """
 
 from __future__ import annotations
@@ -83,3 +84,10 @@ class WorkerUnavailable(RequestError):
 
     status = 503
     code = "worker_unavailable"
+
+
+class NotAllowed(RequestError):
+    """An operator's call that this worker was not started to take."""
+
+    status = 403
+    code = "not_allowed"

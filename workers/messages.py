@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 
 from workers.errors import (
     DeadlineExceeded,
@@ -226,6 +227,104 @@ class TokenBatch:
     """Events of one step for one router."""
 
     events: tuple[TokenEvent, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RetractControl:
+    """Forced retracts of one decode worker, for proofs. The default value forces nothing and mends what was forced.
+
+    Raises `ValueError` naming the field when a value is out of range.
+    """
+
+    interval: int | None = None
+    """`all` and `named`: a request leaves after each so many of its own tokens, at an offset drawn from `seed` and its
+    id. `policy` and `random`: one running request leaves every so many steps. None: nobody is forced."""
+    victim: str = "all"
+    """One of `VICTIM_RULES`."""
+    names: tuple[str, ...] = ()
+    """`named`: ids, or beginnings of ids, of the requests that leave."""
+    seed: int = 0
+    tier: str = "auto"
+    """One of `TIER_CHOICES`: where a forced image must go before it may come back."""
+    poison_freed: bool = False
+    """Fill what retracted and ended requests give back with NaN bytes."""
+    other_pages: bool = False
+    """Never resume a request in a page or slot that it had before, as long as others are free."""
+    fail_copy: int | None = None
+    """The copy out of the pools with this number, counted from 1 since this control was set, fails."""
+    mutate: str | None = None
+    """Name of one planned error of the restore (`workers/retract/mutation.py`), applied after verification."""
+
+    def __post_init__(self) -> None:
+        _check("interval", self.interval, self.interval is None or self.interval >= 1, ">= 1 or null")
+        _check("victim", self.victim, self.victim in VICTIM_RULES, f"one of {VICTIM_RULES}")
+        _check("tier", self.tier, self.tier in TIER_CHOICES, f"one of {TIER_CHOICES}")
+        _check("fail_copy", self.fail_copy, self.fail_copy is None or self.fail_copy >= 1, ">= 1 or null")
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, flat: Mapping[str, object]) -> RetractControl:
+        """Inverse of `as_dict`. Raises `ValueError` for unknown keys and bad values."""
+        unknown = set(flat) - {item.name for item in fields(cls)}
+        if unknown:
+            raise ValueError(f"retract control: unknown keys {sorted(unknown)}")
+        return cls(**{**flat, "names": tuple(flat.get("names", ()))})  # type: ignore[arg-type]
+
+
+VICTIM_RULES = ("all", "policy", "random", "named")
+TIER_CHOICES = ("auto", "pinned", "disk", "peer", "recompute")
+
+
+@dataclass(frozen=True, slots=True)
+class RetractReport:
+    """Retracts and resumes of one decode worker since it started or the report was reset."""
+
+    events: int = 0
+    """Requests taken out of the batch."""
+    resumes: int = 0
+    bytes_out: int = 0
+    """Payload bytes copied out of the pools; `bytes_in` back into them."""
+    bytes_in: int = 0
+    by_cause: Mapping[str, int] = field(default_factory=dict)
+    """Events by cause: `full_pages`, `window_pages`, `slots` (shortage), `landing`, `forced`."""
+    by_tier: Mapping[str, int] = field(default_factory=dict)
+    """Resumes by the lowest tier that the image came from: `pinned`, `disk`, `peer`, `recompute`."""
+    phase_ms: Mapping[str, tuple[int, float, float]] = field(default_factory=dict)
+    """Phase -> (count, p50, p99) milliseconds: `copy_out`, `parked`, `resume_wait`, `copy_in`, `recompute`."""
+    parked_requests: int = 0
+    """Gauge: requests out of the batch now, in any state."""
+    parked_bytes: int = 0
+    """Gauge: payload bytes of parked images."""
+    checksum_failures: int = 0
+    """Images that came back damaged; their requests were recomputed."""
+    fallbacks: Mapping[str, int] = field(default_factory=dict)
+    """Count by what was done instead of the first choice."""
+    repeat_max: int = 0
+    """Most retracts of one request."""
+    added_step_ms_p50: float = 0.0
+    """Time that retract work added to the steps in which there was any."""
+    added_step_ms_p99: float = 0.0
+    leaked_pages: int = 0
+    """Pages and slots that the allocators gave out and no request holds, now."""
+    contexts: tuple[int, ...] = ()
+    """Committed tokens at each of the latest events."""
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, flat: Mapping[str, object]) -> RetractReport:
+        """Inverse of `as_dict`; fields this side does not know are ignored."""
+        known = {item.name: flat[item.name] for item in fields(cls) if item.name in flat}
+        phases = known.get("phase_ms", {})
+        assert isinstance(phases, Mapping)
+        known["phase_ms"] = {name: tuple(values) for name, values in phases.items()}
+        known["contexts"] = tuple(known.get("contexts", ()))  # type: ignore[arg-type]
+        return cls(**known)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,22 @@ deadlines of calls, mapping of every failure to `RequestError`. Lives on one eve
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
 
 from workers.errors import DeadlineExceeded, RequestError, WorkerUnavailable
-from workers.messages import GenerateRequest, Grant, PrefillResult, TokenBatch, WorkerRole, WorkerStats
+from workers.messages import (
+    GenerateRequest,
+    Grant,
+    PrefillResult,
+    RetractControl,
+    RetractReport,
+    TokenBatch,
+    WorkerRole,
+    WorkerStats,
+)
 from workers.service import codec
 from workers.service.status import error_of
 from workers.service.stubs import worker_pb2 as pb
@@ -102,6 +111,21 @@ class WorkerClient:
     async def stats(self) -> WorkerStats:
         """Counters and gauges now; also the liveness probe."""
         return codec.stats_from_wire(await self._call(self._stub.Stats, pb.StatsCall(), self._short_call_s))
+
+    async def control(self, control: RetractControl) -> None:
+        """Forces retracts on a decode worker that allows it; raises `RequestError` (403) where it does not."""
+        call = codec.control_to_wire(control)
+        await self._call(self._decode_stub.SetRetractControl, call, self._short_call_s)
+
+    async def retract_report(self, reset: bool = False) -> RetractReport:
+        """What a decode worker has retracted and resumed since it started or the last `reset`."""
+        call = pb.RetractReportCall(reset=reset)
+        return codec.report_from_wire(await self._call(self._decode_stub.GetRetractReport, call, self._short_call_s))
+
+    async def set_peers(self, prefill: Sequence[str], decode: Sequence[str]) -> None:
+        """Tells a decode worker the `host:port` of all prefill workers and of the other decode workers."""
+        call = pb.PeersCall(prefill=prefill, decode=decode)
+        await self._call(self._decode_stub.SetPeers, call, self._short_call_s)
 
     async def close(self) -> None:
         """Closes the channel; open calls and streams end with `WorkerUnavailable`."""

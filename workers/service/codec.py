@@ -13,6 +13,8 @@ from workers.messages import (
     GenerateRequest,
     Grant,
     PrefillResult,
+    RetractControl,
+    RetractReport,
     SamplingParams,
     SpaceStats,
     TokenBatch,
@@ -220,3 +222,23 @@ def stats_from_wire(wire: pb.StatsReply) -> WorkerStats:
             values[item.name] = flat[item.name]
     values["role"] = WorkerRole(flat["role"])
     return WorkerStats(**values)  # type: ignore[arg-type]
+
+
+def control_to_wire(control: RetractControl) -> pb.RetractControlCall:
+    return pb.RetractControlCall(json=json.dumps(control.as_dict(), separators=(",", ":")))
+
+
+def control_from_wire(wire: pb.RetractControlCall) -> RetractControl:
+    """Raises `BadRequest` naming the key or field that is unusable."""
+    try:
+        return RetractControl.from_dict(json.loads(wire.json))
+    except (ValueError, TypeError, AttributeError) as exc:
+        raise BadRequest(str(exc)) from exc
+
+
+def report_to_wire(report: RetractReport) -> pb.RetractReportReply:
+    return pb.RetractReportReply(json=json.dumps(report.as_dict(), separators=(",", ":")))
+
+
+def report_from_wire(wire: pb.RetractReportReply) -> RetractReport:
+    return RetractReport.from_dict(json.loads(wire.json))

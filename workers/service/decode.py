@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from concurrent.futures import Future
+from typing import TypeVar
 
 import grpc
 
@@ -16,7 +17,7 @@ from kvstore.errors import TransferRefused
 from kvstore.transfer.landing import GrantInfo, ReceivedImage
 from kvstore.transfer.receiver import KVReceiver
 from workers.decode import DecodeWorker
-from workers.errors import DeadlineExceeded, RequestAborted, RequestError, WorkerFull, WorkerUnavailable
+from workers.errors import DeadlineExceeded, NotAllowed, RequestAborted, RequestError, WorkerFull, WorkerUnavailable
 from workers.messages import GenerateRequest, Grant, TokenEvent
 from workers.service import codec
 from workers.service.events import EventHub, Key
@@ -25,6 +26,8 @@ from workers.service.stubs import worker_pb2 as pb
 from workers.service.stubs import worker_pb2_grpc
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ENGINE_S = 10.0
 """Longest wait for the engine thread's answer to a command; it answers between two steps."""
@@ -89,6 +92,26 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
         finally:
             await stream.aclose()  # type: ignore[attr-defined]
 
+    async def SetRetractControl(
+        self, call: pb.RetractControlCall, context: grpc.aio.ServicerContext
+    ) -> pb.RetractControlReply:  # noqa: N802,E501
+        try:
+            if not self.worker.config.allow_retract_control:
+                raise NotAllowed("this worker was not started with allow_retract_control")
+            await _answer(self.worker.control(codec.control_from_wire(call)))
+        except Exception as exc:
+            await abort_with(context, request_error_of(exc))
+        return pb.RetractControlReply()
+
+    async def GetRetractReport(
+        self, call: pb.RetractReportCall, context: grpc.aio.ServicerContext
+    ) -> pb.RetractReportReply:  # noqa: N802,E501
+        try:
+            return codec.report_to_wire(await _answer(self.worker.retract_report(reset=call.reset)))
+        except Exception as exc:
+            await abort_with(context, request_error_of(exc))
+            raise
+
     # -- admission ----------------------------------------------------------------------------------------------------
 
     async def admit(self, request: GenerateRequest) -> Grant:
@@ -147,6 +170,11 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
         """Requests that no router waits for any more."""
         for request_id, epoch in keys:
             self.worker.abort(request_id, epoch)
+
+
+async def _answer(future: Future[T]) -> T:
+    """Result of a command of the engine thread."""
+    return await asyncio.wait_for(asyncio.wrap_future(future), ENGINE_S)
 
 
 def _release(received: ReceivedImage, done: Future[None]) -> None:

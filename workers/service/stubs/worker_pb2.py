@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"workers/service/stubs/worker.proto\x12\x0b\x64sv4.worker\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x02\"\xdd\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x01\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x15\n\x08logprobs\x18\r \x01(\rH\x01\x88\x01\x01\x12*\n\nlogit_bias\x18\x0e \x03(\x0b\x32\x16.dsv4.worker.LogitBiasB\x07\n\x05_seedB\x0b\n\t_logprobs\"\xb7\x01\n\x08Generate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.dsv4.worker.Sampling\x12\x10\n\x08priority\x18\x05 \x01(\x11\x12\x17\n\ndeadline_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\trouter_id\x18\x07 \x01(\tB\r\n\x0b_deadline_s\"\x8f\x01\n\x05Grant\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x63redit_bytes\x18\x04 \x01(\x04\x12\x12\n\nkv_address\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x13\n\x0bincarnation\x18\x07 \x01(\t\"X\n\x0bPrefillCall\x12&\n\x07request\x18\x01 \x01(\x0b\x32\x15.dsv4.worker.Generate\x12!\n\x05grant\x18\x02 \x01(\x0b\x32\x12.dsv4.worker.Grant\"\x91\x01\n\x0cPrefillReply\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x12\x15\n\rkv_bytes_sent\x18\x06 \x01(\x04\"\x1f\n\tAbortCall\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0c\n\nAbortReply\"\x0b\n\tStatsCall\"\x1a\n\nStatsReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x1f\n\nEventsCall\x12\x11\n\trouter_id\x18\x01 \x01(\t\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"W\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.dsv4.worker.TopLogprob\":\n\tErrorInfo\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xca\x01\n\nTokenEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.dsv4.worker.TokenLogprob\x12#\n\x06\x66inish\x18\x06 \x01(\x0e\x32\x13.dsv4.worker.Finish\x12%\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x16.dsv4.worker.ErrorInfo\"~\n\nTokenBatch\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\r\x12\x0f\n\x07indices\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\'\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x17.dsv4.worker.TokenEvent\"J\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12*\n\x07logprob\x18\x02 \x01(\x0b\x32\x19.dsv4.worker.TokenLogprob*c\n\x06\x46inish\x12\x0f\n\x0b\x46INISH_NONE\x10\x00\x12\x0f\n\x0b\x46INISH_STOP\x10\x01\x12\x11\n\rFINISH_LENGTH\x10\x02\x12\x12\n\x0e\x46INISH_ABORTED\x10\x03\x12\x10\n\x0c\x46INISH_ERROR\x10\x04\x32\xc4\x01\n\x0ePrefillService\x12>\n\x07Prefill\x12\x18.dsv4.worker.PrefillCall\x1a\x19.dsv4.worker.PrefillReply\x12\x38\n\x05\x41\x62ort\x12\x16.dsv4.worker.AbortCall\x1a\x17.dsv4.worker.AbortReply\x12\x38\n\x05Stats\x12\x16.dsv4.worker.StatsCall\x1a\x17.dsv4.worker.StatsReply2\xf5\x01\n\rDecodeService\x12\x32\n\x05\x41\x64mit\x12\x15.dsv4.worker.Generate\x1a\x12.dsv4.worker.Grant\x12<\n\x06\x45vents\x12\x17.dsv4.worker.EventsCall\x1a\x17.dsv4.worker.TokenBatch0\x01\x12\x38\n\x05\x41\x62ort\x12\x16.dsv4.worker.AbortCall\x1a\x17.dsv4.worker.AbortReply\x12\x38\n\x05Stats\x12\x16.dsv4.worker.StatsCall\x1a\x17.dsv4.worker.StatsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"workers/service/stubs/worker.proto\x12\x0b\x64sv4.worker\"+\n\tLogitBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x02\"\xdd\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x01\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x12\n\nmin_tokens\x18\x0c \x01(\r\x12\x15\n\x08logprobs\x18\r \x01(\rH\x01\x88\x01\x01\x12*\n\nlogit_bias\x18\x0e \x03(\x0b\x32\x16.dsv4.worker.LogitBiasB\x07\n\x05_seedB\x0b\n\t_logprobs\"\xb7\x01\n\x08Generate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x12\n\nprompt_ids\x18\x03 \x03(\r\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.dsv4.worker.Sampling\x12\x10\n\x08priority\x18\x05 \x01(\x11\x12\x17\n\ndeadline_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\trouter_id\x18\x07 \x01(\tB\r\n\x0b_deadline_s\"\x8f\x01\n\x05Grant\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x0f\n\x07lease_s\x18\x03 \x01(\x01\x12\x14\n\x0c\x63redit_bytes\x18\x04 \x01(\x04\x12\x12\n\nkv_address\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x13\n\x0bincarnation\x18\x07 \x01(\t\"X\n\x0bPrefillCall\x12&\n\x07request\x18\x01 \x01(\x0b\x32\x15.dsv4.worker.Generate\x12!\n\x05grant\x18\x02 \x01(\x0b\x32\x12.dsv4.worker.Grant\"\x91\x01\n\x0cPrefillReply\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11num_cached_tokens\x18\x04 \x01(\r\x12\x11\n\tprefill_s\x18\x05 \x01(\x01\x12\x15\n\rkv_bytes_sent\x18\x06 \x01(\x04\"\x1f\n\tAbortCall\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0c\n\nAbortReply\"\x0b\n\tStatsCall\"\x1a\n\nStatsReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"\"\n\x12RetractControlCall\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x15\n\x13RetractControlReply\"\"\n\x11RetractReportCall\x12\r\n\x05reset\x18\x01 \x01(\x08\"\"\n\x12RetractReportReply\x12\x0c\n\x04json\x18\x01 \x01(\t\",\n\tPeersCall\x12\x0f\n\x07prefill\x18\x01 \x03(\t\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x03(\t\"\x0c\n\nPeersReply\"T\n\x08ParkCall\x12\x10\n\x08image_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\"A\n\nReturnCall\x12\x10\n\x08image_id\x18\x01 \x01(\t\x12!\n\x05grant\x18\x02 \x01(\x0b\x32\x12.dsv4.worker.Grant\"\r\n\x0bReturnReply\"\x1e\n\nForgetCall\x12\x10\n\x08image_id\x18\x01 \x01(\t\"\r\n\x0b\x46orgetReply\"\x1f\n\nEventsCall\x12\x11\n\trouter_id\x18\x01 \x01(\t\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"W\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.dsv4.worker.TopLogprob\":\n\tErrorInfo\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"\xca\x01\n\nTokenEvent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\r\x12\r\n\x05index\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12+\n\x08logprobs\x18\x05 \x03(\x0b\x32\x19.dsv4.worker.TokenLogprob\x12#\n\x06\x66inish\x18\x06 \x01(\x0e\x32\x13.dsv4.worker.Finish\x12%\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x16.dsv4.worker.ErrorInfo\"~\n\nTokenBatch\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\x12\x0e\n\x06\x65pochs\x18\x02 \x03(\r\x12\x0f\n\x07indices\x18\x03 \x03(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\'\n\x06\x65vents\x18\x05 \x03(\x0b\x32\x17.dsv4.worker.TokenEvent\"J\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12*\n\x07logprob\x18\x02 \x01(\x0b\x32\x19.dsv4.worker.TokenLogprob*c\n\x06\x46inish\x12\x0f\n\x0b\x46INISH_NONE\x10\x00\x12\x0f\n\x0b\x46INISH_STOP\x10\x01\x12\x11\n\rFINISH_LENGTH\x10\x02\x12\x12\n\x0e\x46INISH_ABORTED\x10\x03\x12\x10\n\x0c\x46INISH_ERROR\x10\x04\x32\xc4\x01\n\x0ePrefillService\x12>\n\x07Prefill\x12\x18.dsv4.worker.PrefillCall\x1a\x19.dsv4.worker.PrefillReply\x12\x38\n\x05\x41\x62ort\x12\x16.dsv4.worker.AbortCall\x1a\x17.dsv4.worker.AbortReply\x12\x38\n\x05Stats\x12\x16.dsv4.worker.StatsCall\x1a\x17.dsv4.worker.StatsReply2\x99\x05\n\rDecodeService\x12\x32\n\x05\x41\x64mit\x12\x15.dsv4.worker.Generate\x1a\x12.dsv4.worker.Grant\x12<\n\x06\x45vents\x12\x17.dsv4.worker.EventsCall\x1a\x17.dsv4.worker.TokenBatch0\x01\x12\x38\n\x05\x41\x62ort\x12\x16.dsv4.worker.AbortCall\x1a\x17.dsv4.worker.AbortReply\x12\x38\n\x05Stats\x12\x16.dsv4.worker.StatsCall\x1a\x17.dsv4.worker.StatsReply\x12V\n\x11SetRetractControl\x12\x1f.dsv4.worker.RetractControlCall\x1a .dsv4.worker.RetractControlReply\x12S\n\x10GetRetractReport\x12\x1e.dsv4.worker.RetractReportCall\x1a\x1f.dsv4.worker.RetractReportReply\x12;\n\x08SetPeers\x12\x16.dsv4.worker.PeersCall\x1a\x17.dsv4.worker.PeersReply\x12\x36\n\tGrantPark\x12\x15.dsv4.worker.ParkCall\x1a\x12.dsv4.worker.Grant\x12?\n\nReturnPark\x12\x17.dsv4.worker.ReturnCall\x1a\x18.dsv4.worker.ReturnReply\x12?\n\nForgetPark\x12\x17.dsv4.worker.ForgetCall\x1a\x18.dsv4.worker.ForgetReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'workers.service.stubs.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISH']._serialized_start=1746
-  _globals['_FINISH']._serialized_end=1845
+  _globals['_FINISH']._serialized_start=2152
+  _globals['_FINISH']._serialized_end=2251
   _globals['_LOGITBIAS']._serialized_start=51
   _globals['_LOGITBIAS']._serialized_end=94
   _globals['_SAMPLING']._serialized_start=97
@@ -53,22 +53,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATSCALL']._serialized_end=1076
   _globals['_STATSREPLY']._serialized_start=1078
   _globals['_STATSREPLY']._serialized_end=1104
-  _globals['_EVENTSCALL']._serialized_start=1106
-  _globals['_EVENTSCALL']._serialized_end=1137
-  _globals['_TOPLOGPROB']._serialized_start=1139
-  _globals['_TOPLOGPROB']._serialized_end=1186
-  _globals['_TOKENLOGPROB']._serialized_start=1188
-  _globals['_TOKENLOGPROB']._serialized_end=1275
-  _globals['_ERRORINFO']._serialized_start=1277
-  _globals['_ERRORINFO']._serialized_end=1335
-  _globals['_TOKENEVENT']._serialized_start=1338
-  _globals['_TOKENEVENT']._serialized_end=1540
-  _globals['_TOKENBATCH']._serialized_start=1542
-  _globals['_TOKENBATCH']._serialized_end=1668
-  _globals['_FIRSTTOKEN']._serialized_start=1670
-  _globals['_FIRSTTOKEN']._serialized_end=1744
-  _globals['_PREFILLSERVICE']._serialized_start=1848
-  _globals['_PREFILLSERVICE']._serialized_end=2044
-  _globals['_DECODESERVICE']._serialized_start=2047
-  _globals['_DECODESERVICE']._serialized_end=2292
+  _globals['_RETRACTCONTROLCALL']._serialized_start=1106
+  _globals['_RETRACTCONTROLCALL']._serialized_end=1140
+  _globals['_RETRACTCONTROLREPLY']._serialized_start=1142
+  _globals['_RETRACTCONTROLREPLY']._serialized_end=1163
+  _globals['_RETRACTREPORTCALL']._serialized_start=1165
+  _globals['_RETRACTREPORTCALL']._serialized_end=1199
+  _globals['_RETRACTREPORTREPLY']._serialized_start=1201
+  _globals['_RETRACTREPORTREPLY']._serialized_end=1235
+  _globals['_PEERSCALL']._serialized_start=1237
+  _globals['_PEERSCALL']._serialized_end=1281
+  _globals['_PEERSREPLY']._serialized_start=1283
+  _globals['_PEERSREPLY']._serialized_end=1295
+  _globals['_PARKCALL']._serialized_start=1297
+  _globals['_PARKCALL']._serialized_end=1381
+  _globals['_RETURNCALL']._serialized_start=1383
+  _globals['_RETURNCALL']._serialized_end=1448
+  _globals['_RETURNREPLY']._serialized_start=1450
+  _globals['_RETURNREPLY']._serialized_end=1463
+  _globals['_FORGETCALL']._serialized_start=1465
+  _globals['_FORGETCALL']._serialized_end=1495
+  _globals['_FORGETREPLY']._serialized_start=1497
+  _globals['_FORGETREPLY']._serialized_end=1510
+  _globals['_EVENTSCALL']._serialized_start=1512
+  _globals['_EVENTSCALL']._serialized_end=1543
+  _globals['_TOPLOGPROB']._serialized_start=1545
+  _globals['_TOPLOGPROB']._serialized_end=1592
+  _globals['_TOKENLOGPROB']._serialized_start=1594
+  _globals['_TOKENLOGPROB']._serialized_end=1681
+  _globals['_ERRORINFO']._serialized_start=1683
+  _globals['_ERRORINFO']._serialized_end=1741
+  _globals['_TOKENEVENT']._serialized_start=1744
+  _globals['_TOKENEVENT']._serialized_end=1946
+  _globals['_TOKENBATCH']._serialized_start=1948
+  _globals['_TOKENBATCH']._serialized_end=2074
+  _globals['_FIRSTTOKEN']._serialized_start=2076
+  _globals['_FIRSTTOKEN']._serialized_end=2150
+  _globals['_PREFILLSERVICE']._serialized_start=2254
+  _globals['_PREFILLSERVICE']._serialized_end=2450
+  _globals['_DECODESERVICE']._serialized_start=2453
+  _globals['_DECODESERVICE']._serialized_end=3118
 # @@protoc_insertion_point(module_scope)

@@ -139,6 +139,74 @@ class StatsReply(_message.Message):
     json: str
     def __init__(self, json: _Optional[str] = ...) -> None: ...
 
+class RetractControlCall(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
+
+class RetractControlReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RetractReportCall(_message.Message):
+    __slots__ = ("reset",)
+    RESET_FIELD_NUMBER: _ClassVar[int]
+    reset: bool
+    def __init__(self, reset: bool = ...) -> None: ...
+
+class RetractReportReply(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: str
+    def __init__(self, json: _Optional[str] = ...) -> None: ...
+
+class PeersCall(_message.Message):
+    __slots__ = ("prefill", "decode")
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    prefill: _containers.RepeatedScalarFieldContainer[str]
+    decode: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, prefill: _Optional[_Iterable[str]] = ..., decode: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class PeersReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ParkCall(_message.Message):
+    __slots__ = ("image_id", "epoch", "num_tokens", "fingerprint")
+    IMAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    image_id: str
+    epoch: int
+    num_tokens: int
+    fingerprint: str
+    def __init__(self, image_id: _Optional[str] = ..., epoch: _Optional[int] = ..., num_tokens: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+
+class ReturnCall(_message.Message):
+    __slots__ = ("image_id", "grant")
+    IMAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    GRANT_FIELD_NUMBER: _ClassVar[int]
+    image_id: str
+    grant: Grant
+    def __init__(self, image_id: _Optional[str] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ...) -> None: ...
+
+class ReturnReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ForgetCall(_message.Message):
+    __slots__ = ("image_id",)
+    IMAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    image_id: str
+    def __init__(self, image_id: _Optional[str] = ...) -> None: ...
+
+class ForgetReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class EventsCall(_message.Message):
     __slots__ = ("router_id",)
     ROUTER_ID_FIELD_NUMBER: _ClassVar[int]

@@ -214,6 +214,36 @@ class DecodeServiceStub(object):
                 request_serializer=workers_dot_service_dot_stubs_dot_worker__pb2.StatsCall.SerializeToString,
                 response_deserializer=workers_dot_service_dot_stubs_dot_worker__pb2.StatsReply.FromString,
                 _registered_method=True)
+        self.SetRetractControl = channel.unary_unary(
+                '/dsv4.worker.DecodeService/SetRetractControl',
+                request_serializer=workers_dot_service_dot_stubs_dot_worker__pb2.RetractControlCall.SerializeToString,
+                response_deserializer=workers_dot_service_dot_stubs_dot_worker__pb2.RetractControlReply.FromString,
+                _registered_method=True)
+        self.GetRetractReport = channel.unary_unary(
+                '/dsv4.worker.DecodeService/GetRetractReport',
+                request_serializer=workers_dot_service_dot_stubs_dot_worker__pb2.RetractReportCall.SerializeToString,
+                response_deserializer=workers_dot_service_dot_stubs_dot_worker__pb2.RetractReportReply.FromString,
+                _registered_method=True)
+        self.SetPeers = channel.unary_unary(
+                '/dsv4.worker.DecodeService/SetPeers',
+                request_serializer=workers_dot_service_dot_stubs_dot_worker__pb2.PeersCall.SerializeToString,
+                response_deserializer=workers_dot_service_dot_stubs_dot_worker__pb2.PeersReply.FromString,
+                _registered_method=True)
+        self.GrantPark = channel.unary_unary(
+                '/dsv4.worker.DecodeService/GrantPark',
+                request_serializer=workers_dot_service_dot_stubs_dot_worker__pb2.ParkCall.SerializeToString,
+                response_deserializer=workers_dot_service_dot_stubs_dot_worker__pb2.Grant.FromString,
+                _registered_method=True)
+        self.ReturnPark = channel.unary_unary(
+                '/dsv4.worker.DecodeService/ReturnPark',
+                request_serializer=workers_dot_service_dot_stubs_dot_worker__pb2.ReturnCall.SerializeToString,
+                response_deserializer=workers_dot_service_dot_stubs_dot_worker__pb2.ReturnReply.FromString,
+                _registered_method=True)
+        self.ForgetPark = channel.unary_unary(
+                '/dsv4.worker.DecodeService/ForgetPark',
+                request_serializer=workers_dot_service_dot_stubs_dot_worker__pb2.ForgetCall.SerializeToString,
+                response_deserializer=workers_dot_service_dot_stubs_dot_worker__pb2.ForgetReply.FromString,
+                _registered_method=True)
 
 
 class DecodeServiceServicer(object):
@@ -246,6 +276,47 @@ class DecodeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRetractControl(self, request, context):
+        """Forced retracts, for proofs; refused unless the worker was started with it allowed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRetractReport(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPeers(self, request, context):
+        """Where this worker finds others: prefill workers that recompute lost KV, decode workers that keep parked images.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GrantPark(self, request, context):
+        """Another decode worker asks for a place for a parked image, which it then pushes like a hand-off.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReturnPark(self, request, context):
+        """It wants the image back: this worker pushes it under the grant. The image stays until ForgetPark.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForgetPark(self, request, context):
+        """Unknown images are no error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -268,6 +339,36 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Stats,
                     request_deserializer=workers_dot_service_dot_stubs_dot_worker__pb2.StatsCall.FromString,
                     response_serializer=workers_dot_service_dot_stubs_dot_worker__pb2.StatsReply.SerializeToString,
+            ),
+            'SetRetractControl': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRetractControl,
+                    request_deserializer=workers_dot_service_dot_stubs_dot_worker__pb2.RetractControlCall.FromString,
+                    response_serializer=workers_dot_service_dot_stubs_dot_worker__pb2.RetractControlReply.SerializeToString,
+            ),
+            'GetRetractReport': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRetractReport,
+                    request_deserializer=workers_dot_service_dot_stubs_dot_worker__pb2.RetractReportCall.FromString,
+                    response_serializer=workers_dot_service_dot_stubs_dot_worker__pb2.RetractReportReply.SerializeToString,
+            ),
+            'SetPeers': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPeers,
+                    request_deserializer=workers_dot_service_dot_stubs_dot_worker__pb2.PeersCall.FromString,
+                    response_serializer=workers_dot_service_dot_stubs_dot_worker__pb2.PeersReply.SerializeToString,
+            ),
+            'GrantPark': grpc.unary_unary_rpc_method_handler(
+                    servicer.GrantPark,
+                    request_deserializer=workers_dot_service_dot_stubs_dot_worker__pb2.ParkCall.FromString,
+                    response_serializer=workers_dot_service_dot_stubs_dot_worker__pb2.Grant.SerializeToString,
+            ),
+            'ReturnPark': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReturnPark,
+                    request_deserializer=workers_dot_service_dot_stubs_dot_worker__pb2.ReturnCall.FromString,
+                    response_serializer=workers_dot_service_dot_stubs_dot_worker__pb2.ReturnReply.SerializeToString,
+            ),
+            'ForgetPark': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetPark,
+                    request_deserializer=workers_dot_service_dot_stubs_dot_worker__pb2.ForgetCall.FromString,
+                    response_serializer=workers_dot_service_dot_stubs_dot_worker__pb2.ForgetReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -378,6 +479,168 @@ class DecodeService(object):
             '/dsv4.worker.DecodeService/Stats',
             workers_dot_service_dot_stubs_dot_worker__pb2.StatsCall.SerializeToString,
             workers_dot_service_dot_stubs_dot_worker__pb2.StatsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRetractControl(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dsv4.worker.DecodeService/SetRetractControl',
+            workers_dot_service_dot_stubs_dot_worker__pb2.RetractControlCall.SerializeToString,
+            workers_dot_service_dot_stubs_dot_worker__pb2.RetractControlReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRetractReport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dsv4.worker.DecodeService/GetRetractReport',
+            workers_dot_service_dot_stubs_dot_worker__pb2.RetractReportCall.SerializeToString,
+            workers_dot_service_dot_stubs_dot_worker__pb2.RetractReportReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPeers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dsv4.worker.DecodeService/SetPeers',
+            workers_dot_service_dot_stubs_dot_worker__pb2.PeersCall.SerializeToString,
+            workers_dot_service_dot_stubs_dot_worker__pb2.PeersReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GrantPark(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dsv4.worker.DecodeService/GrantPark',
+            workers_dot_service_dot_stubs_dot_worker__pb2.ParkCall.SerializeToString,
+            workers_dot_service_dot_stubs_dot_worker__pb2.Grant.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReturnPark(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dsv4.worker.DecodeService/ReturnPark',
+            workers_dot_service_dot_stubs_dot_worker__pb2.ReturnCall.SerializeToString,
+            workers_dot_service_dot_stubs_dot_worker__pb2.ReturnReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetPark(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dsv4.worker.DecodeService/ForgetPark',
+            workers_dot_service_dot_stubs_dot_worker__pb2.ForgetCall.SerializeToString,
+            workers_dot_service_dot_stubs_dot_worker__pb2.ForgetReply.FromString,
             options,
             channel_credentials,
             insecure,
