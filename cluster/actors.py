@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.backends import ReplaceableBackend, WorkerAddress
+from cluster.backends import ReplaceableBackend, WorkerAddress, introduce
 from workers.errors import WorkerError
 from workers.messages import WorkerRole, WorkerStats
 
@@ -50,6 +50,10 @@ class WorkerSpec:
     host: str
     """Address to listen on; `0.0.0.0` is every interface, of which other machines are told the node's."""
     port: int
+    pool_units: tuple[tuple[str, int], ...] = ()
+    """(field of `WorkerConfig`, units) of pools that are not sized by the budget."""
+    allow_retract_control: bool = False
+    """Decode only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,8 @@ class RouterSpec:
     max_concurrent: int
     request_deadline_s: float
     drain_s: float
+    allow_retract_control: bool = False
+    """Serves /admin/retract."""
 
 
 class PartFailed(Exception):
@@ -149,6 +155,7 @@ class RouterActor:
                 backend = ReplaceableBackend(address.name, address.role, connect_worker)
                 await backend.bind(address)
                 self._backends[address.name] = backend
+            await introduce(tuple(self._backends.values()))
             with _as_part_failure():
                 self._router = await start_router_of(self._spec, tuple(self._backends.values()))
         host = "127.0.0.1" if self._spec.host in ("0.0.0.0", "::") else self._spec.host
@@ -157,6 +164,7 @@ class RouterActor:
     async def bind(self, address: WorkerAddress) -> None:
         """A worker came back under a new incarnation."""
         await self._backends[address.name].bind(address)
+        await introduce(tuple(self._backends.values()))
 
     async def unbind(self, name: str) -> None:
         """A worker is known to be down."""

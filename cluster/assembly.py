@@ -53,6 +53,8 @@ def worker_config(spec: WorkerSpec, advertise_host: str) -> WorkerConfig:
         chunk_tokens=spec.chunk_tokens,
         request_timeout_s=spec.request_deadline_s,
         lease_s=spec.lease_s,
+        allow_retract_control=spec.allow_retract_control,
+        **dict(spec.pool_units),
     )
 
 
@@ -117,13 +119,15 @@ async def start_router_of(spec: RouterSpec, backends: Sequence[ReplaceableBacken
         members = [Member(backend.name, backend.role, backend.num_restarts) for backend in backends]
         return render(await worker_stats(backends), members)
 
+    decode = [backend for backend in backends if backend.role is WorkerRole.DECODE]
     return await start_router(
         config,
         [backend for backend in backends if backend.role is WorkerRole.PREFILL],
-        [backend for backend in backends if backend.role is WorkerRole.DECODE],
+        decode,
         Path(spec.model),
         info,
         worker_metrics,
+        decode if spec.allow_retract_control else (),
     )
 
 

@@ -128,6 +128,20 @@ class DecodeSettings:
     """How long a grant lives without news from prefill."""
     port: int = 0
     """gRPC port of the first worker, counted up for the others; 0 takes free ones."""
+    full_pages: int | None = None
+    """Pages of the growing pools, instead of what `kv_budget` buys; fewer make requests retract each other."""
+    window_pages: int | None = None
+    """Pages of the window pool, instead of what `kv_budget` buys."""
+    slots: int | None = None
+    """Request slots, instead of `max_running`."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdminSettings:
+    """What operators may do to a running deployment beyond serving it; everything is off by default."""
+
+    allow_retract_control: bool = False
+    """Serve /admin/retract, which forces retracts, and damage for proofs, on live decode workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +180,7 @@ class ClusterConfig:
     prefill: PrefillSettings = field(default_factory=PrefillSettings)
     decode: DecodeSettings = field(default_factory=DecodeSettings)
     ray: RaySettings = field(default_factory=RaySettings)
+    admin: AdminSettings = field(default_factory=AdminSettings)
     source: str = field(default="defaults", metadata={"internal": True})
     """Where the values came from, for error messages. Not a key."""
 
@@ -190,6 +205,9 @@ class ClusterConfig:
             )
         check(self.prefill.chunk_tokens >= 1, "prefill.chunk_tokens", "expected at least 1")
         check(self.max_context is None or self.max_context >= 2, "max_context", "expected at least 2")
+        for key in ("full_pages", "window_pages", "slots"):
+            units = getattr(self.decode, key)
+            check(units is None or units >= 1, f"decode.{key}", f"found {units}, expected at least 1")
         check(self.decode.lease > 0, "decode.lease", "expected more than 0 s")
         check(self.decode.max_waiting >= 0, "decode.max_waiting", "expected at least 0")
         check(self.router.request_deadline > 0, "router.request_deadline", "expected more than 0 s")

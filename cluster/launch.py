@@ -294,7 +294,17 @@ def worker_spec(item: ActorPlan, config: ClusterConfig) -> WorkerSpec:
         request_deadline_s=config.router.request_deadline,
         host=config.ray.worker_host,
         port=item.port,
+        pool_units=pool_units(config, item.role),
+        allow_retract_control=config.admin.allow_retract_control,
     )
+
+
+def pool_units(config: ClusterConfig, role: WorkerRole) -> tuple[tuple[str, int], ...]:
+    """(field of `WorkerConfig`, units) of the pools whose size the config names."""
+    if role is not WorkerRole.DECODE:
+        return ()
+    named = {key: getattr(config.decode, key) for key in ("full_pages", "window_pages", "slots")}
+    return tuple((key, units) for key, units in named.items() if units is not None)
 
 
 def router_spec(config: ClusterConfig) -> RouterSpec:
@@ -310,6 +320,7 @@ def router_spec(config: ClusterConfig) -> RouterSpec:
         max_concurrent=config.router.max_concurrent,
         request_deadline_s=config.router.request_deadline,
         drain_s=config.router.drain,
+        allow_retract_control=config.admin.allow_retract_control,
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from aiohttp import web
 
 from router import sse
+from router.admin import RetractAdmin
 from router.answer import Answer, ChoiceEnd, Renderer
 from router.body import read_json
 from router.chat.parsing import Delta
@@ -57,6 +58,7 @@ class RouterApp:
         fleet: Fleet,
         metrics: RouterMetrics,
         extra_metrics: ExtraMetrics | None,
+        admin: RetractAdmin | None = None,
     ) -> None:
         self.draining = False
         self.active = 0
@@ -67,6 +69,7 @@ class RouterApp:
         self._fleet = fleet
         self._metrics = metrics
         self._extra_metrics = extra_metrics
+        self._admin = admin
         self._model_names = {model.name, *model.aliases}
         self._warned: set[str] = set()
 
@@ -80,6 +83,8 @@ class RouterApp:
         app.router.add_get("/health", self._health)
         app.router.add_get("/ready", self._ready)
         app.router.add_get("/metrics", self._metrics_text)
+        if self._admin is not None:
+            self._admin.add_routes(app.router)
         return app
 
     @web.middleware
@@ -182,7 +187,7 @@ class RouterApp:
         return headers
 
     def _authenticate(self, request: web.Request) -> None:
-        if not self._config.api_keys or not request.path.startswith("/v1"):
+        if not self._config.api_keys or not request.path.startswith(("/v1", "/admin")):
             return
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         given = token.strip().encode("utf-8", "surrogateescape")

@@ -1,6 +1,6 @@
 """The seam between router and workers: what a prefill and a decode worker must offer.
 
-Owns: the two Protocols. Implemented over gRPC by the workers' service client and by the scripted fakes of the tests.
+Owns: the Protocols. Implemented over gRPC by the workers' service client and by the scripted fakes of the tests.
 Invariants every backend keeps: expected failures are `workers.errors.RequestError` subclasses, a lost connection is
 `WorkerUnavailable`; `abort` of an unknown request is not an error; `admit` for a request id that was aborted before is
 a new request; events of one attempt arrive in order, through exactly one `events` stream of the router that sent it.
@@ -11,7 +11,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from workers.messages import GenerateRequest, Grant, PrefillResult, TokenBatch, WorkerStats
+from workers.messages import (
+    GenerateRequest,
+    Grant,
+    PrefillResult,
+    RetractControl,
+    RetractReport,
+    TokenBatch,
+    WorkerStats,
+)
 
 
 class PrefillBackend(Protocol):
@@ -57,4 +65,21 @@ class DecodeBackend(Protocol):
 
     async def stats(self) -> WorkerStats:
         """The worker's counters and gauges now; also the liveness probe."""
+        ...
+
+
+class RetractBackend(Protocol):
+    """A decode worker whose retracts an operator may force and read; only deployments that allow it are given any."""
+
+    @property
+    def name(self) -> str:
+        """The decode worker's name."""
+        ...
+
+    async def control(self, control: RetractControl) -> None:
+        """Replaces what is forced; the default value forces nothing."""
+        ...
+
+    async def retract_report(self, reset: bool) -> RetractReport:
+        """Retracts since the last reset."""
         ...

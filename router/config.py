@@ -14,7 +14,7 @@ class RouterConfig:
     port: int = 8000
     """TCP port; 0 lets the system choose one (`RunningRouter.port` tells which)."""
     api_keys: tuple[str, ...] = ()
-    """Accepted bearer tokens for /v1; empty means no authentication."""
+    """Accepted bearer tokens for /v1 and /admin; empty means no authentication."""
     max_body_bytes: int = 16 * 2**20
     """Largest request body; a longer one is answered with 413."""
     max_active_requests: int = 1024

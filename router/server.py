@@ -12,8 +12,9 @@ from pathlib import Path
 
 from aiohttp import web
 
+from router.admin import RetractAdmin
 from router.app import ExtraMetrics, RouterApp
-from router.backend import DecodeBackend, PrefillBackend
+from router.backend import DecodeBackend, PrefillBackend, RetractBackend
 from router.chat.tokenizer import ChatTokenizer
 from router.config import RouterConfig
 from router.fleet import Fleet
@@ -76,10 +77,12 @@ async def start_router(
     tokenizer_dir: Path,
     model: ModelInfo,
     extra_metrics: ExtraMetrics | None = None,
+    admin_workers: Sequence[RetractBackend] = (),
 ) -> RunningRouter:
     """Listens on `config.host:config.port`. Returns once every worker was probed, whatever the answer.
 
     Raises `BadTokenizer` or `OSError`. `extra_metrics` returns Prometheus text that /metrics appends to the router's.
+    `admin_workers` are those whose retracts /admin/retract may force; without any the path does not exist.
     """
     tokenizer = ChatTokenizer.from_dir(Path(tokenizer_dir))
     metrics = RouterMetrics()
@@ -87,7 +90,8 @@ async def start_router(
     fleet = Fleet(config, router_id)
     await fleet.update(prefill, decode)
     dispatcher = Dispatcher(config, router_id, fleet, metrics)
-    app = RouterApp(config, model, Planner(config, tokenizer, model), dispatcher, fleet, metrics, extra_metrics)
+    admin = RetractAdmin(admin_workers) if admin_workers else None
+    app = RouterApp(config, model, Planner(config, tokenizer, model), dispatcher, fleet, metrics, extra_metrics, admin)
     # Without cancellation a handler that waits for tokens would not notice that its client has gone.
     runner = web.AppRunner(app.build(), handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     try:

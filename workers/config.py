@@ -34,6 +34,10 @@ class WorkerConfig:
     """Host that other machines reach; empty is `host`."""
     kv_budget_bytes: int = 512 * 2**20
     """Bytes of all KV pools together, never exceeded."""
+    full_pages: int | None = None
+    """Pages of the growing pools, instead of what the budget buys; likewise `window_pages` and `slots`."""
+    window_pages: int | None = None
+    slots: int | None = None
     max_running: int = 16
     """Requests that hold KV at once: the size of the decode batch, or prompts in progress."""
     max_waiting: int = 256
@@ -60,6 +64,8 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         for field in ("num_threads", "kv_budget_bytes", "max_running", "chunk_tokens", "credit_bytes"):
             self._require(field, getattr(self, field) >= 1, ">= 1")
+        for field in ("full_pages", "window_pages", "slots"):
+            self._require(field, getattr(self, field) is None or getattr(self, field) >= 1, ">= 1, or unset")
         for field in ("admit_wait_s", "request_timeout_s", "lease_s"):
             self._require(field, getattr(self, field) > 0, "> 0 seconds")
         for field in ("max_waiting", "router_grace_s", "drain_s", "port"):

@@ -112,6 +112,8 @@ def build_engine(
         max_context=config.max_context,
         chunk_tokens=config.chunk_tokens if config.role is WorkerRole.PREFILL else 1,
     )
-    sizes = PoolSizes(plan.full_pages, plan.window_pages, plan.slots)
+    sizes = PoolSizes(
+        config.full_pages or plan.full_pages, config.window_pages or plan.window_pages, config.slots or plan.slots
+    )
     logger.info("worker=%s pools=%s kv_bytes=%d", config.name, sizes, plan.total_bytes)
     return make_engine(bundle, precision, sizes, device=config.device, num_threads=config.num_threads)
