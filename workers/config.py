@@ -6,9 +6,10 @@ buys (`workers/sizing.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from workers.messages import WorkerRole
+from workers.retract.config import RetractConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +57,22 @@ class WorkerConfig:
     """Decode: KV bytes of one request that may be on the wire or unverified."""
     router_grace_s: float = 5.0
     """Decode: how long the requests of a router without an event stream live on."""
+    retract: RetractConfig = field(default_factory=RetractConfig)
+    """Decode: when requests leave the batch, and where their KV waits."""
     allow_retract_control: bool = False
     """Decode: whether `SetRetractControl` is served: forced retracts and planned errors, for proofs."""
     drain_s: float = 2.0
     """Longest wait for running work when the server closes."""
 
     def __post_init__(self) -> None:
-        for field in ("num_threads", "kv_budget_bytes", "max_running", "chunk_tokens", "credit_bytes"):
-            self._require(field, getattr(self, field) >= 1, ">= 1")
-        for field in ("full_pages", "window_pages", "slots"):
-            self._require(field, getattr(self, field) is None or getattr(self, field) >= 1, ">= 1, or unset")
-        for field in ("admit_wait_s", "request_timeout_s", "lease_s"):
-            self._require(field, getattr(self, field) > 0, "> 0 seconds")
-        for field in ("max_waiting", "router_grace_s", "drain_s", "port"):
-            self._require(field, getattr(self, field) >= 0, ">= 0")
+        for name in ("num_threads", "kv_budget_bytes", "max_running", "chunk_tokens", "credit_bytes"):
+            self._require(name, getattr(self, name) >= 1, ">= 1")
+        for name in ("full_pages", "window_pages", "slots"):
+            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, ">= 1, or unset")
+        for name in ("admit_wait_s", "request_timeout_s", "lease_s"):
+            self._require(name, getattr(self, name) > 0, "> 0 seconds")
+        for name in ("max_waiting", "router_grace_s", "drain_s", "port"):
+            self._require(name, getattr(self, name) >= 0, ">= 0")
         self._require("max_context", self.max_context >= 2, ">= 2 tokens")
         self._require("precision", self.precision in ("native", "fp32"), "'native' or 'fp32'")
         self._require("name", bool(self.name), "a non-empty string")

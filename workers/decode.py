@@ -14,13 +14,15 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from kvstore.image import KVImage
+from kvstore.tiers.cascade import Cascade, build_cascade
 from workers.attempts import Attempts
 from workers.config import WorkerConfig
 from workers.engine import BrokenLogits, Engine
 from workers.errors import DeadlineExceeded, RequestAborted, RequestError, WorkerFull, WorkerStopping
 from workers.loop import EngineLoop
 from workers.messages import GenerateRequest, RetractControl, RetractReport, TokenEvent, TokenLogprob
-from workers.scheduler.decode import DecodeLimits, DecodeScheduler
+from workers.retract.controller import POLL_S, RetractController
+from workers.scheduler.decode import DecodeLimits
 from workers.sequence import SeqState, Sequence
 
 logger = logging.getLogger(__name__)
@@ -58,17 +60,25 @@ class DecodeWorker:
         engine: Engine,
         sink: DecodeSink,
         *,
+        cascade: Cascade | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_thread_start: Callable[[], None] | None = None,
     ) -> None:
-        """`clock` is monotonic seconds; tests pass their own."""
+        """`cascade` defaults to the tiers of the config; `clock` is monotonic seconds."""
         self.config = config
         self.engine = engine
         self.counters = DecodeCounters()
         self._sink = sink
         self._clock = clock
-        limits = DecodeLimits(config.max_waiting, config.max_context, engine.spec.window_tokens)
-        self.scheduler = DecodeScheduler(engine.allocators, limits)
+        self.retract = RetractController(
+            config.retract,
+            engine,
+            DecodeLimits(config.max_waiting, config.max_context, engine.spec.window_tokens),
+            cascade or build_cascade(config.retract.tiers, engine.spec, model_hash=engine.pools.model_hash),
+            clock=clock,
+            fail=self._end,
+        )
+        self.scheduler = self.retract.scheduler
         self._attempts = Attempts()
         self._dirty = False
         self._admissions: dict[tuple[str, int], tuple[Future[None], float]] = {}
@@ -108,18 +118,15 @@ class DecodeWorker:
 
     def control(self, control: RetractControl) -> Future[None]:
         """Forces retracts from the next step on, or stops doing so."""
-        return self.loop.call(lambda: self._control(control))
+        return self.loop.call(lambda: self.retract.set_control(control))
 
     def retract_report(self, *, reset: bool = False) -> Future[RetractReport]:
         """What was retracted and resumed; `reset` starts the counts anew."""
-        return self.loop.call(RetractReport)
+        return self.loop.call(lambda: self.retract.report(reset=reset))
 
     def close(self) -> None:
         """Ends every request with `WorkerStopping` and stops the thread."""
         self.loop.close()
-
-    def _control(self, control: RetractControl) -> None:
-        raise NotImplementedError
 
     # -- engine thread ------------------------------------------------------------------------------------------------
 
@@ -143,7 +150,7 @@ class DecodeWorker:
         self._admit_waiting()
 
     def _admit_waiting(self) -> None:
-        for sequence in self.scheduler.admit():
+        for sequence in self.scheduler.admit(self.retract.may_admit):
             granted, _ = self._admissions.pop(sequence.key)
             self.counters.admitted += 1
             granted.set_result(None)
@@ -159,6 +166,11 @@ class DecodeWorker:
             self._flush()
             raise error
         kv = self.scheduler.place(sequence, num_tokens)
+        if kv is None:
+            self.retract.park_arrival(sequence, image)
+            self._take(sequence, token_id, logprob)
+            self._flush()
+            return
         try:
             self.engine.pools.load_cpu_copy(image, kv.indices(num_tokens))
         except Exception as exc:
@@ -203,6 +215,7 @@ class DecodeWorker:
 
     def _drop(self, sequence: Sequence) -> None:
         if self._attempts.remove(sequence):
+            self.retract.forget(sequence)
             self.scheduler.drop(sequence)
             self._sink.closed(*sequence.key)
 
@@ -226,14 +239,16 @@ class DecodeWorker:
     # -- Stepper ------------------------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """One decode step of the whole batch."""
+        """One decode step of the whole batch. Who was retracted comes back before anyone new is let in."""
+        changed = self.retract.before_step()
         if self.scheduler.num_waiting:
             self._admit_waiting()
         plan = self.scheduler.plan()
         if plan is None:
-            return False
+            self._flush()
+            return changed
         for victim in plan.victims:
-            self._end(victim, WorkerFull("KV pages ran out"))
+            self.retract.take_out(victim, self.retract.room.shortage_cause)
         if plan.sequences:
             for sequence, sampled in zip(plan.sequences, self.engine.decode(plan), strict=True):
                 sequence.num_computed += 1
@@ -254,6 +269,8 @@ class DecodeWorker:
     def next_deadline_s(self) -> float | None:
         waits = [limit for _, limit in self._admissions.values()]
         deadline_s = self._attempts.next_deadline_s()
+        if self.retract.pending:
+            waits.append(self._clock() + POLL_S)
         return min(waits if deadline_s is None else [*waits, deadline_s], default=None)
 
     def sweep(self, now_s: float) -> None:
@@ -267,16 +284,17 @@ class DecodeWorker:
 
     def on_idle(self) -> None:
         """Once all work has ended: whatever no request owns has leaked, and a leak stops the worker."""
-        if len(self._attempts) or not self._dirty:
+        if len(self._attempts) or not self._dirty or self.retract.pending:
             return
         self._dirty = False
         self.counters.leaked = self.engine.allocators.num_held
-        self.scheduler.check_integrity()
+        self.retract.check_integrity()
 
     def on_stop(self, failure: str) -> None:
         for sequence in self._attempts:
             self._end(sequence, WorkerStopping(failure or "the worker is shutting down"))
         self._flush()
+        self.retract.close()
 
 
 def _pass_on_failure(done: Future[None], granted: Future[None]) -> None:

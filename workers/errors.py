@@ -10,6 +10,7 @@ WorkerError
 |   +-- RequestAborted       the client went away
 |   +-- WorkerStopping       the worker drains and takes nothing new (503)
 |   +-- WorkerUnavailable    the worker cannot be reached (503)
+|   +-- KVLost               its KV is gone and cannot be recomputed (503)
 |   +-- NotAllowed           the worker was not started with this allowed (403)
 """
 
@@ -91,3 +92,10 @@ class NotAllowed(RequestError):
 
     status = 403
     code = "not_allowed"
+
+
+class KVLost(RequestError):
+    """The request's KV is gone and nobody can compute it again."""
+
+    status = 503
+    code = "kv_lost"

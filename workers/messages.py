@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from workers.errors import (
     DeadlineExceeded,
+    KVLost,
     RequestAborted,
     RequestError,
     RequestTooLong,
@@ -201,6 +202,7 @@ _ERROR_BY_CODE: dict[str, type[RequestError]] = {
         RequestAborted,
         WorkerStopping,
         WorkerUnavailable,
+        KVLost,
     )
 }
 

@@ -30,16 +30,19 @@ class SeqState(enum.Enum):
     """Its pages belong to a copy in flight: hand-off to decode, later retract."""
     PARKED = "parked"
     """Retracted: no pages, its image is in a tier."""
+    RESTORING = "restoring"
+    """It has pages again, and its image is on the way into them."""
     FINISHED = "finished"
 
 
 _LEGAL: dict[SeqState, frozenset[SeqState]] = {
     SeqState.WAITING_ADMISSION: frozenset({SeqState.WAITING_PROMPT, SeqState.WAITING_KV, SeqState.FINISHED}),
     SeqState.WAITING_PROMPT: frozenset({SeqState.DRAINING, SeqState.RUNNING, SeqState.FINISHED}),
-    SeqState.WAITING_KV: frozenset({SeqState.RUNNING, SeqState.FINISHED}),
+    SeqState.WAITING_KV: frozenset({SeqState.RUNNING, SeqState.PARKED, SeqState.FINISHED}),
     SeqState.RUNNING: frozenset({SeqState.DRAINING, SeqState.FINISHED}),
-    SeqState.DRAINING: frozenset({SeqState.PARKED, SeqState.FINISHED}),
-    SeqState.PARKED: frozenset({SeqState.RUNNING, SeqState.FINISHED}),
+    SeqState.DRAINING: frozenset({SeqState.PARKED, SeqState.RUNNING, SeqState.FINISHED}),
+    SeqState.PARKED: frozenset({SeqState.RESTORING, SeqState.FINISHED}),
+    SeqState.RESTORING: frozenset({SeqState.RUNNING, SeqState.PARKED, SeqState.FINISHED}),
     SeqState.FINISHED: frozenset(),
 }
 

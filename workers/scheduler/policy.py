@@ -50,7 +50,10 @@ class ShortagePolicy(Protocol):
     """Chooses victims when a running request's pages cannot grow even after reclaiming."""
 
     def victims(self, running: Seq[Sequence], blocked: Sequence) -> Seq[Sequence]:
-        """Running requests to take out, at least one, so that `blocked` may grow (it may be the victim itself)."""
+        """Running requests to take out so that `blocked` may grow (it may be the victim itself).
+
+        None when pages are on their way already: `blocked` then waits, and the question comes again next step.
+        """
 
 
 class TakeNewest:

@@ -137,7 +137,7 @@ def test_shortage_reclaims_first_then_names_victims_and_the_rest_go_on() -> None
         return Need(1, pages_spanned(window_tokens + 1))
 
     scheduler = make_scheduler(full=2, window=4, slots=2, need=prompt_only)
-    old, new = make_sequence("old", 254, max_tokens=400), make_sequence("new", 254, max_tokens=400, arrival_s=1.0)
+    old, new = make_sequence("old", 254, max_tokens=200), make_sequence("new", 254, max_tokens=200, arrival_s=1.0)
     start(scheduler, old)
     start(scheduler, new)
     for _ in range(2):
