@@ -1,8 +1,8 @@
 """What every tier is: a place for whole KV images, under a budget of bytes that is never exceeded.
 
-Owns: the `Tier` protocol, its `TierStats`, keys, and the header of an image that does not exist yet. A tier never raises
-for a full, failing or damaged store: no room is `None`, a failed save is `False`, a missing or damaged image is `None`,
-and each is counted. A `ValueError` means the caller broke the protocol.
+Owns: the `Tier` protocol, its `TierStats`, keys, and the header of an image that does not exist yet. A tier never
+raises for a full, failing or damaged store: no room is `None`, a failed save is `False`, a missing or damaged image is
+`None`, and each is counted. A `ValueError` means the caller broke the protocol.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class TierStats:
 
 
 class Tier(Protocol):
-    """A store of images by key. Calls return at once; slow work is behind the futures."""
+    """A store of images by key. Calls return at once; slow work is behind futures, which all end in bounded time."""
 
     @property
     def name(self) -> str:

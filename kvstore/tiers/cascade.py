@@ -1,150 +1,40 @@
-"""`Cascade`: where parked images wait. Host memory first, then the lower tiers in order: disk, and what the caller adds.
+"""`Cascade`: where parked images wait. Host memory first, then the lower tiers in order: disk, then what is added.
 
-Owns: the place of every parked key, demotion when the host runs short, promotion when a resume is near, and the count of
-every fallback by cause. Pure policy over `Tier`: it moves no byte itself. A request whose image is refused or lost is
-for the caller to recompute; the cascade never raises for a full or failing tier.
+Owns: the place of every parked key, demotion when the host runs short, promotion when a resume is near, and the count
+of every fallback by cause. Pure policy over `Tier`: it moves no byte itself. A request whose image is refused or lost
+is for the caller to recompute; the cascade never raises for a full or failing tier.
 
 Single owner, like the scheduler that calls it: nothing here blocks, and futures are looked at in `poll`, once a step.
 """
 
 from __future__ import annotations
 
-import enum
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from kvstore.errors import IntegrityError
 from kvstore.image import ImageHeader, KVImage
 from kvstore.spec import KVSpec
-from kvstore.tiers.base import ImageKey, Tier, TierStats
+from kvstore.tiers.base import ImageKey, Tier
 from kvstore.tiers.config import TiersConfig
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
+from kvstore.tiers.placement import (
+    NEXT_PLACES,
+    CascadeStats,
+    Cause,
+    Lost,
+    Move,
+    Parked,
+    Place,
+    Refusal,
+    choose_demotions,
+    host_bytes,
+)
 
 logger = logging.getLogger(__name__)
-
-
-class Place(enum.Enum):
-    """Where a parked image is. RESERVED: being filled by the caller. LENT: being read by the caller."""
-
-    RESERVED = "reserved"
-    HOST = "host"
-    DEMOTING = "demoting"
-    LOWER = "lower"
-    PROMOTING = "promoting"
-    LENT = "lent"
-
-
-_NEXT = {
-    Place.RESERVED: {Place.HOST},
-    Place.HOST: {Place.DEMOTING, Place.LENT},
-    Place.DEMOTING: {Place.HOST, Place.LOWER},
-    Place.LOWER: {Place.PROMOTING},
-    Place.PROMOTING: {Place.HOST},
-    Place.LENT: {Place.HOST},
-}
-
-
-class Cause(enum.StrEnum):
-    """Why an image is not where the first choice would have put it."""
-
-    HOST_TOO_SMALL = "host_too_small"
-    """The image is larger than the whole host budget."""
-    NO_ROOM = "no_room"
-    """No tier has room for it, nor for what would have to make way."""
-    MAKING_ROOM = "making_room"
-    """Demotions under way will make room: ask again after a `poll`."""
-    TIER_PASSED = "tier_passed"
-    """A lower tier was full or had failed, and the next one took the image."""
-    SAVE_FAILED = "save_failed"
-    """A demotion failed; the image stayed in the host tier."""
-    LOST = "lost"
-    """A lower tier no longer has the image, or it was damaged: recompute."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """No reservation. `retry`: room is being made."""
-
-    cause: Cause
-
-    @property
-    def retry(self) -> bool:
-        """Whether the same call may succeed after a later `poll`."""
-        return self.cause is Cause.MAKING_ROOM
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """A parked image that cannot be had back. The cascade has forgotten it."""
-
-    key: ImageKey
-    tier: str
-
-
-@dataclass(frozen=True, slots=True)
-class CascadeStats:
-    """Counters since start, and what is parked now.
-
-    Attributes:
-        parked: (place, images, payload bytes), every place that holds any.
-        fallbacks: (cause, count), every cause that occurred.
-        demoted_to: (tier, images, payload bytes) moved down; `promoted_from` the same upwards.
-    """
-
-    parked_images: int
-    parked_bytes: int
-    parked: tuple[tuple[Place, int, int], ...]
-    demoted_to: tuple[tuple[str, int, int], ...]
-    promoted_from: tuple[tuple[str, int, int], ...]
-    fallbacks: tuple[tuple[Cause, int], ...]
-    tiers: tuple[TierStats, ...]
-
-
-@dataclass(slots=True, eq=False)
-class _Move:
-    """A transfer between the host and a lower tier; it holds the host bytes in place until it is done."""
-
-    future: Future[bool] | Future[KVImage | None]
-    unpin: Callable[[], None]
-
-
-@dataclass(slots=True, eq=False)
-class Parked:
-    """One parked image; `order` grows with the time of parking. Others read only."""
-
-    key: ImageKey
-    header: ImageHeader
-    order: int
-    place: Place = Place.RESERVED
-    wanted: bool = False
-    tier: Tier | None = None
-    move: _Move | None = None
-
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes that the image needs in any tier, headers and rounding aside."""
-        return self.header.payload_bytes
-
-
-def choose_demotions(candidates: Iterable[Parked], needed_bytes: int) -> list[Parked]:
-    """Whom to move down so that `needed_bytes` leave the host, or all candidates when they are not enough.
-
-    Latest parked first: resumes are served oldest first, so the latest is the one whose image is read last. Images that
-    the caller already wants back stay.
-    """
-    chosen: list[Parked] = []
-    for parked in sorted(candidates, key=lambda p: p.order, reverse=True):
-        if needed_bytes <= 0:
-            break
-        if parked.place is Place.HOST and not parked.wanted and parked.payload_bytes:
-            chosen.append(parked)
-            needed_bytes -= parked.payload_bytes
-    return chosen
 
 
 class Cascade:
@@ -165,7 +55,7 @@ class Cascade:
         self._high, self._low = int(high * host.budget_bytes), int(low * host.budget_bytes)
         self._retry_after_s, self._clock = retry_after_s, clock
         self._parked: dict[ImageKey, Parked] = {}
-        self._ending: list[tuple[_Move, int]] = []  # moves nobody waits for, and the host bytes that each gives free
+        self._ending: list[tuple[Move, int]] = []  # moves nobody waits for, and the host bytes that each gives free
         self._failed_until: dict[str, float] = {}
         self._full_until: dict[str, float] = {}
         self._next_order = 0
@@ -188,11 +78,11 @@ class Cascade:
         """
         if key in self._parked:
             raise ValueError(f"image {key} is parked already")
-        if header.payload_bytes > self.host.budget_bytes:
+        if host_bytes(header) > self.host.budget_bytes:
             return self._refuse(Cause.HOST_TOO_SMALL)
         image = self.host.reserve(key, header)
         if image is None:
-            makes_room = self._make_room(header.payload_bytes, urgent=True)
+            makes_room = self._make_room(host_bytes(header), urgent=True)
             return self._refuse(Cause.MAKING_ROOM if makes_room else Cause.NO_ROOM)
         self._parked[key] = Parked(key, header, self._next_order)
         self._next_order += 1
@@ -211,7 +101,7 @@ class Cascade:
     def _leaving_bytes(self) -> int:
         """Host bytes that moves under way, or the caller, will give free."""
         soon = (Place.DEMOTING, Place.LENT)
-        parked = sum(p.payload_bytes for p in self._parked.values() if p.place in soon and not self._stays(p))
+        parked = sum(p.host_bytes for p in self._parked.values() if p.place in soon and not self._stays(p))
         return parked + sum(size for _, size in self._ending)
 
     @staticmethod
@@ -227,8 +117,11 @@ class Cascade:
         needed = size - free - leaving
         # Enough free bytes but no free range: only moving others out joins ranges.
         chosen = choose_demotions(self._parked.values(), needed if needed > 0 else size)
-        started = sum(p.payload_bytes for p in chosen if self._demote(p, urgent=urgent))
-        return started + leaving > 0 and size <= free + leaving + started
+        started = sum(p.host_bytes for p in chosen if self._demote(p, urgent=urgent))
+        # What is being filled or promoted cannot make way yet, but will be resumed, or can be moved down, soon.
+        later = sum(p.host_bytes for p in self._parked.values() if p.place in (Place.RESERVED, Place.PROMOTING))
+        soon = leaving + started + (later if self.lower else 0)
+        return soon > 0 and size <= free + soon
 
     def _demote(self, parked: Parked, *, urgent: bool = False) -> bool:
         """Start moving an image to the first lower tier that takes it. `urgent` asks tiers known to be full again."""
@@ -241,8 +134,9 @@ class Cascade:
             unpin = self.host.pin(parked.key)
             saved = tier.put(parked.key, image)
             if saved is not None:
-                self._fallbacks[Cause.TIER_PASSED] += bool(depth)
-                parked.tier, parked.move = tier, _Move(saved, unpin)
+                if depth:
+                    self._fallbacks[Cause.TIER_PASSED] += 1
+                parked.tier, parked.move = tier, Move(saved, unpin)
                 self._go(parked, Place.DEMOTING)
                 return True
             unpin()
@@ -302,10 +196,10 @@ class Cascade:
         assert parked.tier is not None
         image = self.host.reserve(parked.key, parked.header)
         if image is None:
-            self._make_room(parked.payload_bytes)
+            self._make_room(parked.host_bytes)
             return
         unpin = self.host.pin(parked.key)
-        parked.move = _Move(parked.tier.get(parked.key, image.payload), unpin)
+        parked.move = Move(parked.tier.get(parked.key, image.payload), unpin)
         self._go(parked, Place.PROMOTING)
 
     # ---- each step ----
@@ -381,7 +275,7 @@ class Cascade:
         if parked.tier is not None:
             self._leave_tier(parked)
         if parked.move is not None:
-            self._ending.append((parked.move, parked.payload_bytes))
+            self._ending.append((parked.move, parked.host_bytes))
         self.host.discard(key)
         return True
 
@@ -391,7 +285,7 @@ class Cascade:
         return None if parked is None else parked.place
 
     def _go(self, parked: Parked, place: Place) -> None:
-        if place not in _NEXT[parked.place]:
+        if place not in NEXT_PLACES[parked.place]:
             raise ValueError(f"image {parked.key}: {parked.place.value} cannot become {place.value}")
         parked.place = place
 
@@ -431,7 +325,7 @@ class Cascade:
         self.poll()
 
 
-def _result_of(move: _Move) -> object:
+def _result_of(move: Move) -> object:
     """Outcome of a finished move, `None` when it raised; the host bytes are free to go."""
     move.unpin()
     exc = move.future.exception()

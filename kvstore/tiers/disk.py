@@ -368,7 +368,10 @@ class DiskTier:
     # ---- the rest ----
 
     def discard(self, key: ImageKey) -> bool:
-        """Forget an image in any state. Its space can be granted again at once, or when the file's last user is done."""
+        """Forget an image in any state.
+
+        Its space can be granted again at once, or when the file's writer or last reader is done.
+        """
         with self._mutex:
             entry = self._entries.get(key)
             if entry is not None:

@@ -1,8 +1,8 @@
 """`HostTier`: parked images in one slab of host memory, pinned where there is a GPU.
 
-Owns: the slab, which image holds which extent, pins. Space is reserved before a victim is chosen, the copy engine writes
-straight into the reserved payload, and `commit` makes the image readable; nothing is copied twice. Not thread-safe: the
-engine thread is the only caller. Other threads only touch payload bytes of entries that are pinned for them.
+Owns: the slab, which image holds which extent, pins. Space is reserved before a victim is chosen, the copy engine
+writes straight into the reserved payload, and `commit` makes the image readable; nothing is copied twice. Not
+thread-safe: the engine thread is the only caller. Other threads only touch payload bytes of entries that are pinned.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class HostTier:
         return KVImage(header, self._arena.tensor(extent))
 
     def commit(self, key: ImageKey, header: ImageHeader | None = None) -> None:
-        """The reserved payload is complete. `header` replaces the planned one, for an image that came with checksums."""
+        """The reserved payload is complete. `header` replaces the planned one when the bytes came with checksums."""
         entry = self._entries[key]
         if entry.state is not HostState.RESERVED:
             raise ValueError(f"image {key} is {entry.state.value}, not reserved")
@@ -153,7 +153,7 @@ class HostTier:
             self._arena.free(entry.extent)
 
     def discard(self, key: ImageKey) -> bool:
-        """Forget the image; its bytes stay charged while pinned. Not before a copy into a reserved payload has ended."""
+        """Forget the image. Its bytes stay charged while pinned; nobody may be filling a reserved payload any more."""
         entry = self._entries.pop(key, None)
         if entry is None:
             return False

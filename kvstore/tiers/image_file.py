@@ -2,8 +2,8 @@
 
     | region   | offset         | bytes                                                                    |
     |----------|----------------|--------------------------------------------------------------------------|
-    | preamble | 0              | 60: magic, version, lengths, xxh3 of preamble + key + image header       |
-    | key      | 60             | UTF-8                                                                    |
+    | preamble | 0              | 52: magic, version, lengths, xxh3 of preamble + key + image header       |
+    | key      | 52             | UTF-8                                                                    |
     | header   | after the key  | `ImageHeader.to_bytes`, sealed                                           |
     | payload  | payload_offset | a multiple of 4096; padded to a multiple of 8                            |
     | trailer  | total - 16     | magic, the preamble's checksum again; total is a multiple of 4096        |
@@ -104,7 +104,7 @@ class BlockBuffer:
     def _flush(self, fd: int, offset: int, length: int) -> int:
         done = 0
         while done < length:
-            done += self.ops.write_at(fd, memoryview(self._bytes)[done:length], offset + done)
+            done += self.ops.write_at(fd, self._bytes.data[done:length], offset + done)
         return offset + length
 
     def read(self, fd: int, offset: int, into: np.ndarray) -> None:
@@ -112,7 +112,7 @@ class BlockBuffer:
         done = 0
         while done < len(into):
             wanted = min(_round_up(len(into) - done, BLOCK_BYTES), BUFFER_BYTES)
-            got = self.ops.read_at(fd, memoryview(self._bytes)[:wanted], offset + done)
+            got = self.ops.read_at(fd, self._bytes.data[:wanted], offset + done)
             taken = min(got, len(into) - done)
             if not got or (got % BLOCK_BYTES and taken < len(into) - done):
                 raise CorruptImage(f"file ends at byte {offset + done + got}")
@@ -250,7 +250,7 @@ def _stage(
         for part in parts:
             length += memoryview(part).nbytes
             if length > reserved:
-                step = _round_up(length - reserved, BUFFER_BYTES)
+                step = _round_up(length - reserved, BLOCK_BYTES)
                 reserve(step)
                 reserved += step
             yield part
@@ -282,7 +282,7 @@ def read_head(buffer: BlockBuffer, fd: int) -> FileHead:
         raise CorruptImage(f"file of {size} bytes")
     first = np.empty(BLOCK_BYTES, dtype=np.uint8)
     buffer.read(fd, 0, first)
-    magic, version, name_bytes, header_bytes, offset, payload, total = _PREAMBLE.unpack_from(first)
+    magic, version, name_bytes, header_bytes, offset, payload, total = _PREAMBLE.unpack_from(first.data)
     if magic != _MAGIC or version != _VERSION:
         raise CorruptImage(f"not an image file of version {_VERSION}: magic {magic!r}, version {version}")
     end = _HEAD_BYTES + name_bytes + header_bytes
@@ -291,12 +291,12 @@ def read_head(buffer: BlockBuffer, fd: int) -> FileHead:
     raw = np.empty(offset, dtype=np.uint8)
     buffer.read(fd, 0, raw)
     start, body = raw[: _PREAMBLE.size].tobytes(), raw[_HEAD_BYTES:end].tobytes()
-    (check,) = _CHECK.unpack_from(raw, _PREAMBLE.size)
+    (check,) = _CHECK.unpack_from(raw.data, _PREAMBLE.size)
     if checksum(start + body) != check:
         raise CorruptImage("preamble checksum does not match")
     last = np.empty(BLOCK_BYTES, dtype=np.uint8)
     buffer.read(fd, total - BLOCK_BYTES, last)
-    if _TRAILER.unpack_from(last, BLOCK_BYTES - _TRAILER.size) != (_END_MAGIC, check):
+    if _TRAILER.unpack_from(last.data, BLOCK_BYTES - _TRAILER.size) != (_END_MAGIC, check):
         raise CorruptImage("trailer does not match")
     header, _ = ImageHeader.from_bytes(body[name_bytes:])
     if header.payload_bytes != payload:
