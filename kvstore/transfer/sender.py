@@ -199,7 +199,7 @@ class KVStream:
         self.enqueue_chunk([(place, rows)])
 
     def enqueue_chunk(self, pieces: Iterable[tuple[RowRange, torch.Tensor]]) -> None:
-        """`enqueue` for all rows of a chunk; one wake-up of the loop lets the engine keep the interpreter. Any thread."""
+        """`enqueue` for all rows of a chunk: one wake-up of the loop leaves the engine the interpreter. Any thread."""
         now = self._clock()
         split = [part for place, rows in pieces for part in self._pieces(place, rows)]
         items = [_Item(place, rows, SegmentTrace(place, now)) for place, rows in split]
@@ -275,6 +275,8 @@ class KVStream:
         self._done.exception()  # retrieved: an owner that never waits must not cause a log line
         while not self._queue.empty():
             self._queue.get_nowait()
+        self._unacked.clear()
+        self._queued_bytes = 0
         self._queue.put_nowait(_Finish(b""))  # wakes the writer
         self._progress.set()
         return True

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
 import grpc
 import grpc.aio
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from kvstore.checksum import checksum
 from kvstore.config import KVStoreConfig
+from kvstore.transfer import receiver
 from kvstore.transfer.stubs.kv_transfer_pb2 import Commit, Open, PushRequest, Renew, SegmentHeader
 from kvstore.transfer.wire import PUSH_METHOD
 from tests.kvstore.peers import (
@@ -123,3 +127,26 @@ async def test_garbage_bytes_end_only_their_own_stream() -> None:
             await stream.commit(b"")
         (await decode.images.get()).release()
         decode.assert_empty()
+
+
+async def test_segments_still_waiting_for_the_landing_thread_do_not_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiver, "INLINE_BYTES", 0)
+    image = prompt_image()
+    busy = threading.Event()
+    async with decode_worker() as decode, raw_stream(decode) as call:
+        decode.grant()
+        occupied = decode.receiver._thread.submit(busy.wait, 10.0)
+        await raw_open(call, decode)
+        landing = decode.receiver._table._current["r"]
+        for index in range(3):
+            await call.write(raw_segment(image, index))
+        while landing.in_flight < 3:
+            await asyncio.sleep(0)
+        call.cancel()
+        await decode.lost.get()
+        assert landing.in_flight == 1, "only the copy that was handed to the thread still counts"
+        busy.set()
+        await asyncio.to_thread(occupied.result)
+        await asyncio.to_thread(decode.receiver._thread.submit(int).result)
+        decode.assert_empty()
+        assert decode.receiver.stats().late == 1

@@ -227,3 +227,27 @@ def test_a_replaced_tensor_fails_the_integrity_check() -> None:
     pools.pool(PoolName.C4).data = torch.zeros(1, 1, 1, dtype=torch.uint8)
     with pytest.raises(IntegrityError, match="c4"):
         pools.check_integrity()
+
+
+def test_loading_an_image_resets_the_rest_of_the_slots_rings() -> None:
+    allocs = allocators()
+    source, target = opened(allocs, 130), opened(allocs, 130)
+    pools = KVPools(small_spec(), SMALL_SIZES)
+    image = pools.get_cpu_copy(source.indices())
+    pools.poison(target.indices())
+    pools.load_cpu_copy(image, target.indices())
+    for name, dead in ((PoolName.C128_STATE, range(2, 128)), (PoolName.C4_STATE, range(2, 4))):
+        rows = pools.pool(name).gather(
+            torch.tensor([target.slot * pools.pool(name).spec.rows_per_unit + r for r in dead])
+        )
+        assert bool((rows.view(torch.float32).chunk(2, dim=-1)[1] == -torch.inf).all()), name
+
+
+@pytest.mark.parametrize("name", list(PoolName))
+def test_rows_from_any_byte_of_a_buffer_can_be_stored(name: PoolName) -> None:
+    pool = Pool(small_spec().pool(name), num_units=2)
+    size = 2 * pool.spec.row_bytes
+    buffer = torch.arange(3 + size).to(torch.uint8)
+    rows = buffer[3:].view(2, -1)
+    pool.write_rows(pool.spec.layers[0], torch.tensor([3, 1]), rows)
+    assert torch.equal(pool.read_rows(pool.spec.layers[0], torch.tensor([3, 1])), rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc.aio
 import pytest
@@ -13,15 +13,18 @@ import torch
 
 from kvstore.config import KVStoreConfig
 from kvstore.errors import TransferAborted, TransferRefused, TransferTimeout, TransferUnavailable
+from kvstore.transfer import receiver
 from kvstore.transfer.landing import ReceivedImage
 from kvstore.transfer.sender import KVSender
-from kvstore.transfer.stubs.kv_transfer_pb2 import PushReply
+from kvstore.transfer.stubs.kv_transfer_pb2 import PushReply, Refused
 from kvstore.transfer.wire import PUSH_METHOD
 from tests.kvstore.layouts import small_spec
 from tests.kvstore.peers import SMALL, N, decode_worker, prefill_worker, prompt_image, raw_open, raw_stream, send_all
 
 
-async def test_an_image_crosses_bit_for_bit_with_its_tail() -> None:
+@pytest.mark.parametrize("inline_bytes", [0, receiver.INLINE_BYTES])
+async def test_an_image_crosses_bit_for_bit_with_its_tail(inline_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiver, "INLINE_BYTES", inline_bytes)
     image = prompt_image()
     async with decode_worker() as decode, prefill_worker() as sender:
         decode.grant()
@@ -129,6 +132,21 @@ async def test_a_senders_abort_carries_its_reason() -> None:
             await stream.abort("client went away")
         assert "client went away" in (await decode.lost.get())[1]
         decode.assert_empty()
+
+
+async def test_a_failed_stream_keeps_no_rows_alive() -> None:
+    image = prompt_image()
+    async with decode_worker() as decode, prefill_worker() as sender:
+        decode.grant()
+        async with sender.open(decode.address, "r", 0, N) as stream:
+            segments = image.header.segments
+            stream.enqueue_chunk((s.place, image.segment_rows(s, decode.spec).clone()) for s in segments)
+            await asyncio.sleep(0)
+            assert stream.queued_bytes == decode.spec.live_bytes(N)
+            await stream.abort("client went away")
+            stream.enqueue(segments[0].place, image.segment_rows(segments[0], decode.spec))
+            await asyncio.sleep(0)
+            assert stream.queued_bytes == 0 and stream._queue.qsize() <= 1
 
 
 async def test_a_sender_that_vanishes_frees_the_landing() -> None:
@@ -275,14 +293,8 @@ async def test_a_callback_that_fails_refuses_the_transfer_and_frees_the_image() 
 
 
 @contextlib.asynccontextmanager
-async def _silent_receiver(answer_open: bool) -> AsyncIterator[str]:
-    """A server that takes everything and acknowledges nothing."""
-
-    async def push(_requests: object, context: grpc.aio.ServicerContext) -> None:
-        while await context.read() is not grpc.aio.EOF:
-            if answer_open:
-                await context.write(PushReply(opened={"credit_bytes": 64_000, "lease_s": 30.0}).SerializeToString())
-
+async def _served(push: Callable[..., Awaitable[None]]) -> AsyncIterator[str]:
+    """Address of a server with this handler instead of a receiver."""
     service, method = PUSH_METHOD.lstrip("/").split("/")
     server = grpc.aio.server()
     handler = grpc.stream_stream_rpc_method_handler(push)
@@ -293,6 +305,43 @@ async def _silent_receiver(answer_open: bool) -> AsyncIterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         await server.stop(None)
+
+
+@contextlib.asynccontextmanager
+async def _silent_receiver(answer_open: bool) -> AsyncIterator[str]:
+    """A server that takes everything and acknowledges nothing."""
+
+    async def push(_requests: object, context: grpc.aio.ServicerContext) -> None:
+        while await context.read() is not grpc.aio.EOF:
+            if answer_open:
+                await context.write(PushReply(opened={"credit_bytes": 64_000, "lease_s": 30.0}).SerializeToString())
+
+    async with _served(push) as address:
+        yield address
+
+
+@contextlib.asynccontextmanager
+async def _refusing_receiver() -> AsyncIterator[str]:
+    """A server that grants credit, reads one message, refuses and hangs up."""
+
+    async def push(_requests: object, context: grpc.aio.ServicerContext) -> None:
+        await context.read()
+        await context.write(PushReply(opened={"credit_bytes": 1 << 20, "lease_s": 30.0}).SerializeToString())
+        await context.read()
+        await context.write(PushReply(refused=Refused(code=Refused.REVOKED, message="enough")).SerializeToString())
+
+    async with _served(push) as address:
+        yield address
+
+
+async def test_a_refusal_outlives_the_broken_stream_that_follows_it() -> None:
+    image = prompt_image()
+    async with _refusing_receiver() as address, prefill_worker() as sender:
+        for _ in range(5):
+            async with sender.open(address, "r", 0, N) as stream:
+                stream.enqueue_chunk((s.place, image.segment_rows(s, sender.spec)) for s in image.header.segments)
+                with pytest.raises(TransferRefused, match="REVOKED: enough"):
+                    await stream.commit(b"")
 
 
 async def test_no_answer_to_the_header_times_out() -> None:
