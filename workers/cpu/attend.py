@@ -12,9 +12,9 @@ from workers.cpu import tables as t
 from workers.cpu.compile import jit
 from workers.cpu.compress import entry_place
 from workers.cpu.project import rope_row, window_place
-from workers.cpu.rows import F0, FP32, linear, load_entry, product, rotate, round_activations
+from workers.cpu.rows import F0, linear, load_entry, product, rotate, round_activations
 from workers.cpu.select import pack_columns, select_tile
-from workers.cpu.simd import LANES, PANEL, exp, f32_at, i64_at
+from workers.cpu.simd import FP32, LANES, PANEL, exp, f32_at, i64_at
 
 
 @jit

@@ -12,8 +12,8 @@ import numpy as np
 from workers.cpu import tables as t
 from workers.cpu.compile import jit, jit_sums
 from workers.cpu.compress import index_place
-from workers.cpu.rows import F0, FP32, copy_row, load_index_key, product
-from workers.cpu.simd import LANES, PANEL, f32_at, float_order, i32_at, i64_at
+from workers.cpu.rows import F0, copy_row, load_index_key, product
+from workers.cpu.simd import FP32, LANES, PANEL, f32_at, float_order, i32_at, i64_at
 
 
 @jit
