@@ -114,9 +114,10 @@ class Pool:
         if self.spec.reset is ResetValue.ZERO:
             self.data[:, units] = 0
             return
-        row = torch.zeros(self.spec.row_bytes // 4, dtype=torch.float32, device=self.data.device)
-        row[row.numel() // 2 :] = -torch.inf
-        self.plane(0)[:, units] = row.view(torch.uint8)
+        width, half = self.spec.row_bytes // 4, self.spec.row_bytes // 8
+        rings = self.data.view(torch.float32).view(*self.data.shape[:2], self.spec.rows_per_unit, width)
+        rings[:, units, :, :half] = 0.0
+        rings[:, units, :, half:] = -torch.inf
 
     def poison(self, units: torch.Tensor) -> None:
         """Fill these units with 0xFF bytes: NaN as fp32, bf16, e4m3 and e8m0, so that a stale read cannot go unseen."""
