@@ -30,8 +30,8 @@ _MAGIC = b"DSV4KVIM"
 _PREFIX = struct.Struct("<8sII")
 _TRAILER = struct.Struct("<Q")
 
-DEFAULT_SEGMENT_BYTES = 4 << 20
-"""Target of `KVSpec.split`: every segment of a larger pool is then at least 2 MiB."""
+DEFAULT_SEGMENT_BYTES = 2 << 20
+"""Target of `KVSpec.split`: segments of larger pools are then 1 to 2 MiB, which a transfer moves fastest."""
 
 
 @dataclass(frozen=True, slots=True)
