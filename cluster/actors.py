@@ -93,6 +93,7 @@ class WorkerActor:
         # Thread counts are read once, when the libraries load: nothing here may have imported torch or numba yet.
         for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[variable] = str(spec.threads)
+        _log_to_ray()
         self._spec = spec
         self._address: WorkerAddress | None = None
         self._service: Any = None
@@ -136,6 +137,7 @@ class RouterActor:
     """The HTTP front door in its own process."""
 
     def __init__(self, spec: RouterSpec) -> None:
+        _log_to_ray()
         self._spec = spec
         self._backends: dict[str, ReplaceableBackend] = {}
         self._router: Any = None
@@ -173,6 +175,11 @@ class RouterActor:
             await router.close()
         for backend in self._backends.values():
             await backend.unbind()
+
+
+def _log_to_ray() -> None:
+    """Our log lines go to the files that Ray keeps per process."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 
 
 def _node_id() -> str:

@@ -271,7 +271,7 @@ def _client(state: ClusterState | None, url: str | None, api_key: str | None) ->
 
 
 def _print_line(text: str) -> None:
-    out.print(f"  {text}")
+    out.print(f"  {text}", soft_wrap=True)
 
 
 def _print_json(value: object) -> None:

@@ -64,7 +64,7 @@ class Cluster:
         _connect_ray(self._config)
         self._is_connected = True
         kind = "connected" if self._config.ray.address else "started"
-        self._report(f"ray         {kind} in {time.perf_counter() - began:.1f} s")
+        self._report(f"ray         {kind} in {time.perf_counter() - began:.1f} s, logs in {_log_folder()}")
         plans = plan(self._config, _nodes())
         deadline = time.monotonic() + self._config.ray.start_deadline
         for item in plans:
@@ -200,7 +200,10 @@ def _connect_ray(config: ClusterConfig) -> None:
     """Starts a local Ray without dashboard, bound to this machine, or joins the one at `config.ray.address`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Workers must find this checkout's packages also when `dsv4` runs in another folder.
+    if not config.ray.address:
+        # Ray replaces 127.0.0.1 by an outside address except under this switch, which is read on import. It is what
+        # keeps a laptop's Ray, which runs any code it is sent, off the network.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
     settings: dict[str, Any] = {
@@ -224,6 +227,14 @@ def _connect_ray(config: ClusterConfig) -> None:
     except (ConnectionError, ValueError, RuntimeError) as exc:
         where = f"Ray at {config.ray.address}" if config.ray.address else "a local Ray"
         raise StartFailed(f"{where}: {_first_line(exc)}") from exc
+
+
+def _log_folder() -> str:
+    """Where Ray keeps the output of every process."""
+    import ray
+
+    context = ray.get_runtime_context()
+    return os.path.join(context.get_temp_dir(), context.get_session_name(), "logs")
 
 
 def _nodes() -> list[NodeResources]:
