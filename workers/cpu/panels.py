@@ -42,11 +42,11 @@ class Panels:
 def pack_panels(weight: torch.Tensor, *, allow_fp4: bool = False, widest: bool = False) -> Panels:
     """`[N, K]` fp32 to panels: `PANEL` columns (outputs) each, `[K, width]` inside, the last one of `padded` width.
 
-    `allow_fp4` tries e2m1 codes first; `widest` keeps fp32.
+    `allow_fp4` tries e2m1 codes first (whole panels only); `widest` keeps fp32.
     """
     values = weight.detach().float().contiguous()
     outputs, size = values.shape
-    if allow_fp4 and HAS_FP4 and not widest and size % FP4_GROUP == 0:
+    if allow_fp4 and HAS_FP4 and not widest and size % FP4_GROUP == 0 and outputs % PANEL == 0:
         codes, scales = fp4_quant(values, FP4_GROUP)
         if torch.equal(fp4_dequant(codes, scales, FP4_GROUP), values):
             halves = (codes.view(torch.uint8).numpy(), scales.numpy())  # [N, K/2] as stored, [N, K/32]

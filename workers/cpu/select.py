@@ -12,8 +12,11 @@ import numpy as np
 from workers.cpu import tables as t
 from workers.cpu.compile import jit, jit_sums
 from workers.cpu.compress import index_place
-from workers.cpu.rows import F0, copy_row, load_index_key, product
-from workers.cpu.simd import FP32, LANES, PANEL, f32_at, float_order, i32_at, i64_at
+from workers.cpu.rows import F0, FLOAT, ZERO, copy_row, load_index_key, product
+from workers.cpu.simd import LANES, PANEL, f32_at, float_order, i32_at, i64_at
+
+ALL_LANES = np.int64(LANES)
+"""Queries scored together; an int64 so that callees compile once."""
 
 
 @jit
@@ -75,10 +78,11 @@ def score_queries(model, layer, scratch, lo, count, num_entries):
         for i in range(block):
             data, scale = index_place(model, layer, sequence, first + i)
             load_index_key(data, scale, keys + i * size * 4, size, fp8)
-        product(keys, size * 4, 4, panels, FP32, size * PANEL * 4, 0, dots, wide * 4, block, size, columns)
+        product(keys, size * 4, FLOAT, panels, FLOAT, size * PANEL * 4, ZERO, dots, wide * 4, block, size, columns)
         relu_row(dots, block * wide)
-        out = scratch[t.SCORES] + first * LANES * 4
-        product(dots, wide * 4, 4, weights, FP32, 0, 0, out, LANES * 4, block, columns, LANES)
+        row = ALL_LANES * 4
+        out = scratch[t.SCORES] + first * row
+        product(dots, wide * 4, FLOAT, weights, FLOAT, ZERO, ZERO, out, row, block, columns, ALL_LANES)
 
 
 @jit_sums

@@ -10,7 +10,7 @@ import numpy as np
 
 from workers.cpu import tables as t
 from workers.cpu.compile import jit
-from workers.cpu.rows import F0, F1, F2, copy_row, linear, rms_factor, scale_row, sigmoid
+from workers.cpu.rows import F0, F1, F2, ONE, ZERO, copy_row, linear, rms_factor, scale_row, sigmoid
 from workers.cpu.simd import LANES, exp, f32_at
 
 TOKENS = 16
@@ -145,7 +145,7 @@ def collapse_streams(model, real, stream, out, mix):
     """hc_head and the final norm of one token: `stream [4, hidden]` to `out [hidden]`."""
     hidden = model[t.HIDDEN]
     size = NUM_STREAMS * hidden
-    linear(stream, size * 4, model[t.HC_HEAD], model[t.HC_HEAD_ELEMENT], mix, 0, 1, size, NUM_STREAMS)
+    linear(stream, size * 4, model[t.HC_HEAD], model[t.HC_HEAD_ELEMENT], mix, ZERO, ONE, size, ZERO + NUM_STREAMS)
     factor = rms_factor(stream, size, real[t.NORM_EPS])
     m, b, s = f32_at(mix), f32_at(model[t.HC_HEAD_BASE]), f32_at(model[t.HC_HEAD_SCALE])
     source, target = f32_at(stream), f32_at(out)

@@ -9,7 +9,7 @@ import torch
 from workers.cpu import rows, select
 from workers.cpu.compile import jit
 from workers.cpu.panels import pack_panels, padded
-from workers.cpu.simd import BF16, FP4, FP32, HAS_FP4, LANES, e4m3_decode, e4m3_encode, exp, f32_at, u8_at
+from workers.cpu.simd import BF16, FP4, FP32, HAS_FP4, LANES, PANEL, e4m3_decode, e4m3_encode, exp, f32_at, u8_at
 from workers.reference import indexer, kv_format, quant
 from workers.reference.norm_rope import apply_rope
 
@@ -125,7 +125,7 @@ def test_product_is_right_and_each_row_is_bitwise_alone(count: int, size: int, c
 
 
 @pytest.mark.skipif(not HAS_FP4, reason="no 16-entry register lookups on this machine")
-@pytest.mark.parametrize(("count", "size", "columns"), [(1, 32, 16), (7, 64, 40), (9, 256, 130)])
+@pytest.mark.parametrize(("count", "size", "columns"), [(1, 32, PANEL), (7, 64, 2 * PANEL), (9, 256, 3 * PANEL)])
 def test_fp4_panels_give_the_bits_of_bf16_panels(count: int, size: int, columns: int) -> None:
     x, weight = _random(count, size), quant.fp4_weight_fake_quant(_random(columns, size, seed=2) * 0.05)
     outputs = []
@@ -139,7 +139,7 @@ def test_fp4_panels_give_the_bits_of_bf16_panels(count: int, size: int, columns:
 
 
 def test_weights_that_are_not_fp4_are_not_packed_as_fp4() -> None:
-    assert pack_panels(_random(16, 64).bfloat16().float(), allow_fp4=True).element == BF16
+    assert pack_panels(_random(PANEL, 64).bfloat16().float(), allow_fp4=True).element == BF16
 
 
 @pytest.mark.parametrize("k", [1, 16, 63, 64])
