@@ -9,6 +9,7 @@ the caller as the exception it was. No method is ever retried by Ray: a silent s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import time
@@ -118,7 +119,11 @@ class WorkerActor:
         return self._address
 
     async def address(self) -> WorkerAddress | None:
-        """Where it listens; None until `start` has returned."""
+        """Where it listens; None until `start` has returned. A worker that has stopped by itself ends its process."""
+        if self._service is not None and (failure := (await self._service.stats()).failure):
+            logger.error("worker=%s failed: %s; ending the process for a fresh one", self._spec.name, failure)
+            logging.shutdown()
+            os._exit(1)
         return self._address
 
     async def stats(self) -> WorkerStats:
@@ -142,8 +147,8 @@ class RouterActor:
         self._backends: dict[str, ReplaceableBackend] = {}
         self._router: Any = None
 
-    async def start(self, workers: tuple[WorkerAddress, ...]) -> str:
-        """Connects to the workers and listens; returns the base URL."""
+    async def start(self, workers: tuple[WorkerAddress, ...], port: int) -> str:
+        """Connects to the workers and listens on `port` (0: a free one); returns the base URL."""
         if self._router is None:
             from cluster.assembly import connect_worker, start_router_of
 
@@ -152,7 +157,9 @@ class RouterActor:
                 await backend.bind(address)
                 self._backends[address.name] = backend
             with _as_part_failure():
-                self._router = await start_router_of(self._spec, tuple(self._backends.values()))
+                self._router = await start_router_of(
+                    dataclasses.replace(self._spec, port=port), tuple(self._backends.values())
+                )
         host = "127.0.0.1" if self._spec.host in ("0.0.0.0", "::") else self._spec.host
         return f"http://{host}:{self._router.port}"
 

@@ -93,7 +93,7 @@ class Cluster:
         import ray
 
         with _actor_errors("router"):
-            started = self._router.start.remote(tuple(self.addresses.values()))
+            started = self._router.start.remote(tuple(self.addresses.values()), self._config.router.port)
             self.url = ray.get(started, timeout=max(1.0, deadline - time.monotonic()))
         self._report(f"router      {self.url}/v1")
 
@@ -113,13 +113,17 @@ class Cluster:
     def check_router(self) -> bool:
         """Starts the router again in a process that Ray has replaced; False while there is none."""
         import ray
-        from ray.exceptions import GetTimeoutError, RayActorError
+        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
         try:
             if not ray.get(self._router.is_started.remote(), timeout=PROBE_S):
-                self.url = ray.get(self._router.start.remote(tuple(self.addresses.values())), timeout=30.0)
+                port = int(self.url.rpartition(":")[2])
+                ray.get(self._router.start.remote(tuple(self.addresses.values()), port), timeout=30.0)
                 self._report(f"router is back at {self.url}/v1")
         except (RayActorError, GetTimeoutError):
+            return False
+        except RayTaskError as exc:
+            self._report(f"router does not start again: {_first_line(exc.cause or exc)}")
             return False
         return True
 
