@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -274,6 +275,33 @@ def test_budget_holds_under_random_use(tmp_path: Path, seed: int) -> None:
     stats = disk.tier.stats()
     assert stats.evictions and stats.refused and stats.peak_bytes <= 60_000
     disk.tier.close()
+
+
+def test_real_threads_keep_the_account(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    tier = DiskTier(tmp_path, "w0", spec=TINY, budget_bytes=120_000, sync=False, evict=True)
+    images = {name: make_image(600, ord(name)) for name in "abcdefgh"}
+    loads = []
+    for _ in range(500):
+        name = rng.choice("abcdefgh")
+        roll = rng.random()
+        if roll < 0.4:
+            loads.append((name, tier.get(key(name))))
+        elif roll < 0.5:
+            tier.discard(key(name))
+        else:
+            with contextlib.suppress(ValueError):  # it is here already, or still being written
+                saved = tier.put(key(name), images[name])
+                assert saved is None or rng.random() < 0.5 or saved.result(timeout=30)
+        tier.check_integrity()
+    back = [(name, load.result(timeout=30)) for name, load in loads]
+    assert any(image is not None for _, image in back)
+    assert all(image is None or torch.equal(image.payload, images[name].payload) for name, image in back)
+    for name in images:
+        tier.discard(key(name))
+    tier.close()
+    tier.check_integrity(files=True)
+    assert tier.stats().corrupt == tier.stats().read_errors == tier.stats().put_failures == 0
 
 
 def test_the_predicted_layout_bounds_every_header() -> None:
