@@ -277,7 +277,7 @@ class ServedDecode(RunningWorker):
 
 
 async def serve_worker(config: WorkerConfig, engine: Engine) -> RunningWorker:
-    """Starts a worker of `config.role` over `engine` on this event loop; tunes the process's allocator and interpreter."""
+    """Starts a worker of `config.role` over `engine` on this event loop; also tunes the process for it."""
     keep_freed_memory()
     sys.setswitchinterval(SWITCH_S)
     worker: RunningWorker = (ServedPrefill if config.role is WorkerRole.PREFILL else ServedDecode)(config, engine)
