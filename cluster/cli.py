@@ -186,7 +186,7 @@ def evaluate(
             settings = _settings(config, model=model, port=0)
             check_model(settings)
             key = settings.router.api_keys[0] if settings.router.api_keys else None
-            with start_cluster(settings, lambda line: err.print(line, style="dim")) as cluster:
+            with start_cluster(settings, lambda line: err.print(line, style="dim", soft_wrap=True)) as cluster:
                 reports = run_tasks(cluster.url, key, tasks, samples, context, concurrency, seed, show_wrong, err)
     if as_json:
         _print_json([report.as_dict() for report in reports])
