@@ -186,6 +186,26 @@ def test_a_discard_during_a_save_leaves_nothing(disk: Disk) -> None:
     assert len(disk.names()) == 1
 
 
+@pytest.mark.parametrize("call", ["create", "write_at", "sync", "rename", "sync_folder"])
+def test_a_discard_at_any_call_of_a_save_leaves_nothing(disk: Disk, call: str) -> None:
+    disk.files.during(call, lambda: disk.tier.discard(key("a")))
+    saved = disk.tier.put(key("a"), make_image(600))
+    disk.checked()
+    assert saved is not None and saved.result() is False
+    assert key("a") not in disk.tier and disk.names() == [] and disk.tier.stats().used_bytes == 0
+
+
+@pytest.mark.parametrize("call", ["open", "read_at"])
+def test_a_discard_at_any_call_of_a_load_leaves_nothing(disk: Disk, call: str) -> None:
+    disk.tier.put(key("a"), make_image(600))
+    disk.run()
+    disk.files.during(call, lambda: disk.tier.discard(key("a")))
+    loaded = disk.tier.get(key("a"))
+    disk.checked()
+    assert loaded.result() is not None
+    assert disk.names() == [] and disk.tier.stats().used_bytes == 0
+
+
 def test_a_discard_during_a_load_keeps_the_file_until_the_load_ends(disk: Disk) -> None:
     image = make_image(600, 2)
     disk.tier.put(key("a"), image)
