@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from kvstore.pools.aggregate import KVPools
+from kvstore.pools.aggregate import KVPools, PoolSizes
 from kvstore.spec import PoolName
 from workers.batch import ForwardBatch
 from workers.cpu import step as steps
@@ -25,7 +25,7 @@ from workers.cpu import tables as t
 from workers.cpu.arena import Activations, make_scratch
 from workers.cpu.packing import PackedWeights
 from workers.cpu.panels import padded
-from workers.model.config import LayerKind, ModelConfig
+from workers.model.config import PAGE_TOKENS, LayerKind, ModelConfig
 from workers.model.precision import Precision
 from workers.model.weights import ModelWeights
 from workers.ops import LogitsFor
@@ -45,6 +45,24 @@ def unsupported_reason(config: ModelConfig, precision: Precision, pools: KVPools
     if pools.device.type != "cpu":
         return f"pools are on {pools.device}"
     return None
+
+
+def check_batch(batch: ForwardBatch, config: ModelConfig, sizes: PoolSizes) -> None:
+    """Raise ValueError unless every id, page and slot that the step touches exists: kernels address raw memory."""
+    ids, slots = batch.token_ids.numpy(), batch.slots.numpy()
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(f"token ids must be in [0, {config.vocab_size})")
+    if slots.min() < 0 or slots.max() >= sizes.slots:
+        raise ValueError(f"slots {slots} of {sizes.slots}")
+    start = batch.start.numpy()[:, None]
+    last = (start + batch.num_new.numpy()[:, None] - 1) // PAGE_TOKENS
+    first = np.maximum(start + 1 - config.sliding_window, 0) // PAGE_TOKENS
+    column = np.arange(batch.full_pages.shape[1])
+    full, window = batch.full_pages.numpy(), batch.window_pages.numpy()
+    lost = ((full < 0) | (full >= sizes.full_pages)) & (column <= last)
+    gone = ((window < 0) | (window >= sizes.window_pages)) & (column <= last) & (column >= first)
+    if lost.any() or gone.any():
+        raise ValueError(f"unmapped (sequence, page): full {np.argwhere(lost)}, window {np.argwhere(gone)}")
 
 
 class CpuModel:
@@ -183,7 +201,8 @@ class CpuModel:
         return [ends, *finished]
 
     def forward(self, batch: ForwardBatch, logits_for: LogitsFor = "last") -> torch.Tensor:
-        """As `Transformer.forward`."""
+        """As `Transformer.forward`. Raises ValueError for ids and pages that kernels would follow out of memory."""
+        check_batch(batch, self.config, self.pools.sizes)
         tokens = batch.num_tokens
         self._grow(tokens, int(batch.positions.max()) + 1)
         rows = torch.arange(tokens) if logits_for == "all" else batch.last_token_rows.contiguous()

@@ -96,12 +96,15 @@ def count_at_least(order, size, bound):
 
 
 @jit
-def kth_largest(order, size, k):
-    """The k-th largest int32 key, by bisection over its value."""
+def edge_of_best(order, size, k):
+    """The k-th largest int32 key by bisection, or the value below a bound that exactly k keys reach."""
     low, high = np.int64(-(2**31)), np.int64(2**31 - 1)
     while low < high:
         middle = low + (high - low + 1) // 2
-        if count_at_least(order, size, np.int32(middle)) >= k:
+        count = count_at_least(order, size, np.int32(middle))
+        if count == k:
+            return middle - 1
+        if count > k:
             low = middle
         else:
             high = middle - 1
@@ -114,7 +117,7 @@ def choose_best(scratch, lane, size, k, chosen):
     scores, order, out = f32_at(scratch[t.SCORES]), i32_at(scratch[t.ORDER]), i64_at(chosen)
     for i in range(size):
         order[i] = float_order(scores[i * LANES + lane])
-    bound = kth_largest(scratch[t.ORDER], size, k)
+    bound = edge_of_best(scratch[t.ORDER], size, k)
     above = 0 if bound == 2**31 - 1 else count_at_least(scratch[t.ORDER], size, np.int32(bound + 1))
     ties, n = k - above, 0
     for i in range(size):

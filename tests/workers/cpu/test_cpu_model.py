@@ -148,3 +148,24 @@ def test_models_without_kernels_are_named() -> None:
     assert unsupported_reason(FLASH, NATIVE, run.pools) is None
     assert "hc_mult" in (unsupported_reason(tiny_config(hc_mult=2), NATIVE, run.pools) or "")
     assert "fp4" in (unsupported_reason(FLASH, Precision(True, "fp4", True), run.pools) or "")
+
+
+def test_addresses_outside_the_pools_are_refused_before_any_kernel_runs() -> None:
+    run = _run(FLASH, [_tokens(FLASH, 600)], NATIVE)
+    run.step({0: 500}, "last")
+    tables = run.tables[0]
+    pages = tables.window_pages
+    tables.window_pages = (pages[0], None, pages[2])
+    with pytest.raises(ValueError, match="window"):
+        run.step({0: 1})
+    tables.window_pages = (None, *pages[1:])
+    run.step({0: 1})
+    tables.full_pages = (*tables.full_pages[:2], 99)
+    with pytest.raises(ValueError, match="full"):
+        run.step({0: 20})
+    run.prompts[0][501] = FLASH.vocab_size
+    with pytest.raises(ValueError, match="token ids"):
+        run.step({0: 1})
+    run.prompts[0][501], tables.slot = 0, 77
+    with pytest.raises(ValueError, match="slots"):
+        run.step({0: 1})
