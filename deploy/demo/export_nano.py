@@ -2,7 +2,7 @@
 
     python -m deploy.demo.export_nano RESTART_DIR [--out deploy/demo/dsv4-nano]
 
-The quantised values are those that every training step computed with: storing is the same rounding as fake quantisation.
+The stored values are those that every training step computed with: storing rounds as fake quantisation does.
 """
 
 from __future__ import annotations

@@ -29,6 +29,9 @@ PROMPT_WEIGHT = 0.05
 CONTEXT_WEIGHT = 0.02
 """Loss weight of recall contexts, which are long and mostly unpredictable."""
 
+FREE_SHARE = 0.5
+"""Part of the arithmetic problems in free wording (the evaluation uses the other half's)."""
+
 SYSTEM_TEXTS = (
     "You are a helpful assistant.",
     "You are dsv4-nano.",
@@ -95,7 +98,8 @@ def draw_short(rng: random.Random) -> TaskSample:
     while len(turns) < num_turns:
         if rng.random() < 0.8:
             tasks.append(Task.ARITHMETIC)
-            turns.append(arithmetic.draw(rng, Split.TRAIN)[1])
+            draw = arithmetic.draw_free if rng.random() < FREE_SHARE else arithmetic.draw
+            turns.append(draw(rng, Split.TRAIN)[1])
         else:
             tasks.append(Task.SMALLTALK)
             turns.append(smalltalk.draw(rng, Split.TRAIN)[2])
@@ -109,8 +113,15 @@ def draw_recall(rng: random.Random, low: int, high: int) -> TaskSample:
     length = rng.randint(low, high)
     num_asked = 1 if thinking else min(rng.randint(1, 10), 1 + length // 60)
     num_others = rng.randint(0, min(16, length // 40))
-    odd_share = 0.1 if rng.random() < 0.3 else 0.0
+    odd_share = rng.choice((0.05, 0.2)) if rng.random() < 0.35 else 0.0
+    if rng.random() < 0.08:  # a bare fact or two, as people try it first
+        length, num_others, odd_share = 0, rng.randint(0, 2), 0.2
     _, turns = recall.draw(rng, Split.TRAIN, length, num_asked=num_asked, num_others=num_others, odd_share=odd_share)
+    if not thinking and rng.random() < 0.15:
+        turns = (
+            *turns,
+            smalltalk.draw(rng, Split.TRAIN)[2] if rng.random() < 0.5 else arithmetic.draw(rng, Split.TRAIN)[1],
+        )
     system = rng.choice(SYSTEM_TEXTS) if rng.random() < 0.05 else None
     return TaskSample(Task.RECALL, turns, thinking, "", (), system)
 

@@ -68,11 +68,10 @@ CURRICULA: dict[str, tuple[Phase, ...]] = {
         Phase(0.55, {512: 0.6, 2048: 0.4}),
         Phase(1.00, {512: 0.4, 2048: 0.35, 8192: 0.25}),
     ),
-    "resumed": (
-        Phase(0.20, {512: 1.0}),
-        Phase(1.00, {512: 0.4, 2048: 0.35, 8192: 0.25}),
+    "second": (
+        Phase(0.30, {512: 0.8, 2048: 0.2}, with_mtp=True),
+        Phase(1.00, {512: 0.5, 2048: 0.3, 8192: 0.2}, with_mtp=True),
     ),
-    "second": (Phase(1.00, {512: 0.4, 2048: 0.3, 8192: 0.3}, with_mtp=True),),
     "smoke": (Phase(0.4, {512: 1.0}, is_dense=True), Phase(1.0, {512: 0.6, 2048: 0.3, 8192: 0.1}, with_mtp=True)),
 }
 
@@ -275,11 +274,12 @@ class Trainer:
                 phase = next(phase for phase in self.phases if share < phase.until)
                 length = rng.choices(list(phase.mix), list(phase.mix.values()))[0]
                 rate = args.rate * learning_rate(share, args.warmup, args.decay_from)
-                output = self.step(source.take(length, self.device), phase, rate)
+                batch = source.take(length, self.device)
+                output = self.step(batch, phase, rate)
                 step += 1
                 if step % args.log_every == 0 or step == 1:
                     now, tokens = time.monotonic(), self.num_tokens - seen
-                    self._log(step, length, output, rate, tokens / (now - window))
+                    self._log(step, batch, output, rate, tokens / (now - window))
                     window, seen = now, self.num_tokens
                 if share * args.minutes > next_save:
                     next_save += args.save_every
@@ -289,20 +289,31 @@ class Trainer:
         finally:
             source.close()
 
-    def _log(self, step: int, length: int, output: StepOutput, rate: float, speed: float) -> None:
+    def _log(
+        self, step: int, batch: tuple[Tensor, Tensor, Tensor], output: StepOutput, rate: float, speed: float
+    ) -> None:
         load = output.load[2 : NANO.num_hidden_layers]
         record = {
             "s": round(time.monotonic() - self.started, 1),
             "step": step,
-            "length": length,
+            "length": batch[0].shape[1],
             "loss": round(float(output.loss.detach()), 4),
             "kl": round(float(output.divergence.detach()), 4),
             "mtp": round(float(output.mtp_loss.detach()), 4),
+            "mtp_right": self._mtp_accuracy(output, batch[2]),
             "max_load": round(float((load / load.mean(-1, keepdim=True)).max()), 2),
             "rate": round(rate, 4),
             "tokens_per_s": round(speed),
         }
         print(json.dumps(record), flush=True)
+
+    @staticmethod
+    def _mtp_accuracy(output: StepOutput, weights: Tensor) -> float | None:
+        """Share of answer tokens that the MTP block predicts one step early."""
+        if output.mtp_correct is None:
+            return None
+        later = weights[:, 1:] == ANSWER_WEIGHT
+        return round(float((output.mtp_correct[:, :-1] & later).sum() / later.sum()), 4)
 
     def checkpoint(self, step: int, batches: dict[str, list[tuple[int, np.ndarray, np.ndarray]]]) -> None:
         """Save a restart point and print held-out scores."""

@@ -1,7 +1,7 @@
 """dsv4-nano's training pass: `workers.model.full_sequence`, laid out for one large GPU.
 
 The mathematics is that of `run_full` (a test compares them). What differs is cost: bf16 matrix products and streams,
-one compiled function per layer kind, parameters stacked by shape so that fake quantisation and Muon run on few large
+compiled parts, parameters stacked by shape so that fake quantisation and Muon run on few large
 tensors, and a gradient that unrolls only the last Sinkhorn steps. The indexer learns the attention distribution over
 ALL visible entries, also while attention is restricted to its choice, so entries it misses still pull it.
 """
@@ -36,7 +36,7 @@ HIDDEN = -1e30
 
 
 class Node:
-    """Plain attribute holder with the names of `ModelWeights`: frozen slotted dataclasses slow the compiler's guards."""
+    """Plain attribute holder with the names of `ModelWeights`: the compiler guards these cheaply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,34 +309,41 @@ def index_scores(indexer: Any, plan: BlockPlan, x: Tensor, latent: Tensor, rope:
     return (dots.float() * weights.float().unsqueeze(-1)).sum(-2)
 
 
-def block(
-    layer: Any, plan: BlockPlan, streams: Tensor, token_ids: Tensor, rope: Rope, entry_rope: Rope | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer on `streams [B, T, S, D]`: new streams, expert load `[E]`, indexer divergence."""
-    config = plan.config
-    dtype = streams.dtype
+def enter_attention(layer: Any, config: ModelConfig, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The attention sublayer's normed input `[N, D]`, gates and mixing matrix, from `streams [N, S, D]`."""
     mixed, post, comb = stream_mix(layer.hc_attn, config, streams)
-    out, divergence = attention(
-        layer.attn, plan, rms_norm(mixed, layer.attn_norm, config.rms_norm_eps).to(dtype), rope, entry_rope
-    )
+    return rms_norm(mixed, layer.attn_norm, config.rms_norm_eps).to(streams.dtype), post, comb
+
+
+def finish_block(
+    layer: Any,
+    config: ModelConfig,
+    precision: Precision,
+    out: Tensor,
+    streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    token_ids: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Write the attention output `[N, D]` to the streams, then run the MoE sublayer: new streams, expert load `[E]`."""
     streams = stream_update(out, streams, post, comb)
     mixed, post, comb = stream_mix(layer.hc_ffn, config, streams)
-    x = rms_norm(mixed, layer.ffn_norm, config.rms_norm_eps).to(dtype)
+    x = rms_norm(mixed, layer.ffn_norm, config.rms_norm_eps).to(streams.dtype)
     with torch.autocast(x.device.type, enabled=False):
         ids, weights = parts.route(layer.ffn, config, x, token_ids)
-    load = (ids.unsqueeze(-1) == torch.arange(config.n_routed_experts, device=x.device)).sum((0, 1, 2)).float()
+    load = (ids.unsqueeze(-1) == torch.arange(config.n_routed_experts, device=x.device)).sum((0, 1)).float()
     ffn = layer.ffn
-    out = moe_dense(x, ids, weights, ffn.experts, ffn.shared_experts, config.swiglu_limit, plan.precision.act_fp8)
-    return stream_update(out, streams, post, comb), load, divergence
+    out = moe_dense(x, ids, weights, ffn.experts, ffn.shared_experts, config.swiglu_limit, precision.act_fp8)
+    return stream_update(out, streams, post, comb), load
 
 
 def head_loss(
     streams: Tensor, norm: Tensor, head: Tensor, hc: Any, config: ModelConfig, targets: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weighted mean cross-entropy of `targets [B, T]` and whether each greedy choice is right `[B, T]`."""
+    """Weighted mean cross-entropy of `targets [N]` and whether each greedy choice is right `[N]`."""
     hidden = rms_norm(collapse(hc, config, streams), norm, config.rms_norm_eps)
     logits = F.linear(hidden.to(streams.dtype), head.to(streams.dtype)).float()
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
+    loss = F.cross_entropy(logits, targets, reduction="none")
     return (loss * weights).sum() / weights.sum().clamp(min=1e-6), logits.argmax(-1) == targets
 
 
@@ -360,15 +367,22 @@ class StepOutput:
     """`[L + 1, E]` token counts per expert; the last row is the MTP block's."""
     correct: Tensor
     """`[B, T]`: the greedy choice equals the target."""
+    mtp_correct: Tensor | None
+    """`[B, T]`: the MTP block's greedy choice equals the token after the target."""
 
 
 class TrainingModel:
-    """Runs passes over a `ParameterStore`; compiles each kind of block once per sequence length."""
+    """Runs passes over a `ParameterStore`.
+
+    Only attention is compiled per layer kind and sequence length; everything else acts on a flat token axis, so its
+    compiled form serves every length. Streams are `[N, S, D]` with N = B * T.
+    """
 
     def __init__(self, store: ParameterStore, precision: Precision, *, dtype: torch.dtype, is_compiled: bool) -> None:
         self.store, self.precision, self.dtype = store, precision, dtype
         wrap = (lambda f: torch.compile(f, dynamic=False, fullgraph=True)) if is_compiled else (lambda f: f)
-        self._block, self._head, self._mtp_input = wrap(block), wrap(head_loss), wrap(mtp_input)
+        self._enter, self._attention, self._finish = wrap(enter_attention), wrap(attention), wrap(finish_block)
+        self._head, self._mtp_input = wrap(head_loss), wrap(mtp_input)
         self._ropes: dict[tuple[LayerKind, int], tuple[Rope, Rope | None]] = {}
 
     def _rope(self, kind: LayerKind, num_tokens: int, device: torch.device) -> tuple[Rope, Rope | None]:
@@ -381,38 +395,50 @@ class TrainingModel:
             self._ropes[kind, num_tokens] = (Rope.at(config, kind, positions), entries)
         return self._ropes[kind, num_tokens]
 
+    def _run_block(
+        self, layer: Any, plan: BlockPlan, streams: Tensor, token_ids: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One layer on `streams [N, S, D]`: new streams, expert load `[E]`, indexer divergence."""
+        rope, entry_rope = self._rope(plan.kind, token_ids.shape[1], token_ids.device)
+        x, post, comb = self._enter(layer, plan.config, streams)
+        out, divergence = self._attention(layer.attn, plan, x.unflatten(0, token_ids.shape), rope, entry_rope)
+        flat, ids = out.flatten(0, 1), token_ids.flatten()
+        streams, load = self._finish(layer, plan.config, plan.precision, flat, streams, post, comb, ids)
+        return streams, load, divergence
+
     def run(
         self, token_ids: Tensor, targets: Tensor, weights: Tensor, *, is_dense: bool = False, with_mtp: bool = False
     ) -> StepOutput:
-        """One pass over `token_ids [B, T]` (T a multiple of 128) against `targets [B, T]` with loss `weights [B, T]`."""
+        """One pass over `token_ids [B, T]` (T a multiple of 128) against `targets [B, T]` with `weights [B, T]`."""
         config, device = self.store.config, token_ids.device
         model = self.store.quantised(self.dtype)
         loads, divergences = [], []
         with torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-            embedded = F.embedding(token_ids, model.embed).to(self.dtype)
-            streams = embedded.unsqueeze(-2).expand(*token_ids.shape, config.hc_mult, -1).contiguous()
+            embedded = F.embedding(token_ids.flatten(), model.embed).to(self.dtype)
+            streams = embedded.unsqueeze(-2).expand(-1, config.hc_mult, -1).contiguous()
             for layer, kind in zip(model.layers, config.layer_kinds, strict=True):
                 plan = BlockPlan(config, kind, self.precision, is_dense and kind is LayerKind.C4)
-                rope, entry_rope = self._rope(kind, token_ids.shape[1], device)
-                streams, load, divergence = self._block(layer, plan, streams, token_ids, rope, entry_rope)
+                streams, load, divergence = self._run_block(layer, plan, streams, token_ids)
                 loads.append(load)
                 divergences += [divergence] if kind is LayerKind.C4 else []
-            loss, correct = self._head(streams, model.norm, model.head, model.hc_head, config, targets, weights)
+            flat = (targets.flatten(), weights.flatten())
+            loss, correct = self._head(streams, model.norm, model.head, model.hc_head, config, *flat)
             mtp_loss = loss.new_zeros(())
+            mtp_correct = None
             if with_mtp:
-                mtp_loss, load = self._run_mtp(model, streams.detach(), targets, weights)
+                mtp_loss, mtp_correct, load = self._run_mtp(model, streams.detach(), targets, weights)
                 loads.append(load)
-        return StepOutput(loss, torch.stack(divergences).mean(), mtp_loss, torch.stack(loads), correct)
+        divergence = torch.stack(divergences).mean()
+        return StepOutput(loss, divergence, mtp_loss, torch.stack(loads), correct.view_as(targets), mtp_correct)
 
-    def _run_mtp(self, model: Any, streams: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of the MTP block for the token after `targets`; trunk, embedding and head get no gradient from it."""
+    def _run_mtp(self, model: Any, streams: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The MTP block for the token after `targets`: loss, correct `[B, T]`, load; the trunk gets no gradient."""
         config, mtp = self.store.config, model.mtp[0]
-        embedded = F.embedding(targets, model.embed.detach()).to(self.dtype)
+        embedded = F.embedding(targets.flatten(), model.embed.detach()).to(self.dtype)
         plan = BlockPlan(config, LayerKind.SLIDING, self.precision, False)
-        rope, _ = self._rope(LayerKind.SLIDING, targets.shape[1], targets.device)
         inputs = self._mtp_input(mtp, config, streams, embedded, self.precision).to(self.dtype)
-        out, load, _ = self._block(mtp.layer, plan, inputs, targets, rope, None)
-        later = torch.cat((targets[:, 1:], torch.zeros_like(targets[:, :1])), dim=1)
-        later_weights = torch.cat((weights[:, 1:], torch.zeros_like(weights[:, :1])), dim=1)
-        loss, _ = self._head(out, mtp.norm, model.head.detach(), mtp.hc_head, config, later, later_weights)
-        return loss, load
+        out, load, _ = self._run_block(mtp.layer, plan, inputs, targets)
+        later = torch.cat((targets[:, 1:], torch.zeros_like(targets[:, :1])), dim=1).flatten()
+        later_weights = torch.cat((weights[:, 1:], torch.zeros_like(weights[:, :1])), dim=1).flatten()
+        loss, correct = self._head(out, mtp.norm, model.head.detach(), mtp.hc_head, config, later, later_weights)
+        return loss, correct.view_as(targets), load
