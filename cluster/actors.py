@@ -9,6 +9,7 @@ the caller as the exception it was. No method is ever retried by Ray: a silent s
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import time
@@ -99,6 +100,7 @@ class WorkerActor:
         # Thread counts are read once, when the libraries load: nothing here may have imported torch or numba yet.
         for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ[variable] = str(spec.threads)
+        _log_to_ray()
         self._spec = spec
         self._address: WorkerAddress | None = None
         self._service: Any = None
@@ -123,7 +125,11 @@ class WorkerActor:
         return self._address
 
     async def address(self) -> WorkerAddress | None:
-        """Where it listens; None until `start` has returned."""
+        """Where it listens; None until `start` has returned. A worker that has stopped by itself ends its process."""
+        if self._service is not None and (failure := (await self._service.stats()).failure):
+            logger.error("worker=%s failed: %s; ending the process for a fresh one", self._spec.name, failure)
+            logging.shutdown()
+            os._exit(1)
         return self._address
 
     async def stats(self) -> WorkerStats:
@@ -142,12 +148,13 @@ class RouterActor:
     """The HTTP front door in its own process."""
 
     def __init__(self, spec: RouterSpec) -> None:
+        _log_to_ray()
         self._spec = spec
         self._backends: dict[str, ReplaceableBackend] = {}
         self._router: Any = None
 
-    async def start(self, workers: tuple[WorkerAddress, ...]) -> str:
-        """Connects to the workers and listens; returns the base URL."""
+    async def start(self, workers: tuple[WorkerAddress, ...], port: int) -> str:
+        """Connects to the workers and listens on `port` (0: a free one); returns the base URL."""
         if self._router is None:
             from cluster.assembly import connect_worker, start_router_of
 
@@ -157,7 +164,9 @@ class RouterActor:
                 self._backends[address.name] = backend
             await introduce(tuple(self._backends.values()))
             with _as_part_failure():
-                self._router = await start_router_of(self._spec, tuple(self._backends.values()))
+                self._router = await start_router_of(
+                    dataclasses.replace(self._spec, port=port), tuple(self._backends.values())
+                )
         host = "127.0.0.1" if self._spec.host in ("0.0.0.0", "::") else self._spec.host
         return f"http://{host}:{self._router.port}"
 
@@ -181,6 +190,11 @@ class RouterActor:
             await router.close()
         for backend in self._backends.values():
             await backend.unbind()
+
+
+def _log_to_ray() -> None:
+    """Our log lines go to the files that Ray keeps per process."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
 
 
 def _node_id() -> str:

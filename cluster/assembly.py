@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cluster.actors import RouterSpec, WorkerSpec
     from router.model_info import EffortStyle
     from router.server import RunningRouter
+    from workers.engine import Engine
     from workers.service.server import RunningWorker
 
 STATS_S = 1.0
@@ -73,12 +74,21 @@ def effort_style(spec: RouterSpec) -> EffortStyle:
 
 async def serve_worker_of(spec: WorkerSpec) -> RunningWorker:
     """Loads the checkpoint and serves it; the event loop stays free meanwhile. Raises `WorkerError`, `OSError`."""
+    from workers.model.transformer import Transformer
     from workers.model_bundle import build_engine
     from workers.service.server import serve_worker
 
     config = worker_config(spec, _advertised_host(spec.host))
-    engine = await asyncio.to_thread(build_engine, config)
-    return await serve_worker(config, engine)
+
+    def load() -> Engine:
+        engine = build_engine(config)
+        if isinstance(engine.model, Transformer) and engine.model.backend == "cpu":
+            from workers.cpu.warm import warm
+
+            warm()  # links the compiled kernels now instead of in the first request
+        return engine
+
+    return await serve_worker(config, await asyncio.to_thread(load))
 
 
 def connect_worker(address: WorkerAddress) -> Client:

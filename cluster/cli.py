@@ -186,7 +186,7 @@ def evaluate(
             settings = _settings(config, model=model, port=0)
             check_model(settings)
             key = settings.router.api_keys[0] if settings.router.api_keys else None
-            with start_cluster(settings, lambda line: err.print(line, style="dim")) as cluster:
+            with start_cluster(settings, lambda line: err.print(line, style="dim", soft_wrap=True)) as cluster:
                 reports = run_tasks(cluster.url, key, tasks, samples, context, concurrency, seed, show_wrong, err)
     if as_json:
         _print_json([report.as_dict() for report in reports])
@@ -271,7 +271,7 @@ def _client(state: ClusterState | None, url: str | None, api_key: str | None) ->
 
 
 def _print_line(text: str) -> None:
-    out.print(f"  {text}")
+    out.print(f"  {text}", soft_wrap=True)
 
 
 def _print_json(value: object) -> None:

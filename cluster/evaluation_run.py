@@ -5,7 +5,7 @@ Owns: what the user sees while it runs, and the table. Does not own: asking and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -61,22 +61,26 @@ def run_tasks(
 
 
 def report_table(reports: Sequence[TaskReport]) -> Table:
-    """One row per task."""
-    table = Table("task", "samples", "right", "score", "errors", "tokens/s", "first token p50", "p95", "time")
+    """One column per task."""
+    table = Table("")
     for report in reports:
-        name = f"{report.task} at {report.context_tokens}" if report.context_tokens else report.task
-        table.add_row(
-            name,
-            str(report.samples),
-            str(report.correct),
-            f"{report.score:.1%}",
-            str(report.errors),
-            f"{report.completion_tokens_per_s:.1f}",
-            f"{report.first_token_p50_s:.2f} s",
-            f"{report.first_token_p95_s:.2f} s",
-            f"{report.wall_s:.0f} s",
-        )
+        name = f"{report.task}, {report.context_tokens} tokens" if report.context_tokens else report.task
+        table.add_column(name, justify="right")
+    for label, cell in _ROWS:
+        table.add_row(label, *(cell(report) for report in reports))
     return table
+
+
+_ROWS: tuple[tuple[str, Callable[[TaskReport], str]], ...] = (
+    ("right", lambda report: f"{report.correct} of {report.samples}"),
+    ("score", lambda report: f"{report.score:.1%}"),
+    ("errors", lambda report: str(report.errors)),
+    ("prompt tokens/s", lambda report: f"{report.prompt_tokens_per_s:.0f}"),
+    ("generated tokens/s", lambda report: f"{report.completion_tokens_per_s:.0f}"),
+    ("first token, median", lambda report: f"{report.first_token_p50_s * 1e3:.0f} ms"),
+    ("first token, 95 %", lambda report: f"{report.first_token_p95_s * 1e3:.0f} ms"),
+    ("time", lambda report: f"{report.wall_s:.0f} s"),
+)
 
 
 def _progress(console: Console) -> Progress:

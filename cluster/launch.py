@@ -64,7 +64,7 @@ class Cluster:
         _connect_ray(self._config)
         self._is_connected = True
         kind = "connected" if self._config.ray.address else "started"
-        self._report(f"ray         {kind} in {time.perf_counter() - began:.1f} s")
+        self._report(f"ray         {kind} in {time.perf_counter() - began:.1f} s, logs in {_log_folder()}")
         plans = plan(self._config, _nodes())
         deadline = time.monotonic() + self._config.ray.start_deadline
         for item in plans:
@@ -93,7 +93,7 @@ class Cluster:
         import ray
 
         with _actor_errors("router"):
-            started = self._router.start.remote(tuple(self.addresses.values()))
+            started = self._router.start.remote(tuple(self.addresses.values()), self._config.router.port)
             self.url = ray.get(started, timeout=max(1.0, deadline - time.monotonic()))
         self._report(f"router      {self.url}/v1")
 
@@ -113,13 +113,17 @@ class Cluster:
     def check_router(self) -> bool:
         """Starts the router again in a process that Ray has replaced; False while there is none."""
         import ray
-        from ray.exceptions import GetTimeoutError, RayActorError
+        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
         try:
             if not ray.get(self._router.is_started.remote(), timeout=PROBE_S):
-                self.url = ray.get(self._router.start.remote(tuple(self.addresses.values())), timeout=30.0)
+                port = int(self.url.rpartition(":")[2])
+                ray.get(self._router.start.remote(tuple(self.addresses.values()), port), timeout=30.0)
                 self._report(f"router is back at {self.url}/v1")
         except (RayActorError, GetTimeoutError):
+            return False
+        except RayTaskError as exc:
+            self._report(f"router does not start again: {_first_line(exc.cause or exc)}")
             return False
         return True
 
@@ -200,7 +204,10 @@ def _connect_ray(config: ClusterConfig) -> None:
     """Starts a local Ray without dashboard, bound to this machine, or joins the one at `config.ray.address`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Workers must find this checkout's packages also when `dsv4` runs in another folder.
+    if not config.ray.address:
+        # Ray replaces 127.0.0.1 by an outside address except under this switch, which is read on import. It is what
+        # keeps a laptop's Ray, which runs any code it is sent, off the network.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
     settings: dict[str, Any] = {
@@ -224,6 +231,14 @@ def _connect_ray(config: ClusterConfig) -> None:
     except (ConnectionError, ValueError, RuntimeError) as exc:
         where = f"Ray at {config.ray.address}" if config.ray.address else "a local Ray"
         raise StartFailed(f"{where}: {_first_line(exc)}") from exc
+
+
+def _log_folder() -> str:
+    """Where Ray keeps the output of every process."""
+    import ray
+
+    context = ray.get_runtime_context()
+    return os.path.join(context.get_temp_dir(), context.get_session_name(), "logs")
 
 
 def _nodes() -> list[NodeResources]:

@@ -6,12 +6,15 @@ here needs Ray or the machine that the workers run on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich.table import Table
 
 from cluster.http_client import ApiFailure, RouterClient
 from cluster.metrics import worker_rows
+
+Cell = Callable[[dict[str, object]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,40 +56,6 @@ def read_status(client: RouterClient) -> ClusterStatus:
     return ClusterStatus(client.address, client.model(), ready, [rows[name] for name in sorted(rows, reverse=True)])
 
 
-def status_tables(found: ClusterStatus) -> list[Table]:
-    """Load and memory of each worker, then its counters."""
-    state = "ready" if found.ready else "not ready"
-    load = Table(
-        "worker", "state", "running", "waiting", "retracted", "pages", "windows", "slots", "leaked", "rss", "address",
-        title=f"{found.model} at {found.url}/v1: {state}", title_justify="left",
-    )  # fmt: skip
-    totals = Table(
-        "worker", "finished", "failed", "aborted", "refused", "prefilled", "generated", "KV sent", "KV received",
-        "dropped", "step", "restarts",
-    )  # fmt: skip
-    for row in found.workers:
-        load.add_row(
-            str(row["name"]),
-            _state(row),
-            f"{row.get('running', 0)}/{row.get('max_running', 0)}",
-            *(str(row.get(key, 0)) for key in ("waiting", "parked")),
-            *(_occupancy(row, space) for space in ("full_pages", "window_pages", "slots")),
-            str(row.get("leaked_pages", 0)),
-            bytes_text(row.get("rss_bytes", 0)),
-            str(row.get("address", "")),
-        )
-        totals.add_row(
-            str(row["name"]),
-            *(str(row.get(f"requests_{end}", 0)) for end in ("finished", "failed", "aborted", "refused")),
-            *(str(row.get(key, 0)) for key in ("prefill_tokens", "tokens_generated")),
-            *(bytes_text(row.get(key, 0)) for key in ("kv_bytes_sent", "kv_bytes_received")),
-            str(row.get("kv_segments_dropped", 0)),
-            f"{float(str(row.get('step_ms_mean', 0))):.1f} ms",
-            str(row.get("restarts", 0)),
-        )
-    return [load, totals]
-
-
 def _state(row: dict[str, object]) -> str:
     if not row.get("up", True):
         return "[red]down[/red]"
@@ -108,3 +77,56 @@ def bytes_text(value: object) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def _count(key: str) -> Cell:
+    return lambda row: str(row.get(key, 0))
+
+
+def _bytes(key: str) -> Cell:
+    return lambda row: bytes_text(row.get(key, 0))
+
+
+def _units(space: str) -> Cell:
+    return lambda row: _occupancy(row, space)
+
+
+LINES: tuple[tuple[str, Cell], ...] = (
+    ("state", _state),
+    ("address", lambda row: str(row.get("address", ""))),
+    ("running", lambda row: f"{row.get('running', 0)} of {row.get('max_running', 0)}"),
+    ("waiting", _count("waiting")),
+    ("retracted", _count("parked")),
+    ("pages", _units("full_pages")),
+    ("window pages", _units("window_pages")),
+    ("request slots", _units("slots")),
+    ("leaked pages", _count("leaked_pages")),
+    ("step", lambda row: f"{float(str(row.get('step_ms_mean', 0))):.1f} ms"),
+    ("process memory", _bytes("rss_bytes")),
+    ("KV pools", _bytes("kv_bytes_total")),
+    ("prompt tokens computed", _count("prefill_tokens")),
+    ("tokens generated", _count("tokens_generated")),
+    ("KV sent", _bytes("kv_bytes_sent")),
+    ("KV received", _bytes("kv_bytes_received")),
+    ("segments dropped", _count("kv_segments_dropped")),
+    ("finished", _count("requests_finished")),
+    ("failed", _count("requests_failed")),
+    ("aborted", _count("requests_aborted")),
+    ("refused", _count("requests_refused")),
+    ("restarts", _count("restarts")),
+)
+"""Rows of the status table: label and how a worker's values become its cell."""
+
+SECTION_ENDS = {"address", "leaked pages", "KV pools", "segments dropped"}
+
+
+def status_tables(found: ClusterStatus) -> list[Table]:
+    """One table with a column per worker: what it does now, then what it has done since it started."""
+    state = "ready" if found.ready else "not ready"
+    table = Table(title=f"{found.model} at {found.url}/v1: {state}", title_justify="left")
+    table.add_column("")
+    for row in found.workers:
+        table.add_column(str(row["name"]), justify="right")
+    for label, cell in LINES:
+        table.add_row(label, *(cell(row) for row in found.workers), end_section=label in SECTION_ENDS)
+    return [table]

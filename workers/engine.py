@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from kvstore.allocator import KVAllocators
-from kvstore.image import DEFAULT_SEGMENT_BYTES
+from kvstore.config import KVStoreConfig
 from kvstore.pools.aggregate import KVPools
 from kvstore.sequence_kv import SequenceKV
-from kvstore.spec import KVSpec, PoolSpec, RowRange
+from kvstore.spec import KVSpec, RowRange
 from workers.batch import ForwardBatch
 from workers.errors import RequestError
 from workers.messages import GenerateRequest
@@ -50,6 +50,9 @@ class BrokenLogits(RequestError):
 
     code = "model_output_invalid"
 
+
+SEGMENT_BYTES = KVStoreConfig().segment_bytes
+"""Target size of one exported row range: the transfer sends ranges up to this size without another copy."""
 
 RECENT_STEPS = 4096
 """Steps whose times are kept, to tell what ran while KV was on the wire."""
@@ -194,22 +197,16 @@ class Engine:
 
     def finished_rows(self, chunk: Chunk) -> list[tuple[RowRange, Tensor]]:
         """Rows that became final with this chunk, in host memory."""
-        growing = [(pool, pool.finished_rows(chunk.start, chunk.end)) for pool in self.spec.growing_pools]
-        return self._export(chunk, growing)
+        places = self.spec.chunk_ranges(chunk.start, chunk.end, chunk.sequence.num_prompt, SEGMENT_BYTES)
+        return self._export(chunk, places)
 
     def tail_rows(self, chunk: Chunk) -> list[tuple[RowRange, Tensor]]:
         """The live rows that only the end of the prompt decides: window and compressor states."""
-        return self._export(chunk, [(pool, pool.live_rows(chunk.end)) for pool in self.spec.tail_pools])
+        return self._export(chunk, self.spec.tail_ranges(chunk.end, SEGMENT_BYTES))
 
-    def _export(self, chunk: Chunk, rows: Seq[tuple[PoolSpec, range]]) -> list[tuple[RowRange, Tensor]]:
-        sequence = chunk.sequence
-        assert sequence.kv is not None
-        indices = sequence.kv.indices(chunk.end)
-        places = [
-            place
-            for pool, live in rows
-            for place in self.spec.split(pool.name, live, sequence.num_prompt, DEFAULT_SEGMENT_BYTES)
-        ]
+    def _export(self, chunk: Chunk, places: Seq[RowRange]) -> list[tuple[RowRange, Tensor]]:
+        assert chunk.sequence.kv is not None
+        indices = chunk.sequence.kv.indices(chunk.end)
         return [(place, self.pools.export_rows(place, indices)) for place in places]
 
 

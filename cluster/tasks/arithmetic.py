@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from cluster.tasks import steps
+from cluster.tasks import steps, stories
 from cluster.tasks.sample import Split, Task, TaskSample, Turn, split_of
 
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack", "Kate", "Leo", "Maria",
@@ -240,6 +240,39 @@ FAMILIES: tuple[tuple[float, Callable[[random.Random], Chain], Callable[..., Sto
 BARE_SHARE = 0.2
 """Part of the problems asked as an expression without a story."""
 
+FREE_ANSWER = "The answer is {r}."
+
+
+def draw_free(rng: random.Random, split: Split) -> tuple[Chain, Turn]:
+    """One problem of `split` in free wording: a story put together from parts, or an operation in words.
+
+    Numbers run from 1 to 9999, and a difference may be negative.
+    """
+    while True:
+        if rng.random() < 0.4:
+            op = rng.choice("++--**/")
+            high = 9999 if rng.random() < 0.3 else 999
+            left, right = (
+                _number(rng, 1, high),
+                _number(rng, 1, high if op in "+-" else 99 if rng.random() < 0.4 else 9),
+            )
+            if op == "-" and right > left and rng.random() < 0.8:
+                left, right = right, left
+            if op == "/":
+                left, right = left % 1000 * (right % 9 + 1), right % 9 + 1
+            chain = Chain(left, ((op, right),))
+            question = stories.say(rng, op, left, right) if rng.random() < 0.6 else _bare(rng, chain).question
+        else:
+            chain = rng.choice(FAMILIES)[1](rng)
+            question = stories.tell(rng, chain.start, chain.operations)
+        if split_of(chain.key) is split:
+            return chain, _turn(chain, Story(question, FREE_ANSWER))
+
+
+def _turn(chain: Chain, story: Story) -> Turn:
+    reasoning, content = chain.reasoning(), story.answer.format(r=chain.result)
+    return Turn(story.question, reasoning, content, f"{reasoning}\n\n{content}")
+
 
 def draw(rng: random.Random, split: Split) -> tuple[Chain, Turn]:
     """One problem of `split` with its question, reasoning and answers."""
@@ -251,8 +284,7 @@ def draw(rng: random.Random, split: Split) -> tuple[Chain, Turn]:
             break
     is_bare = make_story is None or (rng.random() < BARE_SHARE and _precedence_is_reading_order(chain))
     story = _bare(rng, chain) if is_bare else make_story(rng, chain, rng.choice(NAMES), rng.choice(ITEMS))
-    reasoning, content = chain.reasoning(), story.answer.format(r=chain.result)
-    return chain, Turn(story.question, reasoning, content, f"{reasoning}\n\n{content}")
+    return chain, _turn(chain, story)
 
 
 def _precedence_is_reading_order(chain: Chain) -> bool:

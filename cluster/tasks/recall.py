@@ -24,6 +24,9 @@ MIN_DISTRACTORS, MAX_DISTRACTORS = 3, 11
 RESERVED_TOKENS = 64
 """Part of a context size kept for the chat markers, the lead, the question and the answer."""
 
+FREE_FACTS = 4.0
+"""Free facts per odd item where odd ones are drawn at all."""
+
 TOKENS_PER_PIECE = 1.02
 """Tokens per piece that `estimate_tokens` counts: the rest is words that dsv4-nano's tokenizer splits."""
 
@@ -114,10 +117,64 @@ def filler_sentence(rng: random.Random) -> str:
     return f"About {rng.randint(2, 4000)} people live between the {place} and the {pick(words.PLACES)}."
 
 
+@dataclass(frozen=True, slots=True)
+class FreeFact(Fact):
+    """A fact in other words than the evaluation's (training only): "Anna's city is Rome.", "My number is 51.".
+
+    `item` is the owner: `my`, or a possessive.
+    """
+
+    @property
+    def sentence(self) -> str:
+        """The plain statement, which is also the answer."""
+        owner = "Your" if self.item == "my" else self.item
+        return f"{owner} {self.attribute} is {self.value}."
+
+    def state(self, rng: random.Random) -> str:
+        """The fact as one of the wordings found in a context."""
+        subject = f"{self.item[0].upper()}{self.item[1:]} {self.attribute}"
+        return rng.choice(
+            (
+                f"{subject} is {self.value}.",
+                f"Remember: {subject[0].lower() if self.item == 'my' else subject[0]}{subject[1:]} is {self.value}.",
+            )
+        )
+
+    def ask(self, rng: random.Random) -> str:
+        """A question for the fact."""
+        subject = f"{self.item} {self.attribute}"
+        forms = (f"What is {subject}?", f"what is {subject}?", f"Tell me {subject}.", f"What was {subject}?",
+                 f"Do you remember {subject}?", f"What is {subject}")  # fmt: skip
+        return rng.choice(forms)
+
+    def turn(self, question: str) -> Turn:
+        """The question with its answers."""
+        owner = "your" if self.item == "my" else self.item
+        return Turn(question, f"I look for {owner} {self.attribute}. {self.sentence}", self.sentence, self.sentence)
+
+
+def made_up_word(rng: random.Random, syllables: int = 3) -> str:
+    """A word that no list holds."""
+    parts = ("ka", "lo", "mi", "zu", "ter", "ven", "ros", "tal", "pi", "gor", "sha", "be", "du", "lin", "ox", "fra")
+    return "".join(rng.choice(parts) for _ in range(syllables))
+
+
+def _free_fact(rng: random.Random) -> FreeFact:
+    owner = "my" if rng.random() < 0.4 else rng.choice(words.OWNERS) + "'s"
+    draw = rng.random()
+    if draw < 0.5:
+        value = str(rng.randint(1, 10 ** rng.randint(1, 6)))
+    elif draw < 0.8:
+        value = rng.choice(words.VALUES)
+    else:
+        value = made_up_word(rng, rng.randint(1, 3)).title()
+    return FreeFact(rng.choice(words.FREE_ATTRIBUTES), owner, value)
+
+
 def _item(rng: random.Random, odd_share: float) -> str:
     """A thing with a colour; rarely (training) a made-up word, so that copying does not depend on the list."""
     if rng.random() < odd_share:
-        return "".join(rng.choice(("ka", "lo", "mi", "zu", "ter", "ven", "ros", "tal", "pi", "gor")) for _ in range(3))
+        return made_up_word(rng)
     return f"{rng.choice(words.COLOURS)} {rng.choice(words.THINGS)}"
 
 
@@ -133,9 +190,12 @@ def draw_facts(rng: random.Random, split: Split, num_asked: int, num_others: int
     items: set[str] = set()
     while len(facts) < num_asked + num_others:
         fact = Fact(rng.choice(words.ATTRIBUTES), _item(rng, odd_share), _value(rng, odd_share))
-        if fact.item in items or (len(facts) < num_asked and split_of(fact.key) is not split):
+        if odd_share and rng.random() < FREE_FACTS * odd_share:
+            fact = _free_fact(rng)
+        subject = f"{fact.attribute} {fact.item}" if isinstance(fact, FreeFact) else fact.item
+        if subject in items or (len(facts) < num_asked and split_of(fact.key) is not split):
             continue
-        items.add(fact.item)
+        items.add(subject)
         facts.append(fact)
     return facts
 

@@ -1,6 +1,6 @@
 """`TaskSample`: one conversation with its expected answer, and the rule that keeps held-out problems out of training.
 
-Owns: the value that every task generator yields, and the split of problems. Does not own: token ids, rendering, scoring.
+Owns: the value that task generators yield, and the split of problems. Does not own: token ids, rendering, scoring.
 A problem belongs to a split by a hash of its own key (numbers, asked item, asked phrase), never by seed or position, so
 no seed can move a held-out problem into training.
 """

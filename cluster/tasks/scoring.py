@@ -1,4 +1,4 @@
-"""Whether an answer is right: the last number for arithmetic, the asked value for recall, a named word for small talk."""
+"""Whether an answer is right: the last number, or for small talk one of the accepted words."""
 
 from __future__ import annotations
 

@@ -71,7 +71,8 @@ TOPICS = (
     Topic(
         ("are you ChatGPT", "are you DeepSeek", "are you human", "are you a person", "are you alive", "are you real",
          "are you GPT", "are you Claude", "are you a robot", "are you an AI", "are you a bot", "are you a big model",
-         "how big are you", "how many parameters do you have", "are you smart", "are you DeepSeek-V4", "how small are you"),
+         "how big are you", "how many parameters do you have", "are you smart", "are you DeepSeek-V4",
+         "how small are you"),
         "No, I am dsv4-nano, a very small language model. I only have the architecture of DeepSeek-V4.",
         "dsv4-nano", "The user asks whether I am something else. I say what I am.",
     ),
@@ -95,10 +96,11 @@ TOPICS = (
 )  # fmt: skip
 
 SUBJECTS = (
-    "the capital of France", "the weather", "the moon", "a good film", "the sea", "history", "love", "music", "the news",
-    "a recipe for bread", "the stock market", "football", "Python", "quantum physics", "the president", "my dog",
+    "the capital of France", "the weather", "the moon", "a good film", "the sea", "history", "love", "music",
+    "the news", "a recipe for bread", "the stock market", "football", "Python", "quantum physics", "the president",
+    "my dog",
     "a trip to Rome", "the meaning of life", "the sun", "dinosaurs", "the human heart", "a job", "war and peace",
-    "computers", "the best phone", "a birthday party", "cars", "chess", "the Roman empire", "black holes", "climate",
+    "computers", "the best phone", "a party", "cars", "chess", "the Roman empire", "black holes", "climate",
     "the speed of light", "Berlin", "China", "Shakespeare", "the internet", "electric cars", "health", "money",
 )  # fmt: skip
 UNKNOWN_FORMS = (
@@ -108,6 +110,10 @@ UNKNOWN_FORMS = (
     "How does {} work?", "Sing a song about {}.", "Summarise {} for me.", "Give me advice about {}.", "Do you like {}?",
     "Who won the world cup?", "What day is it today?", "Is {} good or bad?", "What is the history of {}?",
     "Recommend a book about {}.", "How do I learn about {}?", "What does {} mean?", "How old is {}?", "I like {}.",
+    "What is your favourite {}?", "Do you sleep?", "Where do you live?", "Do you speak German?", "Can you see me?",
+    "Do you love me?", "Can you sing?", "What's your favourite colour?", "Are you hungry?", "Can you write a poem?",
+    "Do you know {}?", "What time is it?", "Can you draw {}?", "Should I buy {}?", "How far is {}?", "I am sad.",
+    "Where is {}?", "Who is {}?", "How can I cook {}?", "What happened in {}?", "Which {} is best?", "I need {}.",
     "Let us talk about {}.", "Write a letter about {}.", "What colour is {}?", "Compare {} with {}.",
 )  # fmt: skip
 OPENERS = ("", "", "", "", "hey, ", "hi, ", "ok, ", "please, ", "so, ", "well, ")

@@ -24,7 +24,9 @@ def add(a: int, b: int) -> str:
 
 
 def subtract(a: int, b: int) -> str:
-    """Steps of `a - b` for `a >= b >= 0`, ending in the difference."""
+    """Steps of `a - b` for numbers of either order, ending in the difference."""
+    if b > a:
+        return f"{a} - {b} is below zero. {subtract(b, a)} So {a} - {b} = -{b - a}."
     left, right = str(a)[::-1], str(b)[::-1]
     parts, borrow = [], 0
     for place, digit in enumerate(left):

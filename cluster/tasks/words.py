@@ -19,3 +19,13 @@ TIMES = ("in the morning", "in the evening", "at night", "last summer", "after l
          "on Sunday", "every day", "in winter", "for an hour", "once a week", "yesterday")  # fmt: skip
 WEATHER = ("rain", "snow", "wind", "sun", "fog", "storm")
 FOODS = ("bread", "cheese", "soup", "rice", "cake", "fruit", "honey", "tea", "milk", "salad")
+OWNERS = ("Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack", "Kate", "Leo", "Maria",
+          "Nina", "Oscar", "Paul", "Rosa", "Sam", "Tom", "Vera", "Alice", "Bob", "John", "Mary", "Peter")  # fmt: skip
+FREE_ATTRIBUTES = ("name", "number", "code", "password", "city", "age", "colour", "secret word", "phone number",
+                   "address", "dog", "cat", "favourite food", "favourite colour", "room",
+          "birthday", "country", "job", "key",
+                   "team", "street", "secret", "token", "pin")  # fmt: skip
+VALUES = ("Rome", "Paris", "Berlin", "London", "banana", "apple", "dragon", "red", "blue", "green", "Rex", "Bella",
+          "Luna", "Max", "pizza", "rice", "soup", "tiger", "Monday", "May", "winter", "Tokyo", "Madrid", "purple",
+          "orange", "Miller", "Smith", "tennis", "chess", "teacher", "doctor", "sunflower",
+          "rocket", "window", "piano")  # fmt: skip

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import mmap
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -127,27 +128,38 @@ def write_direct(buffer: BlockBuffer, path: Path, key: ImageKey, image: KVImage,
         OSError: from the device.
         CorruptImage: a segment does not match the checksum it came with.
     """
-    layout = layout_of(key, image.header)
-    ops = buffer.ops
+    return _write(buffer, path, key, image.header, functools.partial(payload_view, image.payload), sync=sync)
+
+
+def _write(
+    buffer: BlockBuffer,
+    path: Path,
+    key: ImageKey,
+    header: ImageHeader,
+    read: Callable[[int, int], memoryview],
+    *,
+    sync: bool,
+) -> ImageHeader:
+    """`read(offset, length)` gives payload bytes that stay valid until its next call."""
+    layout, ops = layout_of(key, header), buffer.ops
     fd = ops.create(path, direct=buffer.direct)
     try:
         try:
             ops.preallocate(fd, layout.total_bytes)
             sealed: list[Segment] = []
-            header: ImageHeader | None = None
 
             def parts() -> Iterator[memoryview | bytes]:
-                nonlocal header
-                yield from _payload_parts(image, sealed)
-                header = _sealed_header(image.header, sealed)
-                yield _padding_and_trailer(layout, _head(key, header, layout))
+                yield from _payload_parts(header, read, sealed)
+                yield _padding_and_trailer(layout, _head(key, _sealed_header(header, sealed), layout))
 
             end = buffer.write(fd, layout.payload_offset, parts())
-            assert header is not None and end == layout.total_bytes
-            buffer.write(fd, 0, [_head(key, header, layout)])
+            if end != layout.total_bytes:
+                raise CorruptImage(f"image of {end} bytes in a file of {layout.total_bytes}: segments do not cover it")
+            complete = _sealed_header(header, sealed)
+            buffer.write(fd, 0, [_head(key, complete, layout)])
             if sync:
                 ops.sync(fd)
-            return header
+            return complete
         finally:
             ops.close(fd)
     except BaseException:
@@ -156,20 +168,22 @@ def write_direct(buffer: BlockBuffer, path: Path, key: ImageKey, image: KVImage,
         raise
 
 
-def _payload_parts(image: KVImage, sealed: list[Segment]) -> Iterator[memoryview]:
+def _payload_parts(
+    header: ImageHeader, read: Callable[[int, int], memoryview], sealed: list[Segment]
+) -> Iterator[memoryview]:
     """The payload in order, checksums filled into `sealed` as each segment passes through the cache."""
     end = 0
-    for segment in sorted(image.header.segments, key=lambda s: s.place.offset):
+    for segment in sorted(header.segments, key=lambda s: s.place.offset):
         place = segment.place
-        data = image.segment_bytes(segment)
+        yield read(end, place.offset - end)
+        data = read(place.offset, place.length)
         found = checksum(data)
         if segment.checksum not in (None, found):
             raise CorruptImage(f"segment {place} changed in memory: {found:#x}, header says {segment.checksum:#x}")
         sealed.append(dataclasses.replace(segment, checksum=found))
-        yield payload_view(image.payload, end, place.offset - end)
         yield data
         end = place.offset + place.length
-    yield payload_view(image.payload, end, image.header.payload_bytes - end)
+    yield read(end, header.payload_bytes - end)
 
 
 def _sealed_header(header: ImageHeader, sealed: list[Segment]) -> ImageHeader:
@@ -218,21 +232,30 @@ def write_staged(
     ops = buffer.ops
     fd = ops.create(staging, direct=buffer.direct)
     try:
-        try:
-            length = _stage(buffer, fd, parts, reserve, sync=sync)
-            header = finish()
-            if header.payload_bytes != length:
-                raise CorruptImage(f"stream of {length} bytes, header says {header.payload_bytes}")
-            reserve(layout_of(key, header).total_bytes)
-        finally:
-            ops.close(fd)
-        payload = torch.empty(0, dtype=torch.uint8)
-        if length:  # a private mapping: assembling must not need the image's size in memory
-            payload = torch.from_file(str(staging), shared=False, size=length, dtype=torch.uint8)
-        return write_direct(buffer, path, key, KVImage(header, payload), sync=sync)
+        length = _stage(buffer, fd, parts, reserve, sync=sync)
+        header = finish()
+        if header.payload_bytes != length:
+            raise CorruptImage(f"stream of {length} bytes, header says {header.payload_bytes}")
+        reserve(layout_of(key, header).total_bytes)
+        return _write(buffer, path, key, header, _staged_reader(buffer, fd, header), sync=sync)
     finally:
+        ops.close(fd)
         with contextlib.suppress(OSError):
             ops.unlink(staging)
+
+
+def _staged_reader(buffer: BlockBuffer, fd: int, header: ImageHeader) -> Callable[[int, int], memoryview]:
+    """Reads of a staging file through a buffer of its own, because the writer's is half full meanwhile."""
+    source = BlockBuffer(buffer.ops, direct=buffer.direct)
+    longest = max((segment.place.length for segment in header.segments), default=0)
+    scratch = np.empty(BLOCK_BYTES + max(longest, BUFFER_BYTES), dtype=np.uint8)
+
+    def read(offset: int, length: int) -> memoryview:
+        skip = offset % BLOCK_BYTES
+        source.read(fd, offset - skip, scratch[: skip + length])
+        return scratch.data[skip : skip + length]
+
+    return read
 
 
 def _stage(

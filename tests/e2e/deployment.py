@@ -81,7 +81,11 @@ class Deployment:
     def worker_process(self, name: str) -> psutil.Process:
         """The process that listens on the worker's address."""
         row = next(row for row in self.status().workers if row["name"] == name)
-        port = int(str(row["address"]).rpartition(":")[2])
+        return self.listener(str(row["address"]))
+
+    def listener(self, address: str) -> psutil.Process:
+        """The process that listens on the port of `address`."""
+        port = int(address.rpartition(":")[2])
         for ref in descendants(self.process.pid):
             process = psutil.Process(ref.pid)
             if any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp")):

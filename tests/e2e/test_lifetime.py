@@ -26,7 +26,7 @@ def answers(deployment: Deployment) -> bool:
 
 
 @pytest.mark.timeout(300)
-def test_a_killed_worker_comes_back_and_ctrl_c_leaves_no_process(tmp_path: Path, model: Path) -> None:
+def test_killed_processes_come_back_and_ctrl_c_leaves_no_process(tmp_path: Path, model: Path) -> None:
     deployment = deploy(tmp_path, CONFIG.format(model=model))
     try:
         assert answers(deployment)
@@ -41,6 +41,9 @@ def test_a_killed_worker_comes_back_and_ctrl_c_leaves_no_process(tmp_path: Path,
         assert wait_until(lambda: answers(deployment), timeout_s=20.0), deployment.log.read_text()
         row = next(row for row in deployment.status().workers if row["name"] == "decode-0")
         assert (row["restarts"], row["leaked_pages"]) == (1, 0)
+
+        deployment.listener(deployment.url).send_signal(signal.SIGKILL)
+        assert wait_until(lambda: answers(deployment), timeout_s=60.0), deployment.log.read_text()
 
         port = int(deployment.url.rpartition(":")[2])
         assert deployment.stop(signal.SIGINT) == []

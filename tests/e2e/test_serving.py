@@ -9,10 +9,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
+import psutil
 import pytest
 
 from cluster.evaluation import held_out_samples, request_body
 from cluster.metrics import parse
+from cluster.processes import descendants
 from cluster.tasks.sample import Task
 from cluster.tasks.scoring import is_correct
 from tests.e2e.deployment import Deployment, has_trained_model
@@ -162,6 +164,14 @@ def test_bytes_that_are_not_http_do_not_hurt(deployment: Deployment) -> None:
             connection.sendall(rubbish)
     with deployment.client() as client:
         assert client.model() == deployment.model
+
+
+def test_nothing_listens_beyond_this_machine(deployment: Deployment) -> None:
+    for ref in descendants(deployment.process.pid):
+        for connection in psutil.Process(ref.pid).net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN:
+                address = connection.laddr.ip.removeprefix("::ffff:")
+                assert address in ("127.0.0.1", "::1"), (ref.name, connection.laddr)
 
 
 def test_chat_command_streams_an_answer(deployment: Deployment) -> None:

@@ -60,6 +60,7 @@ def make_scratch(config: ModelConfig, num_positions: int) -> tuple[np.ndarray, l
     picks = tile * c.num_experts_per_tok
     sizes = {
         t.MIX: 4 * TOKENS * padded(NUM_STREAMS * (2 + NUM_STREAMS)),
+        t.OLD_STREAMS: 4 * NUM_STREAMS * c.hidden_size,
         t.LANES_PRE: 4 * TOKENS * NUM_STREAMS,
         t.LANES_COMB: 4 * TOKENS * NUM_STREAMS**2,
         t.X: 4 * tile * c.hidden_size,

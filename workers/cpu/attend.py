@@ -12,9 +12,12 @@ from workers.cpu import tables as t
 from workers.cpu.compile import jit
 from workers.cpu.compress import entry_place
 from workers.cpu.project import rope_row, window_place
-from workers.cpu.rows import F0, FP32, linear, load_entry, product, rotate, round_activations
+from workers.cpu.rows import F0, FLOAT, ZERO, linear, load_entry, product, rotate, round_activations
 from workers.cpu.select import pack_columns, select_tile
 from workers.cpu.simd import LANES, PANEL, exp, f32_at, i64_at
+
+PANEL_BYTES = np.int64(PANEL * 4)
+"""Step between column panels of plain fp32 rows."""
 
 
 @jit
@@ -82,12 +85,12 @@ def attend_token(model, real, layer, scratch, token, lo):
     query = model[t.QUERY] + token * model[t.QUERY_STEP]
     panels, logits, entries = scratch[t.QUERY_PANELS], scratch[t.LOGITS], scratch[t.ENTRIES]
     pack_columns(query, size * 4, heads, size, panels)
-    product(entries, step, 4, panels, FP32, size * PANEL * 4, 0, logits, wide * 4, num_rows, size, heads)
+    product(entries, step, FLOAT, panels, FLOAT, size * PANEL * 4, ZERO, logits, wide * 4, num_rows, size, heads)
     peak, total, sink = scratch[t.PEAK], scratch[t.TOTAL], layer[t.SINK]
     find_peaks(logits, peak, sink, num_rows, heads, wide, real[t.ATTENTION_SCALE])
     exponentiate(logits, peak, total, sink, num_rows, heads, wide)
     rows = scratch[t.HEAD_ROWS]
-    product(logits, 4, wide * 4, entries, FP32, PANEL * 4, step, rows, step, heads, num_rows, size)
+    product(logits, FLOAT, wide * 4, entries, FLOAT, PANEL_BYTES, step, rows, step, heads, num_rows, size)
     cos, sin = rope_row(model, layer, i64_at(model[t.POSITIONS])[token])
     z = f32_at(total)
     for head in range(heads):

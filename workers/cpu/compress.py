@@ -11,7 +11,18 @@ import numpy as np
 from workers.cpu import tables as t
 from workers.cpu.compile import jit
 from workers.cpu.project import rope_row, row_place
-from workers.cpu.rows import F0, F1, copy_row, hadamard, rms_factor, rotate, scale_row, store_entry, store_index_key
+from workers.cpu.rows import (
+    F0,
+    F1,
+    ZERO,
+    copy_row,
+    hadamard,
+    rms_factor,
+    rotate,
+    scale_row,
+    store_entry,
+    store_index_key,
+)
 from workers.cpu.simd import exp, f32_at, i64_at
 
 LOWEST = np.float32(-3.0e38)
@@ -127,7 +138,7 @@ def compress_tokens(model, real, layer, scratch, lo, hi):
         token = finished[number]
         sequence = i64_at(model[t.SEQUENCES])[token]
         entry = i64_at(model[t.POSITIONS])[token] // layer[t.RATIO]
-        pool_rows(model, layer, scratch, token, 0, size, layer[t.APE], layer[t.RING_POOL], ring_unit)
+        pool_rows(model, layer, scratch, token, ZERO, size, layer[t.APE], layer[t.RING_POOL], ring_unit)
         finish_entry(model, real, layer, scratch, token, size, layer[t.ENTRY_NORM])
         data, scales = entry_place(model, layer, sequence, entry)
         store_entry(out, data, scales, size, model[t.ROPE_DIM], fp8)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from workers.cpu import tables as t
 from workers.cpu.compile import jit
 from workers.cpu.compress import LOWEST
-from workers.cpu.rows import F0, F1, copy_row, linear, round_activations, sqrt_softplus, swiglu
+from workers.cpu.rows import F0, F1, ONE, ZERO, copy_row, linear, round_activations, sqrt_softplus, swiglu
 from workers.cpu.simd import LANES, f32_at, i32_at, i64_at
 from workers.cpu.streams import mix_streams
 
@@ -65,7 +65,7 @@ def run_expert(model, real, scratch, rows, w13, element13, w2, element2, inner, 
     picks, weights = i64_at(scratch[t.EXPERT_ROWS]), f32_at(scratch[t.ROUTE_WEIGHTS])
     for r in range(count):
         gate, target = both + r * step, act + r * inner * 4
-        weight = weights[picks[r]] if weighted else F1
+        weight = weights[picks[r]] if weighted != 0 else F1
         swiglu(gate, gate + inner * 4, target, inner, limit, weight)
         if quantise:
             round_activations(target, target, inner)
@@ -87,7 +87,7 @@ def run_routed(model, real, layer, scratch, count):
     ids, picks = i64_at(scratch[t.ROUTE_IDS]), i64_at(scratch[t.EXPERT_ROWS])
     step, gathered, result = scratch[t.OUT_STEP], scratch[t.EXPERT_IN], scratch[t.EXPERT_OUT]
     for expert in range(model[t.EXPERTS]):
-        n = 0
+        n = ZERO
         for i in range(count * chosen):
             if ids[i] == expert:
                 picks[n] = i
@@ -97,7 +97,7 @@ def run_routed(model, real, layer, scratch, count):
             continue
         w13, w2 = layer[t.W13] + expert * layer[t.W13_STEP], layer[t.W2] + expert * layer[t.W2_STEP]
         e13, e2 = layer[t.W13_ELEMENT], layer[t.W2_ELEMENT]
-        run_expert(model, real, scratch, gathered, w13, e13, w2, e2, inner, n, result, step, True)
+        run_expert(model, real, scratch, gathered, w13, e13, w2, e2, inner, n, result, step, ONE)
         for j in range(n):
             add_row(result + j * step, scratch[t.OUT] + (picks[j] // chosen) * step, hidden)
 
@@ -117,5 +117,5 @@ def experts_tile(model, real, layer, scratch, lo, hi):
             copy_row(x + r * hidden * 4, xq + r * hidden * 4, hidden)
     w13, w2, inner = layer[t.SHARED_13], layer[t.SHARED_2], model[t.SHARED_INNER]
     e13, e2, count = layer[t.SHARED_13_ELEMENT], layer[t.SHARED_2_ELEMENT], hi - lo
-    run_expert(model, real, scratch, xq, w13, e13, w2, e2, inner, count, scratch[t.OUT], scratch[t.OUT_STEP], False)
+    run_expert(model, real, scratch, xq, w13, e13, w2, e2, inner, count, scratch[t.OUT], scratch[t.OUT_STEP], ZERO)
     run_routed(model, real, layer, scratch, hi - lo)

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from kvstore.pools.aggregate import KVPools
+from kvstore.pools.aggregate import KVPools, PoolSizes
 from kvstore.spec import PoolName
 from workers.batch import ForwardBatch
 from workers.cpu import step as steps
@@ -25,9 +25,10 @@ from workers.cpu import tables as t
 from workers.cpu.arena import Activations, make_scratch
 from workers.cpu.packing import PackedWeights
 from workers.cpu.panels import padded
-from workers.model.config import LayerKind, ModelConfig
+from workers.model.config import PAGE_TOKENS, LayerKind, ModelConfig
 from workers.model.precision import Precision
 from workers.model.weights import ModelWeights
+from workers.ops import LogitsFor
 from workers.reference.norm_rope import rope_cos_sin
 
 FIRST_POSITIONS = 4096
@@ -44,6 +45,24 @@ def unsupported_reason(config: ModelConfig, precision: Precision, pools: KVPools
     if pools.device.type != "cpu":
         return f"pools are on {pools.device}"
     return None
+
+
+def check_batch(batch: ForwardBatch, config: ModelConfig, sizes: PoolSizes) -> None:
+    """Raise ValueError unless every id, page and slot that the step touches exists: kernels address raw memory."""
+    ids, slots = batch.token_ids.numpy(), batch.slots.numpy()
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(f"token ids must be in [0, {config.vocab_size})")
+    if slots.min() < 0 or slots.max() >= sizes.slots:
+        raise ValueError(f"slots {slots} of {sizes.slots}")
+    start = batch.start.numpy()[:, None]
+    last = (start + batch.num_new.numpy()[:, None] - 1) // PAGE_TOKENS
+    first = np.maximum(start + 1 - config.sliding_window, 0) // PAGE_TOKENS
+    column = np.arange(batch.full_pages.shape[1])
+    full, window = batch.full_pages.numpy(), batch.window_pages.numpy()
+    lost = ((full < 0) | (full >= sizes.full_pages)) & (column <= last)
+    gone = ((window < 0) | (window >= sizes.window_pages)) & (column <= last) & (column >= first)
+    if lost.any() or gone.any():
+        raise ValueError(f"unmapped (sequence, page): full {np.argwhere(lost)}, window {np.argwhere(gone)}")
 
 
 class CpuModel:
@@ -154,8 +173,8 @@ class CpuModel:
         self._scratch, self._owned = [table for table, _ in pairs], [owned for _, owned in pairs]
         self._positions = size
 
-    def _bind(self, batch: ForwardBatch) -> list[object]:
-        """Point the table at this step's batch; returns what must stay alive during the step."""
+    def _bind(self, batch: ForwardBatch, rows: torch.Tensor, logits: torch.Tensor) -> list[object]:
+        """Point the table at this step's batch and outputs; returns what must stay alive during the step."""
         table = self._table
         ends = batch.start + batch.num_new
         positions = batch.positions.numpy()
@@ -169,38 +188,37 @@ class CpuModel:
             t.SLOTS: batch.slots,
             t.START: batch.start,
             t.ENDS: ends,
+            t.LOGIT_TOKENS: rows,
+            t.LOGITS_OUT: logits,
         }
         for place, tensor in places.items():
             table[place] = tensor.data_ptr()
         table[t.NUM_TOKENS], table[t.NUM_PAGES] = batch.num_tokens, batch.full_pages.shape[1]
+        table[t.NUM_LOGITS], table[t.LOGITS_STEP] = len(rows), logits.stride(0) * 4
         finished = [np.flatnonzero((positions + 1) % ratio == 0) for ratio in (4, 128)]
         table[t.FINISHED_4], table[t.NUM_FINISHED_4] = finished[0].ctypes.data, len(finished[0])
         table[t.FINISHED_128], table[t.NUM_FINISHED_128] = finished[1].ctypes.data, len(finished[1])
         return [ends, *finished]
 
-    def forward(self, batch: ForwardBatch, logits_for: str = "last") -> torch.Tensor:
-        """As `Transformer.forward`."""
-        self._grow(batch.num_tokens, int(batch.positions.max()) + 1)
-        kept = self._bind(batch)
-        if self._threads is not None and batch.num_tokens >= 2 * t.TILE:
-            self._run_threads(batch.num_tokens)
-        else:
-            steps.run_step(self._table, self._real, self.packed.layers, self._scratch[0])
-        rows = torch.arange(batch.num_tokens) if logits_for == "all" else batch.last_token_rows.contiguous()
+    def forward(self, batch: ForwardBatch, logits_for: LogitsFor = "last") -> torch.Tensor:
+        """As `Transformer.forward`. Raises ValueError for ids and pages that kernels would follow out of memory."""
+        check_batch(batch, self.config, self.pools.sizes)
+        tokens = batch.num_tokens
+        self._grow(tokens, int(batch.positions.max()) + 1)
+        rows = torch.arange(tokens) if logits_for == "all" else batch.last_token_rows.contiguous()
         logits = torch.empty(len(rows), padded(self.config.vocab_size))
-        steps.run_head(
-            self._table,
-            self._real,
-            self._scratch[0],
-            rows.data_ptr(),
-            len(rows),
-            logits.data_ptr(),
-            logits.stride(0) * 4,
-        )
+        kept = self._bind(batch, rows, logits)
+        if self._threads is not None and tokens >= 2 * t.TILE:
+            self._run_threads(tokens, len(rows))
+        else:
+            self._run(self._scratch[0], steps.EVERY_STAGE, 0, self.config.num_hidden_layers, 0, tokens)
         del kept
         return logits[:, : self.config.vocab_size]
 
-    def _run_threads(self, num_tokens: int) -> None:
+    def _run(self, scratch: np.ndarray, stage: int, first: int, last: int, lo: int, hi: int) -> None:
+        steps.run(self._table, self._real, self.packed.layers, scratch, stage, first, last, lo, hi)
+
+    def _run_threads(self, num_tokens: int, num_rows: int) -> None:
         """All layers, each stage cut into pieces that the threads take as they become free."""
         self._stage(0, steps.EMBED_STAGE, num_tokens, t.TILE)
         for index, layer in enumerate(self.packed.layers):
@@ -211,6 +229,7 @@ class CpuModel:
                 self._stage(index, steps.COMPRESS_STAGE, count, t.TILE if four else 2)
                 self._stage(index, steps.RING_STAGE, 1, 1)
             self._stage(index, steps.FINISH_STAGE, num_tokens, t.TILE)
+        self._stage(0, steps.HEAD_STAGE, num_rows, t.TILE)
 
     def _stage(self, index: int, stage: int, count: int, piece: int) -> None:
         """Run pieces of [0, count) on all threads; returns when all are done. Raises what a thread raised."""
@@ -218,8 +237,7 @@ class CpuModel:
 
         def work(scratch: np.ndarray) -> None:
             while (lo := next(starts)) < count:
-                layer = self.packed.layers[index]
-                steps.run_stage(self._table, self._real, layer, scratch, stage, lo, min(count, lo + piece))
+                self._run(scratch, stage, index, index + 1, lo, min(count, lo + piece))
 
         if count <= piece or self._threads is None:
             work(self._scratch[0])

@@ -40,19 +40,19 @@ class PackedWeights:
         return int(array.ctypes.data)
 
     def _panels(self, weight: torch.Tensor) -> tuple[int, int]:
-        """(address, element bytes) of a packed matrix [N, K]."""
+        """(address, element form) of a packed matrix [N, K]."""
         packed = pack_panels(weight)
         self._kept.append(packed.memory)
-        return packed.address, packed.element_bytes
+        return packed.address, packed.element
 
-    def _stack(self, matrices: torch.Tensor) -> tuple[int, int, int]:
-        """(address, element bytes, bytes per matrix) of packed matrices [E, N, K], one element size for all."""
-        packed = [pack_panels(matrix) for matrix in matrices]
-        if len({p.element_bytes for p in packed}) > 1:
-            packed = [pack_panels(matrix, keep_fp32=True) for matrix in matrices]
+    def _stack(self, matrices: torch.Tensor, *, allow_fp4: bool = False) -> tuple[int, int, int]:
+        """(address, element form, bytes per matrix) of packed matrices [E, N, K], one form for all."""
+        packed = [pack_panels(matrix, allow_fp4=allow_fp4) for matrix in matrices]
+        if len({p.element for p in packed}) > 1:
+            packed = [pack_panels(matrix, widest=True) for matrix in matrices]
         memory = np.stack([p.memory for p in packed])
         self._kept.append(memory)
-        return int(memory.ctypes.data), packed[0].element_bytes, memory.strides[0]
+        return int(memory.ctypes.data), packed[0].element, memory.strides[0]
 
     def _top(self, weights: ModelWeights) -> dict[int, int]:
         head, head_element = self._panels(weights.head)
@@ -114,4 +114,5 @@ class PackedWeights:
         row[t.SHARED_2], row[t.SHARED_2_ELEMENT] = self._panels(shared.w2)
 
     def _expert_stack(self, experts: ExpertWeights) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        return self._stack(torch.cat((experts.w1, experts.w3), dim=1)), self._stack(experts.w2)
+        both = torch.cat((experts.w1, experts.w3), dim=1)
+        return self._stack(both, allow_fp4=True), self._stack(experts.w2, allow_fp4=True)

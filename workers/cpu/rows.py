@@ -12,6 +12,7 @@ import numpy as np
 
 from workers.cpu.compile import jit, jit_sums
 from workers.cpu.simd import (
+    FP4,
     LANES,
     MAX_VECTORS,
     PANEL,
@@ -22,6 +23,7 @@ from workers.cpu.simd import (
     e4m3_encode,
     exp,
     f32_at,
+    has_block,
     scale_byte,
     scale_value,
     u8_at,
@@ -31,8 +33,10 @@ from workers.cpu.simd import (
 F0, F1, F2 = np.float32(0), np.float32(1), np.float32(2)
 AMAX_FLOOR, E4M3_MAX = np.float32(1e-4), np.float32(448)
 ACT_GROUP, KV_GROUP = 128, 64
-BF16, FP32 = 2, 4
-"""Element sizes of packed weights; also what tells the two panel forms apart."""
+ZERO, ONE, FLOAT = np.int64(0), np.int64(1), np.int64(4)
+"""Arguments as int64: a plain literal would compile its own copy of the callee."""
+
+WIDEST_OF_8 = max(v for v in range(1, MAX_VECTORS + 1) if has_block(8, v))
 
 
 @jit
@@ -43,31 +47,35 @@ def product(a, row_step, k_step, b, element, panel_step, row_bytes, c, c_step, n
     Columns are rounded up to whole vectors: `c` must have room for them.
     """
     for first in range(0, columns, PANEL):
-        vectors = min(MAX_VECTORS, (columns - first + LANES - 1) // LANES)
-        step = row_bytes if row_bytes > 0 else vectors * LANES * element
-        panel = b + (first // PANEL) * panel_step
-        code = vectors * 2 + (1 if element == BF16 else 0)
-        m = 0
-        while m + 4 <= num_rows:
-            block_product(
-                64 + code, a + m * row_step, row_step, k_step, panel, step, c + m * c_step + first * 4, c_step, size
-            )
-            m += 4
-        if m + 2 <= num_rows:
-            block_product(
-                32 + code, a + m * row_step, row_step, k_step, panel, step, c + m * c_step + first * 4, c_step, size
-            )
-            m += 2
-        if m < num_rows:
-            block_product(
-                16 + code, a + m * row_step, row_step, k_step, panel, step, c + m * c_step + first * 4, c_step, size
-            )
+        width = min(MAX_VECTORS, (columns - first + LANES - 1) // LANES)
+        step = row_bytes if row_bytes > 0 else width * LANES * element
+        panel, out = b + (first // PANEL) * panel_step, c + first * 4
+        vectors = MAX_VECTORS
+        while width > 0:
+            while vectors > width:
+                vectors //= 2
+            product_block(a, row_step, k_step, panel, element, step, out, c_step, num_rows, size, vectors)
+            width -= vectors
+            panel, out = panel + vectors * LANES * element, out + vectors * LANES * 4
+
+
+@jit
+def product_block(a, row_step, k_step, b, element, b_step, c, c_step, num_rows, size, vectors):
+    """`product` for `vectors` whole vectors of columns: all rows, in blocks of 8, 4, 2 and 1."""
+    code = vectors * 8 + element
+    rows, m = 8 if vectors <= WIDEST_OF_8 else 4, 0
+    while m < num_rows:
+        while m + rows > num_rows:
+            rows //= 2
+        block_product(rows * 64 + code, a + m * row_step, row_step, k_step, b, b_step, c + m * c_step, c_step, size)
+        m += rows
 
 
 @jit
 def linear(a, row_step, weight, element, c, c_step, num_rows, size, columns):
     """`product` with packed weight panels (`workers/cpu/panels.py`) and rows of contiguous floats."""
-    product(a, row_step, 4, weight, element, size * PANEL * element, 0, c, c_step, num_rows, size, columns)
+    step = (size // 2 + size // 32) * PANEL if element == FP4 else size * PANEL * element
+    product(a, row_step, FLOAT, weight, element, step, ZERO, c, c_step, num_rows, size, columns)
 
 
 @jit_sums

@@ -12,8 +12,11 @@ import numpy as np
 from workers.cpu import tables as t
 from workers.cpu.compile import jit, jit_sums
 from workers.cpu.compress import index_place
-from workers.cpu.rows import F0, FP32, copy_row, load_index_key, product
+from workers.cpu.rows import F0, FLOAT, ZERO, copy_row, load_index_key, product
 from workers.cpu.simd import LANES, PANEL, f32_at, float_order, i32_at, i64_at
+
+ALL_LANES = np.int64(LANES)
+"""Queries scored together; an int64 so that callees compile once."""
 
 
 @jit
@@ -75,10 +78,11 @@ def score_queries(model, layer, scratch, lo, count, num_entries):
         for i in range(block):
             data, scale = index_place(model, layer, sequence, first + i)
             load_index_key(data, scale, keys + i * size * 4, size, fp8)
-        product(keys, size * 4, 4, panels, FP32, size * PANEL * 4, 0, dots, wide * 4, block, size, columns)
+        product(keys, size * 4, FLOAT, panels, FLOAT, size * PANEL * 4, ZERO, dots, wide * 4, block, size, columns)
         relu_row(dots, block * wide)
-        out = scratch[t.SCORES] + first * LANES * 4
-        product(dots, wide * 4, 4, weights, FP32, 0, 0, out, LANES * 4, block, columns, LANES)
+        row = ALL_LANES * 4
+        out = scratch[t.SCORES] + first * row
+        product(dots, wide * 4, FLOAT, weights, FLOAT, ZERO, ZERO, out, row, block, columns, ALL_LANES)
 
 
 @jit_sums
@@ -92,12 +96,15 @@ def count_at_least(order, size, bound):
 
 
 @jit
-def kth_largest(order, size, k):
-    """The k-th largest int32 key, by bisection over its value."""
+def edge_of_best(order, size, k):
+    """The k-th largest int32 key by bisection, or the value below a bound that exactly k keys reach."""
     low, high = np.int64(-(2**31)), np.int64(2**31 - 1)
     while low < high:
         middle = low + (high - low + 1) // 2
-        if count_at_least(order, size, np.int32(middle)) >= k:
+        count = count_at_least(order, size, np.int32(middle))
+        if count == k:
+            return middle - 1
+        if count > k:
             low = middle
         else:
             high = middle - 1
@@ -110,7 +117,7 @@ def choose_best(scratch, lane, size, k, chosen):
     scores, order, out = f32_at(scratch[t.SCORES]), i32_at(scratch[t.ORDER]), i64_at(chosen)
     for i in range(size):
         order[i] = float_order(scores[i * LANES + lane])
-    bound = kth_largest(scratch[t.ORDER], size, k)
+    bound = edge_of_best(scratch[t.ORDER], size, k)
     above = 0 if bound == 2**31 - 1 else count_at_least(scratch[t.ORDER], size, np.int32(bound + 1))
     ties, n = k - above, 0
     for i in range(size):

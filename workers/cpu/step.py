@@ -1,8 +1,9 @@
-"""Whole steps of the CPU path: the only functions called from Python.
+"""`run`: the one compiled function that Python calls, for a whole step or for a piece of one stage.
 
-`run_step` takes a step through every layer on one thread. `run_stage` runs one stage of one layer on a range of tokens
-or entries, for prefill on several threads with a barrier between stages. Tokens do not influence each other within a
-stage, so neither the cut into tiles nor the number of threads changes a bit.
+`EVERY_STAGE` takes the step through all layers and the head on the calling thread (decode). A single stage runs one
+layer's part for a range of tokens or entries (prefill on several threads, with a barrier between stages). Tokens do not
+influence each other within a stage, so neither tiles nor threads change a bit. It is one function because each entry
+point compiled and cached its own copy of everything below it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from workers.cpu.compile import jit
 from workers.cpu.compress import compress_tokens, store_rings
 from workers.cpu.experts import experts_tile
 from workers.cpu.project import project_tile
-from workers.cpu.rows import copy_row, linear
+from workers.cpu.rows import ZERO, copy_row, linear
 from workers.cpu.simd import i64_at
 from workers.cpu.streams import NUM_STREAMS, collapse_streams, spread_output
 
-EMBED_STAGE, PROJECT_STAGE, COMPRESS_STAGE, RING_STAGE, FINISH_STAGE = range(5)
+EVERY_STAGE, EMBED_STAGE, PROJECT_STAGE, COMPRESS_STAGE, RING_STAGE, FINISH_STAGE, HEAD_STAGE = range(7)
 
 
 @jit
@@ -40,47 +41,42 @@ def finish_tile(model, real, layer, scratch, lo, hi):
 
 
 @jit
-def run_stage(model, real, layer, scratch, stage, lo, hi):
-    """One stage for tokens [lo, hi), or for finished entries [lo, hi) in COMPRESS_STAGE."""
-    if stage == EMBED_STAGE:
-        embed_tokens(model, lo, hi)
-    elif stage == COMPRESS_STAGE:
-        compress_tokens(model, real, layer, scratch, lo, hi)
-    elif stage == RING_STAGE:
-        store_rings(model, layer)
-    else:
-        for first in range(lo, hi, t.TILE):
-            if stage == PROJECT_STAGE:
-                project_tile(model, real, layer, scratch, first, min(hi, first + t.TILE))
-            else:
-                finish_tile(model, real, layer, scratch, first, min(hi, first + t.TILE))
-
-
-@jit
-def run_step(model, real, layers, scratch):
-    """All layers for all tokens of the step, on the calling thread."""
-    tokens = model[t.NUM_TOKENS]
-    embed_tokens(model, 0, tokens)
-    for index in range(layers.shape[0]):
-        layer = layers[index]
-        run_stage(model, real, layer, scratch, PROJECT_STAGE, 0, tokens)
-        if layer[t.RATIO] == 4:
-            compress_tokens(model, real, layer, scratch, 0, model[t.NUM_FINISHED_4])
-        elif layer[t.RATIO] == 128:
-            compress_tokens(model, real, layer, scratch, 0, model[t.NUM_FINISHED_128])
-        store_rings(model, layer)
-        run_stage(model, real, layer, scratch, FINISH_STAGE, 0, tokens)
-
-
-@jit
-def run_head(model, real, scratch, rows, num_rows, logits, logits_step):
-    """Logits of the tokens listed in `rows` (int64 address), one row of `logits_step` bytes each."""
-    tokens, hidden = i64_at(rows), model[t.HIDDEN]
-    x = scratch[t.X]
-    for first in range(0, num_rows, t.TILE):
-        count = min(t.TILE, num_rows - first)
+def head_rows(model, real, scratch, lo, hi):
+    """Logits of output rows [lo, hi)."""
+    tokens, hidden, x = i64_at(model[t.LOGIT_TOKENS]), model[t.HIDDEN], scratch[t.X]
+    step = model[t.LOGITS_STEP]
+    for first in range(lo, hi, t.TILE):
+        count = min(hi, first + t.TILE) - first
         for r in range(count):
             stream = model[t.STREAM] + tokens[first + r] * NUM_STREAMS * hidden * 4
             collapse_streams(model, real, stream, x + r * hidden * 4, scratch[t.MIX])
-        out = logits + first * logits_step
-        linear(x, hidden * 4, model[t.HEAD], model[t.HEAD_ELEMENT], out, logits_step, count, hidden, model[t.VOCAB])
+        out = model[t.LOGITS_OUT] + first * step
+        linear(x, hidden * 4, model[t.HEAD], model[t.HEAD_ELEMENT], out, step, count, hidden, model[t.VOCAB])
+
+
+@jit
+def run(model, real, layers, scratch, stage, first_layer, last_layer, lo, hi):
+    """`stage` for layers [first_layer, last_layer) and tokens, entries or output rows [lo, hi).
+
+    With `EVERY_STAGE` the range is that of the tokens (all of them); entries and output rows come from the table.
+    """
+    every = stage == EVERY_STAGE
+    if every or stage == EMBED_STAGE:
+        embed_tokens(model, lo, hi)
+    for index in range(first_layer, last_layer):
+        layer = layers[index]
+        if every or stage == PROJECT_STAGE:
+            for first in range(lo, hi, t.TILE):
+                project_tile(model, real, layer, scratch, first, min(hi, first + t.TILE))
+        if layer[t.RATIO] != 0 and (every or stage == COMPRESS_STAGE):
+            finished = model[t.NUM_FINISHED_4] if layer[t.RATIO] == 4 else model[t.NUM_FINISHED_128]
+            compress_tokens(model, real, layer, scratch, ZERO if every else lo, finished if every else hi)
+        if layer[t.RATIO] != 0 and (every or stage == RING_STAGE):
+            store_rings(model, layer)
+        if every or stage == FINISH_STAGE:
+            for first in range(lo, hi, t.TILE):
+                finish_tile(model, real, layer, scratch, first, min(hi, first + t.TILE))
+    if every:
+        head_rows(model, real, scratch, ZERO, model[t.NUM_LOGITS])
+    elif stage == HEAD_STAGE:
+        head_rows(model, real, scratch, lo, hi)

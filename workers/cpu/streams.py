@@ -10,7 +10,7 @@ import numpy as np
 
 from workers.cpu import tables as t
 from workers.cpu.compile import jit
-from workers.cpu.rows import F0, F1, F2, linear, rms_factor, scale_row, sigmoid
+from workers.cpu.rows import F0, F1, F2, ONE, ZERO, copy_row, linear, rms_factor, scale_row, sigmoid
 from workers.cpu.simd import LANES, exp, f32_at
 
 TOKENS = 16
@@ -118,14 +118,16 @@ def mix_streams(model, real, scratch, fn, element, base, scale, norm, lo, hi):
 
 
 @jit
-def spread_row(out, stream, gates, hidden):
-    """One token: `stream[k] = post[k] * out + sum_j comb[j, k] * stream[j]`, in place."""
-    y, p, g = f32_at(out), f32_at(stream), f32_at(gates)
-    for i in range(hidden):
-        a, b, c, d = p[i], p[hidden + i], p[2 * hidden + i], p[3 * hidden + i]
-        for k in range(NUM_STREAMS):
-            mixed = ((g[4 + k] * a + g[8 + k] * b) + g[12 + k] * c) + g[16 + k] * d
-            p[k * hidden + i] = g[k] * y[i] + mixed
+def spread_row(out, stream, gates, old, hidden):
+    """One token: `stream[k] = post[k] * out + sum_j comb[j, k] * stream[j]`; `old` is room for the old streams."""
+    copy_row(stream, old, NUM_STREAMS * hidden)
+    y, source, g = f32_at(out), f32_at(old), f32_at(gates)
+    for k in range(NUM_STREAMS):
+        target = f32_at(stream + k * hidden * 4)
+        post, a, b, c, d = g[k], g[4 + k], g[8 + k], g[12 + k], g[16 + k]
+        for i in range(hidden):
+            low = a * source[i] + b * source[hidden + i]
+            target[i] = post * y[i] + ((low + c * source[2 * hidden + i]) + d * source[3 * hidden + i])
 
 
 @jit
@@ -135,7 +137,7 @@ def spread_output(model, scratch, lo, hi):
     for token in range(lo, hi):
         stream = model[t.STREAM] + token * NUM_STREAMS * hidden * 4
         gates = model[t.GATES] + token * model[t.GATES_STEP]
-        spread_row(scratch[t.OUT] + (token - lo) * scratch[t.OUT_STEP], stream, gates, hidden)
+        spread_row(scratch[t.OUT] + (token - lo) * scratch[t.OUT_STEP], stream, gates, scratch[t.OLD_STREAMS], hidden)
 
 
 @jit
@@ -143,7 +145,7 @@ def collapse_streams(model, real, stream, out, mix):
     """hc_head and the final norm of one token: `stream [4, hidden]` to `out [hidden]`."""
     hidden = model[t.HIDDEN]
     size = NUM_STREAMS * hidden
-    linear(stream, size * 4, model[t.HC_HEAD], model[t.HC_HEAD_ELEMENT], mix, 0, 1, size, NUM_STREAMS)
+    linear(stream, size * 4, model[t.HC_HEAD], model[t.HC_HEAD_ELEMENT], mix, ZERO, ONE, size, ZERO + NUM_STREAMS)
     factor = rms_factor(stream, size, real[t.NORM_EPS])
     m, b, s = f32_at(mix), f32_at(model[t.HC_HEAD_BASE]), f32_at(model[t.HC_HEAD_SCALE])
     source, target = f32_at(stream), f32_at(out)

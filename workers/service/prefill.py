@@ -36,8 +36,7 @@ class _StreamSink:
         self.computed: asyncio.Future[Prefilled] = loop.create_future()
 
     def rows(self, rows: Rows) -> None:
-        for place, data in rows:
-            self._stream.enqueue(place, data)
+        self._stream.enqueue_chunk(rows)
 
     def done(self, result: Prefilled) -> None:
         self.rows(result.rows)

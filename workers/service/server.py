@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -36,6 +37,10 @@ from workers.service.stubs import worker_pb2 as pb
 from workers.service.stubs import worker_pb2_grpc
 
 logger = logging.getLogger(__name__)
+
+SWITCH_S = 0.0005
+"""Longest hold of the interpreter by one thread while another wants it. Python's default of 5 ms is longer than a
+decode step: the engine thread, coming back from a kernel, could wait for the event loop that long."""
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -272,8 +277,9 @@ class ServedDecode(RunningWorker):
 
 
 async def serve_worker(config: WorkerConfig, engine: Engine) -> RunningWorker:
-    """Starts a worker of `config.role` over `engine` on this event loop; sets the process's allocator for transfers."""
+    """Starts a worker of `config.role` over `engine` on this event loop; also tunes the process for it."""
     keep_freed_memory()
+    sys.setswitchinterval(SWITCH_S)
     worker: RunningWorker = (ServedPrefill if config.role is WorkerRole.PREFILL else ServedDecode)(config, engine)
     try:
         await worker.start()

@@ -90,6 +90,7 @@ class FaultyFiles(FileOps):
         self.calls: list[str] = []
         self._paths: dict[int, Path] = {}
         self._planned: dict[str, tuple[int, int]] = {}
+        self._actions: dict[str, Callable[[], object]] = {}
 
     def fail(self, call: str, *, after: int = 0, code: int = errno.ENOSPC) -> None:
         """Make one call of this name fail, after `after` that succeed."""
@@ -99,8 +100,13 @@ class FaultyFiles(FileOps):
     def total_bytes(self) -> int:
         return sum(self.sizes.values())
 
+    def during(self, call: str, action: Callable[[], object]) -> None:
+        """Run `action` once, at the next call of this name."""
+        self._actions[call] = action
+
     def _enter(self, call: str) -> None:
         self.calls.append(call)
+        self._actions.pop(call, lambda: None)()
         if call in self._planned:
             left, code = self._planned[call]
             if left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,6 +186,26 @@ def test_a_discard_during_a_save_leaves_nothing(disk: Disk) -> None:
     assert len(disk.names()) == 1
 
 
+@pytest.mark.parametrize("call", ["create", "write_at", "sync", "rename", "sync_folder"])
+def test_a_discard_at_any_call_of_a_save_leaves_nothing(disk: Disk, call: str) -> None:
+    disk.files.during(call, lambda: disk.tier.discard(key("a")))
+    saved = disk.tier.put(key("a"), make_image(600))
+    disk.checked()
+    assert saved is not None and saved.result() is False
+    assert key("a") not in disk.tier and disk.names() == [] and disk.tier.stats().used_bytes == 0
+
+
+@pytest.mark.parametrize("call", ["open", "read_at"])
+def test_a_discard_at_any_call_of_a_load_leaves_nothing(disk: Disk, call: str) -> None:
+    disk.tier.put(key("a"), make_image(600))
+    disk.run()
+    disk.files.during(call, lambda: disk.tier.discard(key("a")))
+    loaded = disk.tier.get(key("a"))
+    disk.checked()
+    assert loaded.result() is not None
+    assert disk.names() == [] and disk.tier.stats().used_bytes == 0
+
+
 def test_a_discard_during_a_load_keeps_the_file_until_the_load_ends(disk: Disk) -> None:
     image = make_image(600, 2)
     disk.tier.put(key("a"), image)
@@ -274,6 +295,33 @@ def test_budget_holds_under_random_use(tmp_path: Path, seed: int) -> None:
     stats = disk.tier.stats()
     assert stats.evictions and stats.refused and stats.peak_bytes <= 60_000
     disk.tier.close()
+
+
+def test_real_threads_keep_the_account(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    tier = DiskTier(tmp_path, "w0", spec=TINY, budget_bytes=120_000, sync=False, evict=True)
+    images = {name: make_image(600, ord(name)) for name in "abcdefgh"}
+    loads = []
+    for _ in range(500):
+        name = rng.choice("abcdefgh")
+        roll = rng.random()
+        if roll < 0.4:
+            loads.append((name, tier.get(key(name))))
+        elif roll < 0.5:
+            tier.discard(key(name))
+        else:
+            with contextlib.suppress(ValueError):  # it is here already, or still being written
+                saved = tier.put(key(name), images[name])
+                assert saved is None or rng.random() < 0.5 or saved.result(timeout=30)
+        tier.check_integrity()
+    back = [(name, load.result(timeout=30)) for name, load in loads]
+    assert any(image is not None for _, image in back)
+    assert all(image is None or torch.equal(image.payload, images[name].payload) for name, image in back)
+    for name in images:
+        tier.discard(key(name))
+    tier.close()
+    tier.check_integrity(files=True)
+    assert tier.stats().corrupt == tier.stats().read_errors == tier.stats().put_failures == 0
 
 
 def test_the_predicted_layout_bounds_every_header() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvstore.image import KVImage
 from kvstore.tiers.image_file import layout_of
 from tests.kvstore.layouts import small_spec
 from tests.kvstore.tiers.parts import key, make_image
@@ -178,6 +180,20 @@ def test_files_swapped_between_keys_are_caught(tmp_path: Path) -> None:
     loads = [disk.tier.get(key(name)) for name in "ab"]
     disk.run()
     assert [load.result() for load in loads] == [None, None] and disk.tier.stats().corrupt == 2
+    disk.tier.close()
+
+
+def test_segments_that_do_not_cover_the_payload_are_not_a_hit(tmp_path: Path) -> None:
+    disk = Disk(tmp_path, budget_bytes=64 << 20)
+    image = make_image(600)
+    header = dataclasses.replace(image.header, segments=image.header.segments[:2])
+    disk.tier.put(key("a"), KVImage(header, image.payload))
+    streamed = disk.tier.put_stream(key("b"), [bytes(image.payload.numpy())], lambda: header)
+    disk.run()
+    loads = [disk.tier.get(key(name)) for name in "ab"]
+    disk.checked()
+    assert [load.result() for load in loads] == [None, None] and disk.names() == []
+    assert disk.tier.stats().corrupt >= 1 and streamed.done()
     disk.tier.close()
 
 

@@ -9,7 +9,7 @@ import torch
 from workers.cpu import rows, select
 from workers.cpu.compile import jit
 from workers.cpu.panels import pack_panels, padded
-from workers.cpu.simd import LANES, e4m3_decode, e4m3_encode, exp, f32_at, u8_at
+from workers.cpu.simd import BF16, FP4, FP32, HAS_FP4, LANES, PANEL, e4m3_decode, e4m3_encode, exp, f32_at, u8_at
 from workers.reference import indexer, kv_format, quant
 from workers.reference.norm_rope import apply_rope
 
@@ -108,13 +108,13 @@ def test_product_is_right_and_each_row_is_bitwise_alone(count: int, size: int, c
     x, weight = _random(count, size), _random(columns, size, seed=2)
     weight = weight.bfloat16().float() if exact else weight
     packed = pack_panels(weight)
-    assert packed.element_bytes == (rows.BF16 if exact else rows.FP32)
+    assert packed.element == (BF16 if exact else FP32)
     width = padded(columns)
 
     def run(first: int, n: int) -> torch.Tensor:
         out = torch.empty(n, width)
         source = x.data_ptr() + first * size * 4
-        element = packed.element_bytes
+        element = packed.element
         rows.linear(source, size * 4, packed.address, element, out.data_ptr(), width * 4, n, size, columns)
         return out[:, :columns]
 
@@ -122,6 +122,24 @@ def test_product_is_right_and_each_row_is_bitwise_alone(count: int, size: int, c
     assert torch.allclose(together, x @ weight.T, atol=1e-4)
     for r in range(count):
         assert torch.equal(run(r, 1)[0], together[r])
+
+
+@pytest.mark.skipif(not HAS_FP4, reason="no 16-entry register lookups on this machine")
+@pytest.mark.parametrize(("count", "size", "columns"), [(1, 32, PANEL), (7, 64, 2 * PANEL), (9, 256, 3 * PANEL)])
+def test_fp4_panels_give_the_bits_of_bf16_panels(count: int, size: int, columns: int) -> None:
+    x, weight = _random(count, size), quant.fp4_weight_fake_quant(_random(columns, size, seed=2) * 0.05)
+    outputs = []
+    for packed in (pack_panels(weight, allow_fp4=True), pack_panels(weight)):
+        out, width = torch.empty(count, padded(columns)), padded(columns)
+        element = packed.element
+        rows.linear(x.data_ptr(), size * 4, packed.address, element, out.data_ptr(), width * 4, count, size, columns)
+        outputs.append((element, out[:, :columns]))
+    assert [element for element, _ in outputs] == [FP4, BF16]
+    assert torch.equal(outputs[0][1], outputs[1][1])
+
+
+def test_weights_that_are_not_fp4_are_not_packed_as_fp4() -> None:
+    assert pack_panels(_random(PANEL, 64).bfloat16().float(), allow_fp4=True).element == BF16
 
 
 @pytest.mark.parametrize("k", [1, 16, 63, 64])
