@@ -255,12 +255,13 @@ class RetractControl:
     fail_copy: int | None = None
     """The copy out of the pools with this number, counted from 1 since this control was set, fails."""
     mutate: str | None = None
-    """Name of one planned error of the restore (`workers/retract/mutation.py`), applied after verification."""
+    """One of `MUTATIONS`, applied to every restore after its image was verified."""
 
     def __post_init__(self) -> None:
         _check("interval", self.interval, self.interval is None or self.interval >= 1, ">= 1 or null")
         _check("victim", self.victim, self.victim in VICTIM_RULES, f"one of {VICTIM_RULES}")
         _check("tier", self.tier, self.tier in TIER_CHOICES, f"one of {TIER_CHOICES}")
+        _check("mutate", self.mutate, self.mutate is None or self.mutate in MUTATIONS, f"one of {MUTATIONS} or null")
         _check("fail_copy", self.fail_copy, self.fail_copy is None or self.fail_copy >= 1, ">= 1 or null")
 
     def as_dict(self) -> dict[str, object]:
@@ -278,6 +279,10 @@ class RetractControl:
 
 VICTIM_RULES = ("all", "policy", "random", "named")
 TIER_CHOICES = ("auto", "pinned", "disk", "peer", "recompute")
+
+_POOLS = ("window", "c4", "c4_indexer", "c128", "c4_state", "c4_indexer_state", "c128_state")
+MUTATIONS = (*(f"skip:{pool}" for pool in _POOLS), *(f"corrupt:{pool}" for pool in _POOLS), "sampler_position")
+"""Planned errors of a restore; see `workers/retract/mutation.py`. `sampler_position` shows in sampled requests only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ class RetractConfig:
     what recent requests needed, so that more run at once and a wrong guess is retracted."""
     extra_requests: int = 0
     """`predicted`: requests admitted beyond the request slots; whoever finds no slot on arrival is parked."""
+    time_slice_steps: int = 64
+    """Steps after which a request that waits for a slot takes that of the one that has run longest."""
     horizon_steps: int = 64
     """A shortage frees enough for this many steps of the remaining batch, and a resume needs as much."""
     max_retracts: int = 4
@@ -28,6 +30,8 @@ class RetractConfig:
     """`predicted`: the share of recent outputs that were no longer than what is promised."""
     forecast_safety: float = 1.2
     """`predicted`: factor on that quantile; each retract for want of pages raises it, quiet requests lower it."""
+    forecast_initial: int = 0
+    """`predicted`: output tokens promised until enough requests have ended to tell; 0 promises `max_tokens`."""
     recompute_attempts: int = 3
     """Prefill workers that are asked, one after the other, when an image is lost."""
     recompute_timeout_s: float = 120.0
@@ -37,9 +41,9 @@ class RetractConfig:
 
     def __post_init__(self) -> None:
         self._require("admission", self.admission in ADMISSION_MODES, f"one of {ADMISSION_MODES}")
-        for name in ("horizon_steps", "max_retracts", "recompute_attempts"):
+        for name in ("horizon_steps", "max_retracts", "recompute_attempts", "time_slice_steps"):
             self._require(name, getattr(self, name) >= 1, ">= 1")
-        for name in ("min_run_steps", "extra_requests"):
+        for name in ("min_run_steps", "extra_requests", "forecast_initial"):
             self._require(name, getattr(self, name) >= 0, ">= 0")
         self._require("forecast_quantile", 0 < self.forecast_quantile <= 1, "in (0, 1]")
         self._require("forecast_safety", self.forecast_safety >= 1, ">= 1")

@@ -28,7 +28,7 @@ from workers.retract.config import RetractConfig
 from workers.retract.copying import CopyFailed, FailedCopy, start_copy_in, start_copy_out
 from workers.retract.forced import ForcedRetracts
 from workers.retract.meter import RetractMeter
-from workers.retract.mutation import apply_mutation, check_mutation
+from workers.retract.mutation import apply_mutation
 from workers.retract.room import History, Room
 from workers.retract.ticket import ImageState, Recomputer, Ticket, Unsettled
 from workers.retract.victims import choose_victims
@@ -310,6 +310,10 @@ class RetractController:
 
         for sequence in self._queue.take(accept):
             self._settle_load(self._tickets[sequence.key])
+        if self.config.extra_requests and len(self._queue) and self.room.free().slots == 0:
+            holder = self.room.slot_holder()
+            if holder is not None:
+                self.take_out(holder, "slots")
         for sequence in hopeless:
             self.meter.fallbacks["failed"] += 1
             self._fail_request(sequence, KVLost("the request's memory was lost and no prefill worker is known"))
@@ -497,9 +501,7 @@ class RetractController:
     # -- control and report -------------------------------------------------------------------------------------------
 
     def set_control(self, control: RetractControl) -> None:
-        """Forces retracts from the next step on. Raises `ValueError` for a mutation that this layout does not have."""
-        if control.mutate is not None:
-            check_mutation(control.mutate, self._engine.spec)
+        """Forces retracts from the next step on."""
         self._forced = ForcedRetracts(control)
 
     def report(self, *, reset: bool = False) -> RetractReport:

@@ -21,8 +21,9 @@ RAISE, MAX_SAFETY, DECAY = 1.25, 4.0, 0.98
 class OutputForecast:
     """An upper guess of output lengths: a quantile of recent ones times a safety factor."""
 
-    def __init__(self, quantile: float, safety: float) -> None:
-        self._quantile, self._base = quantile, safety
+    def __init__(self, quantile: float, safety: float, initial: int = 0) -> None:
+        """See `RetractConfig`."""
+        self._quantile, self._base, self._initial = quantile, safety, initial
         self._recent: deque[int] = deque(maxlen=WINDOW)
         self._sorted: list[int] | None = None
         self.safety = safety
@@ -39,12 +40,15 @@ class OutputForecast:
 
     def expected(self, max_tokens: int, num_output: int = 0) -> int:
         """Output tokens that a request with `num_output` so far will have in the end, at most `max_tokens`."""
-        if len(self._recent) < MIN_SAMPLES:
+        if len(self._recent) >= MIN_SAMPLES:
+            if self._sorted is None:
+                self._sorted = sorted(self._recent)
+            index = min(len(self._sorted) - 1, math.ceil(self._quantile * len(self._sorted)) - 1)
+            guess = max(1, math.ceil(self._sorted[index] * self.safety))
+        elif self._initial:
+            guess = self._initial
+        else:
             return max_tokens
-        if self._sorted is None:
-            self._sorted = sorted(self._recent)
-        index = min(len(self._sorted) - 1, math.ceil(self._quantile * len(self._sorted)) - 1)
-        guess = math.ceil(self._sorted[index] * self.safety)
         # Past the guess, the same amount again is the best that is known.
         while guess <= num_output:
             guess += max(1, guess // 2)

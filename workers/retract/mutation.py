@@ -15,24 +15,12 @@ import torch
 from kvstore.pools.aggregate import KVPools
 from kvstore.pools.pool import Pool
 from kvstore.sequence_kv import SequenceIndices
-from kvstore.spec import KVSpec, PoolName
+from kvstore.spec import PoolName
 from workers.sampler import SampleState
 from workers.sequence import Sequence
 
 SAMPLER_POSITION = "sampler_position"
 _FLIPPED_BIT = 0x80
-
-
-def mutation_names(spec: KVSpec) -> tuple[str, ...]:
-    """Every mutation of pools that have layers."""
-    pools = [pool.name.value for pool in spec.pools if pool.layers]
-    return (*(f"skip:{name}" for name in pools), *(f"corrupt:{name}" for name in pools), SAMPLER_POSITION)
-
-
-def check_mutation(name: str, spec: KVSpec) -> None:
-    """Raises `ValueError` for an unknown name."""
-    if name not in mutation_names(spec):
-        raise ValueError(f"mutate: found {name!r}, expected one of {mutation_names(spec)}")
 
 
 def apply_mutation(name: str, pools: KVPools, indices: SequenceIndices, sequence: Sequence) -> None:

@@ -44,7 +44,7 @@ class Room:
         self.shortage_cause = "full_pages"
         """Which space the last shortage was in."""
         self._allocators, self._spec, self._clock = allocators, spec, clock
-        self._forecast = OutputForecast(config.forecast_quantile, config.forecast_safety)
+        self._forecast = OutputForecast(config.forecast_quantile, config.forecast_safety, config.forecast_initial)
 
     @property
     def predicted(self) -> bool:
@@ -123,6 +123,20 @@ class Room:
             self._forecast.on_shortage()
             return [by_key[c.key] for c in chosen]
         return [] if leaving.full_pages or leaving.window_pages else [blocked]
+
+    def slot_holder(self) -> Sequence | None:
+        """Who gives its slot up for one that waits: it has run its time slice, and longer than all others."""
+        ran = [(self._steps_here(s), s.key, s) for s in self.scheduler.running if self._may_leave(s)]
+        steps, _, sequence = max(ran, default=(0, None, None))
+        return sequence if steps >= self.config.time_slice_steps else None
+
+    def _may_leave(self, sequence: Sequence) -> bool:
+        return self.history.get(sequence.key, History()).num_retracts < self.config.max_retracts
+
+    def _steps_here(self, sequence: Sequence) -> int:
+        """Steps since the request joined the batch, for the first time or again."""
+        resumed = self.history.get(sequence.key, History()).resumed_at_step
+        return len(sequence.output_ids) if resumed is None else self.step - resumed
 
     def candidate(self, sequence: Sequence) -> Candidate:
         """A running request, as the choice of victims sees it."""
