@@ -36,6 +36,8 @@ class RetractConfig:
     """Prefill workers that are asked, one after the other, when an image is lost."""
     recompute_timeout_s: float = 120.0
     """Longest wait for one of them."""
+    guest_budget_bytes: int = 256 << 20
+    """Host memory for parked images of other decode workers."""
     tiers: TiersConfig = field(default_factory=TiersConfig)
     """Budgets of the places where images wait."""
 
@@ -43,7 +45,7 @@ class RetractConfig:
         self._require("admission", self.admission in ADMISSION_MODES, f"one of {ADMISSION_MODES}")
         for name in ("horizon_steps", "max_retracts", "recompute_attempts", "time_slice_steps"):
             self._require(name, getattr(self, name) >= 1, ">= 1")
-        for name in ("min_run_steps", "extra_requests", "forecast_initial"):
+        for name in ("min_run_steps", "extra_requests", "forecast_initial", "guest_budget_bytes"):
             self._require(name, getattr(self, name) >= 0, ">= 0")
         self._require("forecast_quantile", 0 < self.forecast_quantile <= 1, "in (0, 1]")
         self._require("forecast_safety", self.forecast_safety >= 1, ">= 1")

@@ -127,6 +127,20 @@ class WorkerClient:
         call = pb.PeersCall(prefill=prefill, decode=decode)
         await self._call(self._decode_stub.SetPeers, call, self._short_call_s)
 
+    async def grant_park(self, image_id: str, num_tokens: int, fingerprint: str) -> Grant:
+        """A place at this decode worker for a parked image, to be pushed under the grant."""
+        call = pb.ParkCall(image_id=image_id, num_tokens=num_tokens, fingerprint=fingerprint)
+        return codec.grant_from_wire(await self._call(self._decode_stub.GrantPark, call, self._short_call_s))
+
+    async def return_park(self, image_id: str, grant: Grant) -> None:
+        """Has this decode worker push a parked image back; it keeps its own copy until `forget_park`."""
+        call = pb.ReturnCall(image_id=image_id, grant=codec.grant_to_wire(grant))
+        await self._call(self._decode_stub.ReturnPark, call, self._prefill_s)
+
+    async def forget_park(self, image_id: str) -> None:
+        """Ends a parked image here."""
+        await self._call(self._decode_stub.ForgetPark, pb.ForgetCall(image_id=image_id), self._short_call_s)
+
     async def close(self) -> None:
         """Closes the channel; open calls and streams end with `WorkerUnavailable`."""
         await self._channel.close()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from concurrent.futures import Future
-from typing import TypeVar
 
 import grpc
 
@@ -17,20 +16,15 @@ from kvstore.errors import TransferRefused
 from kvstore.transfer.landing import GrantInfo, ReceivedImage
 from kvstore.transfer.receiver import KVReceiver
 from workers.decode import DecodeWorker
-from workers.errors import DeadlineExceeded, NotAllowed, RequestAborted, RequestError, WorkerFull, WorkerUnavailable
+from workers.errors import DeadlineExceeded, RequestAborted, RequestError, WorkerFull, WorkerUnavailable
 from workers.messages import GenerateRequest, Grant, TokenEvent
 from workers.service import codec
+from workers.service.control import ENGINE_S, ControlServicer, Neighbours
 from workers.service.events import EventHub, Key
 from workers.service.status import abort_with, request_error_of
 from workers.service.stubs import worker_pb2 as pb
-from workers.service.stubs import worker_pb2_grpc
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-ENGINE_S = 10.0
-"""Longest wait for the engine thread's answer to a command; it answers between two steps."""
 
 WRITE_S = 30.0
 """Longest wait for a router to take one message; then its stream ends."""
@@ -52,11 +46,12 @@ class EngineOutput:
             self.receiver.revoke(request_id, epoch)
 
 
-class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
+class DecodeServicer(ControlServicer):
     """Serves `DecodeService` over one worker. `receiver` and `kv_address` are set before the server starts."""
 
-    def __init__(self, worker: DecodeWorker, hub: EventHub, incarnation: str) -> None:
+    def __init__(self, worker: DecodeWorker, hub: EventHub, incarnation: str, neighbours: Neighbours) -> None:
         self.worker = worker
+        self.neighbours = neighbours
         self.receiver: KVReceiver | None = None
         self.kv_address = ""
         self._hub = hub
@@ -91,26 +86,6 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
             await abort_with(context, WorkerUnavailable("the router does not read its events"))
         finally:
             await stream.aclose()  # type: ignore[attr-defined]
-
-    async def SetRetractControl(
-        self, call: pb.RetractControlCall, context: grpc.aio.ServicerContext
-    ) -> pb.RetractControlReply:  # noqa: N802,E501
-        try:
-            if not self.worker.config.allow_retract_control:
-                raise NotAllowed("this worker was not started with allow_retract_control")
-            await _answer(self.worker.control(codec.control_from_wire(call)))
-        except Exception as exc:
-            await abort_with(context, request_error_of(exc))
-        return pb.RetractControlReply()
-
-    async def GetRetractReport(
-        self, call: pb.RetractReportCall, context: grpc.aio.ServicerContext
-    ) -> pb.RetractReportReply:  # noqa: N802,E501
-        try:
-            return codec.report_to_wire(await _answer(self.worker.retract_report(reset=call.reset)))
-        except Exception as exc:
-            await abort_with(context, request_error_of(exc))
-            raise
 
     # -- admission ----------------------------------------------------------------------------------------------------
 
@@ -155,12 +130,16 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
 
     def on_image(self, received: ReceivedImage) -> None:
         """A verified image: to the engine thread, then its landing memory is free."""
+        if self.neighbours.takes(received):
+            return
         token_id, logprob = codec.first_token_from_bytes(received.tail)
         landed = self.worker.land(received.request_id, received.epoch, received.image, token_id, logprob)
         landed.add_done_callback(lambda done: _release(received, done))
 
     def on_lost(self, grant: GrantInfo, reason: str) -> None:
         """An attempt ended without an image."""
+        if self.neighbours.takes_loss(grant, reason):
+            return
         error: RequestError = WorkerUnavailable(f"KV hand-off: {reason}")
         if "lease" in reason:
             error = DeadlineExceeded(f"KV hand-off: {reason}")
@@ -170,11 +149,6 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
         """Requests that no router waits for any more."""
         for request_id, epoch in keys:
             self.worker.abort(request_id, epoch)
-
-
-async def _answer(future: Future[T]) -> T:
-    """Result of a command of the engine thread."""
-    return await asyncio.wait_for(asyncio.wrap_future(future), ENGINE_S)
 
 
 def _release(received: ReceivedImage, done: Future[None]) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from kvstore.config import KVStoreConfig
 from kvstore.host_memory import keep_freed_memory
+from kvstore.tiers.cascade import build_cascade
 from kvstore.transfer.receiver import KVReceiver
 from kvstore.transfer.sender import KVSender
 from kvstore.transfer.wire import channel_options
@@ -30,9 +31,13 @@ from workers.engine import Engine
 from workers.messages import SpaceStats, WorkerRole, WorkerStats
 from workers.prefill import PrefillWorker
 from workers.service import codec
+from workers.service.control import Neighbours
 from workers.service.decode import DecodeServicer, EngineOutput
 from workers.service.events import EventHub
+from workers.service.parking import GuestRoom, PeerTier
+from workers.service.peers import Peers
 from workers.service.prefill import PrefillServicer
+from workers.service.recompute import PrefillAgain
 from workers.service.stubs import worker_pb2 as pb
 from workers.service.stubs import worker_pb2_grpc
 
@@ -217,16 +222,34 @@ class ServedDecode(RunningWorker):
         super().__init__(config, engine)
         self.hub = EventHub(config.router_grace_s, self._routers_lost)
         self._output = EngineOutput(self.hub)
-        self.worker = DecodeWorker(config, engine, self._output, on_thread_start=_thread_setup(config))
-        self.servicer = DecodeServicer(self.worker, self.hub, self.incarnation)
+        self.neighbours = self._meet_neighbours()
+        tiers = config.retract.tiers
+        cascade = build_cascade(
+            tiers, engine.spec, model_hash=engine.pools.model_hash, extra=[self.neighbours.tier], pinned=self._pinned
+        )
+        self.worker = DecodeWorker(config, engine, self._output, cascade=cascade, on_thread_start=_thread_setup(config))
+        self.worker.retract.recomputer = self.neighbours.again
+        self.servicer = DecodeServicer(self.worker, self.hub, self.incarnation, self.neighbours)
         self.receiver = KVReceiver(
             engine.spec,
             self._store,
             on_image=self.servicer.on_image,
             on_lost=self.servicer.on_lost,
             model_hash=engine.pools.model_hash,
-            pinned=engine.pools.device.type == "cuda",
+            pinned=self._pinned,
         )
+
+    @property
+    def _pinned(self) -> bool:
+        return self.engine.pools.device.type == "cuda"
+
+    def _meet_neighbours(self) -> Neighbours:
+        config, engine, loop = self.config, self.engine, asyncio.get_running_loop()
+        sender = KVSender(engine.spec, self._store, model_hash=engine.pools.model_hash)
+        peers = Peers(self.incarnation)
+        guests = GuestRoom(engine.spec, config.retract.guest_budget_bytes, keep_s=config.request_timeout_s)
+        tier = PeerTier(f"{config.name}/{self.incarnation}", peers, sender, loop)
+        return Neighbours(peers, guests, tier, PrefillAgain(peers, loop), sender)
 
     def _routers_lost(self, keys: list[tuple[str, int]]) -> None:
         self.servicer.on_routers_lost(keys)
@@ -234,6 +257,7 @@ class ServedDecode(RunningWorker):
     def _open(self) -> None:
         self._output.receiver = self.servicer.receiver = self.receiver
         self.servicer.kv_address = self.address
+        self.neighbours.attach(self.receiver, self.address)
         self.servicer.Stats = self.Stats  # type: ignore[method-assign]
         worker_pb2_grpc.add_DecodeServiceServicer_to_server(self.servicer, self._server)  # type: ignore[no-untyped-call]
         self.receiver.add_to_server(self._server)
@@ -246,6 +270,7 @@ class ServedDecode(RunningWorker):
         self.hub.close()
 
     async def _close_transfer(self) -> None:
+        await self.neighbours.close()
         await self.receiver.close()
 
     def snapshot(self) -> WorkerStats:
