@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.backends import ReplaceableBackend, WorkerAddress, introduce
+from cluster.config import RetractSettings
 from workers.errors import WorkerError
 from workers.messages import WorkerRole, WorkerStats
 
@@ -53,6 +54,8 @@ class WorkerSpec:
     port: int
     pool_units: tuple[tuple[str, int], ...] = ()
     """(field of `WorkerConfig`, units) of pools that are not sized by the budget."""
+    retract: RetractSettings = RetractSettings()
+    """Decode only."""
     allow_retract_control: bool = False
     """Decode only."""
 

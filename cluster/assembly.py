@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 from cluster.backends import Client, ReplaceableBackend, WorkerAddress
 from cluster.config import Effort
 from cluster.metrics import Member, render
+from kvstore.tiers.config import TiersConfig
 from workers.config import WorkerConfig
 from workers.errors import RequestError
 from workers.messages import WorkerRole, WorkerStats
+from workers.retract.config import RetractConfig
 
 if TYPE_CHECKING:
     from cluster.actors import RouterSpec, WorkerSpec
@@ -54,8 +56,34 @@ def worker_config(spec: WorkerSpec, advertise_host: str) -> WorkerConfig:
         chunk_tokens=spec.chunk_tokens,
         request_timeout_s=spec.request_deadline_s,
         lease_s=spec.lease_s,
+        retract=retract_config(spec),
         allow_retract_control=spec.allow_retract_control,
         **dict(spec.pool_units),
+    )
+
+
+def retract_config(spec: WorkerSpec) -> RetractConfig:
+    """The worker's own settings of retract and resume; its files carry its name."""
+    settings = spec.retract
+    tiers = TiersConfig(
+        host_budget_bytes=settings.host_budget,
+        disk_directory="" if settings.disk_directory is None else str(settings.disk_directory),
+        disk_owner=spec.name,
+        disk_budget_bytes=settings.disk_budget,
+        disk_fsync=settings.disk_fsync,
+    )
+    return RetractConfig(
+        admission=settings.admission.value,
+        extra_requests=settings.extra_requests,
+        horizon_steps=settings.horizon_steps,
+        max_retracts=settings.max_retracts,
+        min_run_steps=settings.min_run_steps,
+        forecast_quantile=settings.forecast_quantile,
+        forecast_safety=settings.forecast_safety,
+        forecast_initial=settings.forecast_initial,
+        time_slice_steps=settings.time_slice_steps,
+        guest_budget_bytes=settings.guest_budget,
+        tiers=tiers,
     )
 
 

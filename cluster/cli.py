@@ -209,6 +209,18 @@ def checkpoint(context: typer.Context) -> None:
     checkpoint_app(args=context.args, prog_name="dsv4 checkpoint")
 
 
+@app.command(
+    "stress",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def stress(context: typer.Context) -> None:
+    """Prove that retracted requests answer as if nothing had happened; `dsv4 stress retract --help` says how."""
+    from cluster.cli_stress import app as stress_app
+
+    stress_app(args=context.args, prog_name="dsv4 stress")
+
+
 def main() -> None:
     """Entry point of the console script."""
     try:

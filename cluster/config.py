@@ -136,6 +136,47 @@ class DecodeSettings:
     """Request slots, instead of `max_running`."""
 
 
+class Admission(enum.Enum):
+    """RESERVE promises a request prompt and `max_tokens`; PREDICTED what recent requests needed, and retracts."""
+
+    RESERVE = "reserve"
+    PREDICTED = "predicted"
+
+
+@dataclass(frozen=True, slots=True)
+class RetractSettings:
+    """When decode workers take requests out of their batch, and where those wait."""
+
+    admission: Admission = Admission.RESERVE
+    """reserve: pages never run out; predicted: more requests at once, and a wrong guess costs a retract."""
+    extra_requests: int = 0
+    """predicted: requests admitted beyond the request slots; who finds no slot on arrival is parked."""
+    horizon_steps: int = 64
+    """A shortage frees enough for this many steps of the remaining batch."""
+    max_retracts: int = 4
+    """Retracts of one request after which others are chosen as long as there are any."""
+    min_run_steps: int = 16
+    """Steps that a resumed request runs before it is chosen again, as long as there are others."""
+    forecast_quantile: float = 0.8
+    """predicted: the share of recent outputs that were no longer than what is promised."""
+    forecast_safety: float = 1.2
+    """predicted: factor on that quantile."""
+    forecast_initial: int = 0
+    """predicted: output tokens promised until enough requests have ended to tell; 0 promises `max_tokens`."""
+    time_slice_steps: int = 64
+    """Steps after which a request that waits for a slot takes that of the one that has run longest."""
+    guest_budget: NumBytes = NumBytes(256 * 2**20)
+    """Bytes of host memory of one worker for parked requests of the other decode workers."""
+    host_budget: NumBytes = NumBytes(2**30)
+    """Bytes of host memory of one worker for parked requests."""
+    disk_directory: Path | None = None
+    """Folder for parked requests that host memory cannot hold; unset uses none."""
+    disk_budget: NumBytes = NumBytes(16 * 2**30)
+    """Bytes of one worker's files there."""
+    disk_fsync: bool = True
+    """Whether an image is on stable storage before it counts as saved."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdminSettings:
     """What operators may do to a running deployment beyond serving it; everything is off by default."""
@@ -180,6 +221,7 @@ class ClusterConfig:
     prefill: PrefillSettings = field(default_factory=PrefillSettings)
     decode: DecodeSettings = field(default_factory=DecodeSettings)
     ray: RaySettings = field(default_factory=RaySettings)
+    retract: RetractSettings = field(default_factory=RetractSettings)
     admin: AdminSettings = field(default_factory=AdminSettings)
     source: str = field(default="defaults", metadata={"internal": True})
     """Where the values came from, for error messages. Not a key."""
@@ -208,6 +250,15 @@ class ClusterConfig:
         for key in ("full_pages", "window_pages", "slots"):
             units = getattr(self.decode, key)
             check(units is None or units >= 1, f"decode.{key}", f"found {units}, expected at least 1")
+        budgets = ("guest_budget", "host_budget", "disk_budget")
+        for key in ("horizon_steps", "max_retracts", "forecast_safety", "time_slice_steps"):
+            value = getattr(self.retract, key)
+            check(value >= 1, f"retract.{key}", f"found {value}, expected at least 1")
+        for key in ("extra_requests", "min_run_steps", "forecast_initial", *budgets):
+            value = getattr(self.retract, key)
+            check(value >= 0, f"retract.{key}", f"found {value}, expected at least 0")
+        quantile = self.retract.forecast_quantile
+        check(0 < quantile <= 1, "retract.forecast_quantile", f"found {quantile}, expected more than 0, at most 1")
         check(self.decode.lease > 0, "decode.lease", "expected more than 0 s")
         check(self.decode.max_waiting >= 0, "decode.max_waiting", "expected at least 0")
         check(self.router.request_deadline > 0, "router.request_deadline", "expected more than 0 s")

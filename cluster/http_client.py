@@ -6,6 +6,7 @@ that `dsv4 chat` and `dsv4 status` start at once. One instance holds one connect
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -34,6 +35,8 @@ class ChatDelta:
     content: str = ""
     finish_reason: str | None = None
     usage: dict[str, Any] | None = None
+    logprobs: tuple[dict[str, Any], ...] = ()
+    """Entries of the tokens of this piece, in order, when they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,13 @@ class RouterClient:
             self._connection.close()
             self._connection = None
 
+    def interrupt(self) -> None:
+        """Ends a read that another thread is in; that thread gets `ApiFailure`."""
+        connection = self._connection
+        if connection is not None and connection.sock is not None:
+            with contextlib.suppress(OSError):
+                connection.sock.shutdown(socket.SHUT_RDWR)
+
     def __enter__(self) -> RouterClient:
         return self
 
@@ -86,6 +96,10 @@ class RouterClient:
 
     def post_json(self, path: str, body: dict[str, Any]) -> Any:
         return json.loads(self._request("POST", path, body).read())
+
+    def delete(self, path: str) -> None:
+        """A DELETE whose answer does not matter. Raises `ApiFailure`."""
+        self._request("DELETE", path, None).read()
 
     def model(self) -> str:
         """Name of the served model."""
@@ -187,11 +201,13 @@ def _delta_of(chunk: dict[str, Any]) -> ChatDelta:
     if not choices:
         return ChatDelta(usage=usage)
     delta = choices[0].get("delta") or {}
+    logprobs = choices[0].get("logprobs") or {}
     return ChatDelta(
         reasoning=delta.get("reasoning_content") or "",
         content=delta.get("content") or "",
         finish_reason=choices[0].get("finish_reason"),
         usage=usage,
+        logprobs=(*(logprobs.get("reasoning_content") or ()), *(logprobs.get("content") or ())),
     )
 
 

@@ -310,6 +310,7 @@ def worker_spec(item: ActorPlan, config: ClusterConfig) -> WorkerSpec:
         host=config.ray.worker_host,
         port=item.port,
         pool_units=pool_units(config, item.role),
+        retract=config.retract,
         allow_retract_control=config.admin.allow_retract_control,
     )
 

@@ -35,6 +35,7 @@ class FakeRouter:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True
 
             def log_message(self, *values: object) -> None:
                 return
@@ -44,6 +45,9 @@ class FakeRouter:
 
             def do_POST(self) -> None:
                 fake.answer_post(self)
+
+            def do_DELETE(self) -> None:
+                fake.answer_delete(self)
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -61,48 +65,51 @@ class FakeRouter:
 
     def answer_get(self, handler: BaseHTTPRequestHandler) -> None:
         if handler.path == "/metrics":
-            _send(handler, 200, render(self.workers, self.members).encode(), "text/plain")
+            send(handler, 200, render(self.workers, self.members).encode(), "text/plain")
         elif handler.path == "/ready":
-            _send_json(handler, 200 if self.ready else 503, {"error": {"message": "no worker", "code": None}})
+            send_json(handler, 200 if self.ready else 503, {"error": {"message": "no worker", "code": None}})
         elif handler.path == "/v1/models":
-            _send_json(handler, 200, {"data": [{"id": "fake-model"}]})
+            send_json(handler, 200, {"data": [{"id": "fake-model"}]})
         else:
-            _send(handler, 404, b"nothing here", "text/plain")
+            send(handler, 404, b"nothing here", "text/plain")
+
+    def answer_delete(self, handler: BaseHTTPRequestHandler) -> None:
+        send(handler, 404, b"nothing here", "text/plain")
 
     def answer_post(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         self.bodies.append(body)
         if self.required_key and handler.headers.get("Authorization") != f"Bearer {self.required_key}":
-            _send_json(handler, 401, {"error": {"message": "wrong key", "code": "invalid_api_key"}})
+            send_json(handler, 401, {"error": {"message": "wrong key", "code": "invalid_api_key"}})
             return
         if body["messages"][-1]["content"] == "refuse":
-            _send_json(handler, 429, {"error": {"message": "full", "code": "rate_limit_exceeded"}})
+            send_json(handler, 429, {"error": {"message": "full", "code": "rate_limit_exceeded"}})
             return
         handler.send_response(200)
         handler.send_header("Content-Type", "text/event-stream")
         handler.send_header("Connection", "close")
         handler.end_headers()
         for piece in self.pieces:
-            _event(handler, {"choices": [{"delta": piece, "finish_reason": None}], "usage": None})
+            event(handler, {"choices": [{"delta": piece, "finish_reason": None}], "usage": None})
         if self.stream_error:
             handler.wfile.write(b"event: error\n")
-            _event(handler, {"error": self.stream_error})
+            event(handler, {"error": self.stream_error})
         elif not self.truncate:
-            _event(handler, {"choices": [{"delta": {}, "finish_reason": self.finish}]})
-            _event(handler, {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 9}})
+            event(handler, {"choices": [{"delta": {}, "finish_reason": self.finish}]})
+            event(handler, {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 9}})
             handler.wfile.write(b": keep-alive\n\ndata: [DONE]\n\n")
         handler.close_connection = True
 
 
-def _event(handler: BaseHTTPRequestHandler, value: object) -> None:
+def event(handler: BaseHTTPRequestHandler, value: object) -> None:
     handler.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
 
 
-def _send_json(handler: BaseHTTPRequestHandler, status: int, value: object) -> None:
-    _send(handler, status, json.dumps(value).encode(), "application/json")
+def send_json(handler: BaseHTTPRequestHandler, status: int, value: object) -> None:
+    send(handler, status, json.dumps(value).encode(), "application/json")
 
 
-def _send(handler: BaseHTTPRequestHandler, status: int, body: bytes, kind: str) -> None:
+def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, kind: str) -> None:
     handler.send_response(status)
     handler.send_header("Content-Type", kind)
     handler.send_header("Content-Length", str(len(body)))
