@@ -70,6 +70,7 @@ class Cluster:
         for item in plans:
             self._workers[item.name] = _RayWorker(_create_worker(item, self._config), item.name)
         self._router = _create_router(self._config)
+        self._report("workers     loading the model")
         self._start_workers(deadline)
         self._start_router(deadline)
 

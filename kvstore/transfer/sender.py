@@ -21,6 +21,7 @@ from kvstore.checksum import CHECKSUM_NAME, checksum
 from kvstore.config import KVStoreConfig
 from kvstore.errors import TransferAborted, TransferError, TransferRefused, TransferTimeout, TransferUnavailable
 from kvstore.spec import KVSpec, RowRange
+from kvstore.transfer.relay import LoopRelay
 from kvstore.transfer.stubs.kv_transfer_pb2 import Abort, Commit, Open, PushReply, PushRequest, Renew
 from kvstore.transfer.wire import (
     PUSH_METHOD,
@@ -80,6 +81,7 @@ class KVSender:
     ) -> None:
         """Create on the event loop that will run the streams. `clock` only stamps traces."""
         self.spec, self.config, self.model_hash = spec, config, model_hash
+        self.relay = LoopRelay()
         self._clock = clock
         self._channels: dict[str, grpc.aio.Channel] = {}
 
@@ -116,6 +118,7 @@ class KVSender:
         channels, self._channels = list(self._channels.values()), {}
         for channel in channels:
             await channel.close()
+        await self.relay.close()
 
 
 class KVStream:
@@ -133,7 +136,7 @@ class KVStream:
         """Use `KVSender.open`."""
         self.spec, self._config, self._model_hash = sender.spec, sender.config, sender.model_hash
         self.request_id, self.epoch, self.num_tokens = request_id, epoch, num_tokens
-        self._clock = clock
+        self._relay, self._clock = sender.relay, clock
         self._loop = asyncio.get_running_loop()
         self._call = channel.stream_stream(
             PUSH_METHOD, request_serializer=encode_request, response_deserializer=PushReply.FromString
@@ -199,15 +202,13 @@ class KVStream:
         self.enqueue_chunk([(place, rows)])
 
     def enqueue_chunk(self, pieces: Iterable[tuple[RowRange, torch.Tensor]]) -> None:
-        """`enqueue` for all rows of a chunk: one wake-up of the loop leaves the engine the interpreter. Any thread."""
-        now = self._clock()
-        split = [part for place, rows in pieces for part in self._pieces(place, rows)]
-        items = [_Item(place, rows, SegmentTrace(place, now)) for place, rows in split]
-        self._loop.call_soon_threadsafe(self._put, items)
+        """`enqueue` for all rows of a chunk, in one hand-over. Any thread."""
+        items = [item for place, rows in pieces for item in self._items(place, rows)]
+        self._relay.post(lambda: self._put(items))
 
     def finish(self, tail: bytes) -> None:
         """No more rows: commit with these opaque bytes once all rows are acknowledged. Any thread."""
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, _Finish(tail))
+        self._relay.post(lambda: self._queue.put_nowait(_Finish(tail)))
 
     def _put(self, items: list[_Item]) -> None:
         if self._done.done():
@@ -215,6 +216,10 @@ class KVStream:
         for item in items:
             self._queued_bytes += item.place.length
             self._queue.put_nowait(item)
+
+    def _items(self, place: RowRange, rows: torch.Tensor) -> list[_Item]:
+        now = self._clock()
+        return [_Item(piece, part, SegmentTrace(piece, now)) for piece, part in self._pieces(place, rows)]
 
     def _pieces(self, place: RowRange, rows: torch.Tensor) -> list[tuple[RowRange, torch.Tensor]]:
         if rows.numel() != place.length or rows.dtype != torch.uint8:
@@ -229,8 +234,7 @@ class KVStream:
 
     async def send(self, place: RowRange, rows: torch.Tensor) -> None:
         """Queue rows and wait until at most one credit of bytes is unacknowledged: back-pressure for async callers."""
-        self.enqueue(place, rows)
-        await asyncio.sleep(0)
+        self._put(self._items(place, rows))
         while self._queued_bytes > self._credit:
             await self._wait_progress("an acknowledgement")
 

@@ -134,6 +134,13 @@ async def test_a_senders_abort_carries_its_reason() -> None:
         decode.assert_empty()
 
 
+async def _handed_over(sender: KVSender) -> None:
+    """Until all that was enqueued before has reached the loop."""
+    reached = asyncio.Event()
+    sender.relay.post(reached.set)
+    await reached.wait()
+
+
 async def test_a_failed_stream_keeps_no_rows_alive() -> None:
     image = prompt_image()
     async with decode_worker() as decode, prefill_worker() as sender:
@@ -141,11 +148,11 @@ async def test_a_failed_stream_keeps_no_rows_alive() -> None:
         async with sender.open(decode.address, "r", 0, N) as stream:
             segments = image.header.segments
             stream.enqueue_chunk((s.place, image.segment_rows(s, decode.spec).clone()) for s in segments)
-            await asyncio.sleep(0)
-            assert stream.queued_bytes == decode.spec.live_bytes(N)
+            await _handed_over(sender)
+            assert stream.queued_bytes > 0
             await stream.abort("client went away")
             stream.enqueue(segments[0].place, image.segment_rows(segments[0], decode.spec))
-            await asyncio.sleep(0)
+            await _handed_over(sender)
             assert stream.queued_bytes == 0 and stream._queue.qsize() <= 1
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from workers.cpu import tables as t
 from workers.cpu.panels import padded
-from workers.cpu.simd import LANES
+from workers.cpu.simd import LANES, PANEL
 from workers.cpu.streams import NUM_STREAMS, TOKENS
 from workers.model.config import LayerKind, ModelConfig
 
@@ -49,10 +49,11 @@ class Activations:
 def make_scratch(config: ModelConfig, num_positions: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """One thread's scratch table for sequences up to `num_positions`, and the memory it points to."""
     c, tile = config, t.TILE
-    together = max(1, LANES // c.index_n_heads) * c.index_n_heads * max(1, LANES)
-    queries = max(together, LANES * c.index_n_heads)
+    queries = max(1, min(LANES, PANEL // c.index_n_heads)) * c.index_n_heads
+    group = max(1, PANEL // c.num_attention_heads)
+    head_columns = padded(group * c.num_attention_heads)
     num_entries = num_positions // LayerKind.C4.value + t.KEY_BLOCK
-    most_rows = c.sliding_window + max(c.index_topk, num_positions // LayerKind.C128.value)
+    most_rows = c.sliding_window + group + max(c.index_topk, num_positions // LayerKind.C128.value)
     inner = max(c.moe_intermediate_size, c.moe_intermediate_size * c.n_shared_experts)
     out_step = 4 * padded(c.hidden_size)
     low_step = 4 * (padded(c.o_groups * c.o_lora_rank) + LANES)
@@ -70,8 +71,8 @@ def make_scratch(config: ModelConfig, num_positions: int) -> tuple[np.ndarray, l
         t.POOL_MAX: pooled,
         t.POOL_SUM: pooled,
         t.POOL_TOTAL: pooled,
-        t.QUERY_PANELS: 4 * padded(c.num_attention_heads) * c.head_dim,
-        t.INDEX_QUERIES: 4 * queries * c.index_head_dim,
+        t.QUERY_PANELS: 4 * (head_columns * c.head_dim + padded(c.num_attention_heads)),
+        t.WINDOW_LOGITS: 4 * (head_columns * (c.sliding_window + group) + padded(c.num_attention_heads)),
         t.INDEX_PANELS: 4 * padded(queries) * c.index_head_dim,
         t.WEIGHT_PANELS: 4 * queries * LANES,
         t.KEYS: 4 * t.KEY_BLOCK * c.index_head_dim,

@@ -12,7 +12,7 @@ import numpy as np
 from workers.cpu import tables as t
 from workers.cpu.compile import jit, jit_sums
 from workers.cpu.compress import index_place
-from workers.cpu.rows import F0, FLOAT, ZERO, copy_row, load_index_key, product
+from workers.cpu.rows import F0, FLOAT, ZERO, load_index_key, product
 from workers.cpu.simd import LANES, PANEL, f32_at, float_order, i32_at, i64_at
 
 ALL_LANES = np.int64(LANES)
@@ -20,20 +20,26 @@ ALL_LANES = np.int64(LANES)
 
 
 @jit
-def pack_columns(source, step, num_rows, size, panels):
-    """Rows [num_rows, size] as columns of product panels (zero padded to whole vectors)."""
-    wide = (num_rows + LANES - 1) // LANES * LANES
-    for first in range(0, wide, PANEL):
-        width = min(PANEL, wide - first)
-        target = f32_at(panels + first * size * 4)
-        for j in range(width):
-            if first + j < num_rows:
-                row = f32_at(source + (first + j) * step)
-                for i in range(size):
-                    target[i * width + j] = row[i]
-            else:
-                for i in range(size):
-                    target[i * width + j] = F0
+def pack_columns(source, step, num_rows, size, panels, first, columns):
+    """Rows [num_rows, size] as columns [first, first + num_rows) of product panels with `columns` columns in all.
+
+    The last rows also clear the columns that fill up the last vector.
+    """
+    wide = (columns + LANES - 1) // LANES * LANES
+    for j in range(num_rows):
+        column = first + j
+        begin = column // PANEL * PANEL
+        width = min(PANEL, wide - begin)
+        row, target = f32_at(source + j * step), f32_at(panels + (begin * size + column - begin) * 4)
+        for i in range(size):
+            target[i * width] = row[i]
+    if first + num_rows == columns:
+        for column in range(columns, wide):
+            begin = column // PANEL * PANEL
+            width = min(PANEL, wide - begin)
+            target = f32_at(panels + (begin * size + column - begin) * 4)
+            for i in range(size):
+                target[i * width] = F0
 
 
 @jit
@@ -65,10 +71,10 @@ def score_queries(model, layer, scratch, lo, count, num_entries):
     columns = count * heads
     wide = (columns + LANES - 1) // LANES * LANES
     query = model[t.QUERY] + lo * model[t.QUERY_STEP] + model[t.HEADS] * model[t.HEAD_DIM] * 4
-    packed = scratch[t.INDEX_QUERIES]
     for q in range(count):
-        copy_row(query + q * model[t.QUERY_STEP], packed + q * heads * size * 4, heads * size)
-    pack_columns(packed, size * 4, columns, size, scratch[t.INDEX_PANELS])
+        pack_columns(
+            query + q * model[t.QUERY_STEP], size * 4, heads, size, scratch[t.INDEX_PANELS], q * heads, columns
+        )
     pack_head_weights(model, layer, scratch, lo, count)
     sequence = i64_at(model[t.SEQUENCES])[lo]
     keys, dots = scratch[t.KEYS], scratch[t.DOTS]
