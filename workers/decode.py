@@ -167,7 +167,7 @@ class DecodeWorker:
             raise error
         kv = self.scheduler.place(sequence, num_tokens)
         if kv is None:
-            self.retract.park_arrival(sequence, image)
+            self.retract.parking.park_arrival(sequence, image)
             self._take(sequence, token_id, logprob)
             self._flush()
             return
@@ -247,8 +247,7 @@ class DecodeWorker:
         if plan is None:
             self._flush()
             return changed
-        for victim in plan.victims:
-            self.retract.take_out(victim, self.retract.room.shortage_cause)
+        self.retract.take_out_victims(plan.victims)
         if plan.sequences:
             for sequence, sampled in zip(plan.sequences, self.engine.decode(plan), strict=True):
                 sequence.num_computed += 1

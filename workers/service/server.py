@@ -228,7 +228,7 @@ class ServedDecode(RunningWorker):
             tiers, engine.spec, model_hash=engine.pools.model_hash, extra=[self.neighbours.tier], pinned=self._pinned
         )
         self.worker = DecodeWorker(config, engine, self._output, cascade=cascade, on_thread_start=_thread_setup(config))
-        self.worker.retract.recomputer = self.neighbours.again
+        self.worker.retract.parking.recomputer = self.neighbours.again
         self.servicer = DecodeServicer(self.worker, self.hub, self.incarnation, self.neighbours)
         self.receiver = KVReceiver(
             engine.spec,

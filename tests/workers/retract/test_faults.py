@@ -14,7 +14,7 @@ from tests.workers.runtime.fake_model import fake_engine
 from tests.workers.runtime.pair import WAIT_S, make_request
 from workers.errors import RequestTooLong
 from workers.messages import FinishReason, GenerateRequest
-from workers.retract import controller
+from workers.retract import parking
 from workers.sequence import SeqState
 
 
@@ -41,8 +41,8 @@ class SlowCopies:
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowCopies]:
     slow = SlowCopies()
-    monkeypatch.setattr(controller, "start_copy_out", slow.gate(slow.out, controller.start_copy_out))
-    monkeypatch.setattr(controller, "start_copy_in", slow.gate(slow.into, controller.start_copy_in))
+    monkeypatch.setattr(parking, "start_copy_out", slow.gate(slow.out, parking.start_copy_out))
+    monkeypatch.setattr(parking, "start_copy_in", slow.gate(slow.into, parking.start_copy_in))
     yield slow
     slow.out.set()
     slow.into.set()
@@ -218,7 +218,7 @@ def test_a_copy_that_always_fails_spares_a_forced_victim(monkeypatch: pytest.Mon
     def broken(*_: object) -> object:
         raise RuntimeError("no copy engine")
 
-    monkeypatch.setattr(controller, "start_copy_out", broken)
+    monkeypatch.setattr(parking, "start_copy_out", broken)
     request = make_request("a", prompt(90), max_tokens=20)
     with RetractPair() as pair:
         pair.control(interval=5)
