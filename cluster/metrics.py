@@ -60,10 +60,32 @@ METRICS = (
     Metric("dsv4_kv_send_seconds_total", "kv_send_s_total", "Seconds with KV on the wire"),
     Metric("dsv4_kv_send_hidden_seconds_total", "kv_hidden_s_total", "Of those, seconds behind running computation"),
     Metric("dsv4_leases_expired_total", "leases_expired", "Grants whose KV never arrived"),
+    Metric("dsv4_parked_bytes", "parked_bytes", "KV payload bytes of parked requests, in any tier"),
+    Metric("dsv4_retract_repeats_total", "retract_repeats", "Retracts of requests that had been retracted before"),
+    Metric(
+        "dsv4_retract_checksum_failures_total",
+        "retract_checksum_failures",
+        "Parked images that came back damaged; their requests were recomputed",
+    ),
+    Metric("dsv4_resumes_total", "resumes", "Retracted requests that joined the batch again"),
+    Metric("dsv4_resume_wait_seconds_total", "resume_wait_s_total", "Seconds that resumes waited for room or bytes"),
     Metric("dsv4_event_streams", "routers", "Routers connected for token events"),
     Metric("dsv4_kv_pool_bytes", "kv_bytes_total", "Bytes of all KV pools"),
 )
 """Scalar series; the three occupancies are exported by `SPACES`."""
+
+LABELLED = (
+    ("dsv4_retracts_total", "retracts", ("cause",), "Requests taken out of the batch, by what was short or asked"),
+    (
+        "dsv4_retract_bytes_total",
+        "retract_bytes",
+        ("direction", "tier"),
+        "KV bytes moved by retract and resume",
+    ),
+    ("dsv4_retract_milliseconds_total", "retract_ms", ("direction", "tier"), "Milliseconds that those bytes took"),
+    ("dsv4_retract_fallbacks_total", "retract_fallbacks", ("what",), "What was done instead of the first choice"),
+)
+"""Mappings of `WorkerStats`: series name, field, labels that a key holds (joined by `/`), help."""
 
 SPACES = {"full": "full_pages", "window": "window_pages", "slot": "slots"}
 """Value of the `space` label of `dsv4_kv_units{space,state}` -> field of `WorkerStats`."""
@@ -97,6 +119,12 @@ def render(workers: Iterable[WorkerStats], members: Iterable[Member] = ()) -> st
         for stats in workers:
             value = getattr(stats, metric.stats_field)
             lines.append(f"{metric.name}{_labels(stats)} {float(value):.17g}")
+    for name, field, labels, text in LABELLED:
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} counter"]
+        for stats in workers:
+            for key, value in sorted(getattr(stats, field).items()):
+                extra = dict(zip(labels, key.split("/"), strict=True))
+                lines.append(f"{name}{_labels(stats, **extra)} {float(value):.17g}")
     lines += [
         "# HELP dsv4_kv_units KV pages and request slots by space and state",
         "# TYPE dsv4_kv_units gauge",

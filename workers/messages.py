@@ -412,6 +412,23 @@ class WorkerStats:
     leases_expired: int = 0
     routers: int = 0
     """Gauge: event streams open (decode)."""
+    parked_bytes: int = 0
+    """Gauge: payload bytes of parked images, in any tier."""
+    retracts: Mapping[str, int] = field(default_factory=dict)
+    """Counter by cause, as in `RetractReport.by_cause`."""
+    retract_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Counter by `direction/tier`: out of the pools or the tier above, and back in."""
+    retract_ms: Mapping[str, float] = field(default_factory=dict)
+    """Counter by `direction/tier`: milliseconds that those bytes took."""
+    retract_fallbacks: Mapping[str, int] = field(default_factory=dict)
+    """Counter by what was done instead of the first choice."""
+    retract_repeats: int = 0
+    """Counter: retracts of requests that had been retracted before."""
+    retract_checksum_failures: int = 0
+    """Counter: parked images that came back damaged."""
+    resumes: int = 0
+    resume_wait_s_total: float = 0.0
+    """Counter: seconds between a resume's turn and its first step."""
     rss_bytes: int = 0
     kv_bytes_total: int = 0
     """Bytes of all KV pools."""
@@ -425,6 +442,8 @@ class WorkerStats:
             value = getattr(self, item.name)
             if isinstance(value, SpaceStats):
                 flat[f"{item.name}_total"], flat[f"{item.name}_free"] = value.total, value.free
+            elif isinstance(value, Mapping):
+                flat[item.name] = dict(value)
             else:
                 flat[item.name] = value.value if isinstance(value, enum.Enum) else value
         return flat

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from cluster.metrics import METRICS, NOT_EXPORTED, SPACES, Member, parse, render, worker_rows
+from cluster.metrics import LABELLED, METRICS, NOT_EXPORTED, SPACES, Member, parse, render, worker_rows
 from workers.messages import SpaceStats, WorkerRole, WorkerStats
 
 
@@ -24,6 +24,14 @@ def test_every_number_of_the_statistics_is_exported() -> None:
     assert {metric.stats_field for metric in METRICS} == numbers
     spaces = {item.name for item in dataclasses.fields(WorkerStats) if item.type == "SpaceStats"}
     assert set(SPACES.values()) == spaces
+
+
+def test_every_mapping_of_the_statistics_is_exported_with_labels() -> None:
+    mappings = {item.name for item in dataclasses.fields(WorkerStats) if str(item.type).startswith("Mapping")}
+    assert {field for _, field, _, _ in LABELLED} == mappings
+    text = render([stats(WorkerRole.DECODE, retracts={"forced": 3}, retract_bytes={"out/disk": 10, "in/pinned": 7})])
+    assert 'dsv4_retracts_total{role="decode",worker="decode-0",cause="forced"} 3\n' in text
+    assert 'dsv4_retract_bytes_total{role="decode",worker="decode-0",direction="out",tier="disk"} 10\n' in text
 
 
 def test_metric_names_are_unique_and_have_help() -> None:

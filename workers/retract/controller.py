@@ -10,6 +10,7 @@ exactly the tokens [0, n), and the one known token after them is computed first 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
@@ -19,7 +20,7 @@ from workers.errors import RequestError
 from workers.messages import RetractControl, RetractReport
 from workers.retract.config import RetractConfig
 from workers.retract.forced import ForcedRetracts
-from workers.retract.meter import RetractMeter
+from workers.retract.meter import RetractMeter, RetractTotals
 from workers.retract.parking import Parking
 from workers.retract.room import Room
 from workers.retract.victims import choose_victims
@@ -51,6 +52,8 @@ class RetractController:
         self.room.scheduler = self.scheduler
         self.parking = Parking(engine, self.room, cascade, clock=clock, fail=fail)
         self.cascade = cascade
+        self._cascade_stats = cascade.stats()
+        self._totals_before = RetractTotals()
 
     @property
     def pending(self) -> bool:
@@ -76,6 +79,7 @@ class RetractController:
                 parking.take_out(sequence, "forced", forced=True)
         if before == self._progress():
             return False
+        self._cascade_stats = self.cascade.stats()
         parking.meter.added.add((self._clock() - began_s) * 1e3)
         return True
 
@@ -85,6 +89,7 @@ class RetractController:
         for victim in victims:
             self.parking.take_out(victim, self.room.shortage_cause)
         if victims:
+            self._cascade_stats = self.cascade.stats()
             self.parking.meter.added.add((self._clock() - began_s) * 1e3)
 
     def _progress(self) -> tuple[int, int, int]:
@@ -100,7 +105,8 @@ class RetractController:
     def forget(self, sequence: Sequence) -> None:
         """The request ends, in whatever state; the caller drops it from the scheduler afterwards."""
         self.room.forget(sequence)
-        self.parking.forget(sequence)
+        if self.parking.forget(sequence):
+            self._cascade_stats = self.cascade.stats()
 
     def close(self) -> None:
         """After every request has ended: ends what still moves, closes the tiers."""
@@ -120,8 +126,30 @@ class RetractController:
             tiers=self.cascade.stats(),
         )
         if reset:
+            self._totals_before += parking.meter.totals()
             parking.meter = RetractMeter(self.cascade.stats())
         return report
+
+    def stats_fields(self) -> dict[str, object]:
+        """This part's fields of `WorkerStats`. Any thread; gauges are as of the last step with retract work."""
+        totals = self._totals_before + self.parking.meter.totals()
+        tiers = [tier.stats() for tier in self.cascade.lower]
+        moved = {f"out/{t.name}": t.put_bytes for t in tiers} | {f"in/{t.name}": t.get_bytes for t in tiers}
+        took = {f"out/{t.name}": t.put_ms for t in tiers} | {f"in/{t.name}": t.get_ms for t in tiers}
+        cascade = Counter({cause.value: count for cause, count in self._cascade_stats.fallbacks})
+        damaged = sum(t.corrupt + t.foreign + t.read_errors for t in tiers)
+        return {
+            "parked": self.parking.num_out,
+            "parked_bytes": self._cascade_stats.parked_bytes,
+            "retracts": dict(totals.causes),
+            "retract_bytes": dict(totals.moved_bytes) | moved,
+            "retract_ms": dict(totals.moved_ms) | took,
+            "retract_fallbacks": dict(totals.fallbacks + cascade),
+            "retract_repeats": totals.numbers["repeats"],
+            "retract_checksum_failures": totals.numbers["checksum_failures"] + damaged,
+            "resumes": totals.numbers["resumes"],
+            "resume_wait_s_total": totals.numbers["resume_wait_ms"] / 1e3,
+        }
 
     def num_leaked(self) -> int:
         """Units that the allocators gave out and nobody holds."""

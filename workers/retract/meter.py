@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 from kvstore.tiers.placement import CascadeStats
 from workers.messages import RetractReport
@@ -38,6 +39,27 @@ def percentile(values: Iterable[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class RetractTotals:
+    """Counters since the worker started. Addable."""
+
+    causes: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    moved_bytes: Counter[str] = field(default_factory=Counter)
+    moved_ms: Counter[str] = field(default_factory=Counter)
+    numbers: Counter[str] = field(default_factory=Counter)
+    """`repeats`, `checksum_failures`, `resumes`, `resume_wait_ms`."""
+
+    def __add__(self, other: RetractTotals) -> RetractTotals:
+        return RetractTotals(
+            self.causes + other.causes,
+            self.fallbacks + other.fallbacks,
+            self.moved_bytes + other.moved_bytes,
+            self.moved_ms + other.moved_ms,
+            self.numbers + other.numbers,
+        )
+
+
 class RetractMeter:
     """Since the worker started, or the last reset."""
 
@@ -66,6 +88,23 @@ class RetractMeter:
         self.contexts.append(num_tokens)
         self.repeats += num_retracts > 1
         self.repeat_max = max(self.repeat_max, num_retracts)
+
+    def totals(self) -> RetractTotals:
+        """What this meter adds to the counters since the start. Any thread."""
+        ms = {name: phase.total_ms for name, phase in tuple(self.phases.items())}
+        numbers = {
+            "repeats": self.repeats,
+            "checksum_failures": self.checksum_failures,
+            "resumes": sum(self.resumed_from.values()),
+            "resume_wait_ms": ms.get("resume_wait", 0.0),
+        }
+        return RetractTotals(
+            Counter(self.causes),
+            Counter(self.fallbacks),
+            Counter({"out/pinned": self.bytes_out, "in/pinned": self.bytes_in}),
+            Counter({"out/pinned": ms.get("copy_out", 0.0), "in/pinned": ms.get("copy_in", 0.0)}),  # type: ignore[dict-item]
+            Counter(numbers),  # type: ignore[arg-type]
+        )
 
     def report(
         self, *, parked_requests: int, parked_bytes: int, leaked_pages: int, tiers: CascadeStats

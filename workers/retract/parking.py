@@ -412,15 +412,18 @@ class Parking:
 
     # -- ends ---------------------------------------------------------------------------------------------------------
 
-    def forget(self, sequence: Sequence) -> None:
-        """The request ends, in whatever state; the caller drops it from the scheduler afterwards."""
+    def forget(self, sequence: Sequence) -> bool:
+        """The request ends, in whatever state; whether it was out of the batch.
+
+        The caller drops it from the scheduler afterwards.
+        """
         key = sequence.key
         self.forced.forget(sequence)
         ticket = self._tickets.pop(key, None)
         if ticket is None:
             if sequence.kv is not None:
                 self._poison(sequence.kv)
-            return
+            return False
         self.queue.remove(sequence)
         if ticket.recompute is not None and self.recomputer is not None:
             self.recomputer.cancel(ticket.recompute_name)
@@ -428,12 +431,13 @@ class Parking:
         copy = ticket.load or ticket.copy
         if copy is None or _is_done(copy):
             self._drop_image(ticket)
-            return
+            return True
         # Bytes still move: pages and image stay until they have arrived, though the request is gone.
         kv, sequence.kv = sequence.kv, None
         assert kv is not None
         self.scheduler.lent.append(kv)
         self._unsettled.append(Unsettled(copy, lambda: self._free_lent(ticket, kv)))
+        return True
 
     def _free_lent(self, ticket: Ticket, kv: SequenceKV) -> None:
         self.scheduler.lent.remove(kv)

@@ -298,6 +298,7 @@ class ServedDecode(RunningWorker):
             kv_images_committed=landed.images,
             leases_expired=landed.leases_expired,
             routers=self.hub.num_streams,
+            **worker.retract.stats_fields(),  # type: ignore[arg-type]
         )
 
 

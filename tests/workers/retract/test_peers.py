@@ -29,6 +29,11 @@ async def test_the_peer_tier_gives_the_bytes_back() -> None:
         report = await fleet.cluster.decode_client.retract_report(reset=True)
         assert report.by_tier == {"peer": report.events} and report.events >= 6 and not report.fallbacks
         assert (await fleet.cluster.decode_client.retract_report()).events == 0
+        stats = await fleet.cluster.decode_client.stats()
+        assert stats.retracts == {"forced": report.events} and stats.resumes == report.events
+        moved = stats.retract_bytes
+        assert moved["out/pinned"] == moved["in/pinned"] == moved["out/peer"] == moved["in/peer"] == report.bytes_out
+        assert stats.parked == stats.parked_bytes == 0 and stats.retract_ms["out/peer"] > 0
 
 
 async def test_a_forced_recompute_goes_on_with_the_same_tokens() -> None:
