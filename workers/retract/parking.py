@@ -7,11 +7,12 @@ leaves and when (`RetractController`), what fits (`Room`), bytes in tiers (`kvst
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 
 from kvstore.errors import IntegrityError
-from kvstore.image import KVImage
+from kvstore.image import KVImage, Segment
 from kvstore.sequence_kv import SequenceKV
 from kvstore.tiers.base import ImageKey, planned_header
 from kvstore.tiers.cascade import Cascade
@@ -100,7 +101,8 @@ class Parking:
         self.scheduler.set_aside(sequence)
         sequence.num_computed = n
         ticket = self._open_ticket(sequence, n, cause)
-        place = self._reserve(ticket)
+        # Its payload keeps the order of the hand-off, a segment a chunk, so it needs the hand-off's segments.
+        place = self._reserve(ticket, image.header.segments)
         if isinstance(place, KVImage):
             place.payload.copy_(image.payload)
             self.cascade.commit(ticket.key)
@@ -121,7 +123,7 @@ class Parking:
         ticket = self._tickets[sequence.key] = Ticket(sequence, key, n, cause, self._clock(), None)
         return ticket
 
-    def _reserve(self, ticket: Ticket) -> KVImage | Refusal:
+    def _reserve(self, ticket: Ticket, segments: tuple[Segment, ...] | None = None) -> KVImage | Refusal:
         request = ticket.sequence.request
         header = planned_header(
             self._engine.spec,
@@ -130,6 +132,8 @@ class Parking:
             epoch=request.epoch,
             model_hash=self._engine.pools.model_hash,
         )
+        if segments is not None:
+            header = dataclasses.replace(header, segments=tuple(Segment(segment.place) for segment in segments))
         return self.cascade.reserve(ticket.key, header)
 
     def _begin_copy(self, ticket: Ticket) -> None:

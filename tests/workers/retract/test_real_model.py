@@ -8,7 +8,7 @@ import random
 import pytest
 
 from tests.support.tiny import random_tokens, tiny_config
-from tests.workers.retract.harness import RetractPair
+from tests.workers.retract.harness import RetractPair, retract_config
 from tests.workers.runtime.pair import make_request
 from workers.config import WorkerConfig
 from workers.engine import Engine
@@ -80,6 +80,24 @@ def test_tokens_and_logprobs_are_bit_identical_with_retracts_in_a_batch(precisio
 def test_a_retract_after_every_single_token_is_bit_identical() -> None:
     found = outputs(requests_of((130,), 140), "native", alone=True, interval=1, poison_freed=True, other_pages=True)
     assert found == plain((130,), 140, "native")
+
+
+def test_hand_offs_of_several_chunks_that_find_no_slot_are_bit_identical() -> None:
+    """Their images hold one segment a chunk, each with its layers one after the other: not the order of a retract's."""
+    lengths = (130, 380, 300, 260)
+    decode = WorkerConfig(WorkerRole.DECODE, "x", kv_budget_bytes=64 << 20, max_running=8, max_context=2048, slots=1)
+    waiting = retract_config(admission="predicted", extra_requests=8, time_slice_steps=10, min_run_steps=4)
+    requests = requests_of(lengths, 24)
+    engines = {"prefill_engine": prefill_engine("native"), "decode_engine": build_engine(decode, bundle())}
+    with RetractPair(**engines, retract=waiting) as pair:
+        images = [pair.compute(request) for request in requests]
+        for request in requests:
+            pair.admit(request)
+        for request, image in zip(requests, images, strict=True):
+            pair.land(request, image)
+        found = [pair.events.rest(request.request_id) for request in requests]
+        assert pair.report().by_cause["slots"] >= 3
+    assert found == plain(lengths, 24, "native")
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)
