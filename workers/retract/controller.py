@@ -10,6 +10,7 @@ exactly the tokens [0, n), and the one known token after them is computed first 
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -46,7 +47,7 @@ class RetractController:
         fail: Callable[[Sequence, RequestError], None],
     ) -> None:
         """`fail` ends a request with an error; it calls `forget`."""
-        self._engine, self._clock = engine, clock
+        self._engine = engine
         self.room = Room(config, engine.allocators, engine.spec, clock)
         self.scheduler = DecodeScheduler(engine.allocators, limits, need=self.room.need, shortage=self.room)
         self.room.scheduler = self.scheduler
@@ -70,7 +71,7 @@ class RetractController:
         parking = self.parking
         if not (parking.pending or parking.forced.active):
             return False
-        began_s, before = self._clock(), self._progress()
+        began_s, before = time.monotonic(), self._progress()
         if parking.pending:
             parking.settle()
             parking.resume()
@@ -80,17 +81,17 @@ class RetractController:
         if before == self._progress():
             return False
         self._cascade_stats = self.cascade.stats()
-        parking.meter.added.add((self._clock() - began_s) * 1e3)
+        parking.meter.added.add((time.monotonic() - began_s) * 1e3)
         return True
 
     def take_out_victims(self, victims: Seq[Sequence]) -> None:
         """Retracts whom the plan named: a pool is short."""
-        began_s = self._clock()
+        began_s = time.monotonic()
         for victim in victims:
             self.parking.take_out(victim, self.room.shortage_cause)
         if victims:
             self._cascade_stats = self.cascade.stats()
-            self.parking.meter.added.add((self._clock() - began_s) * 1e3)
+            self.parking.meter.added.add((time.monotonic() - began_s) * 1e3)
 
     def _progress(self) -> tuple[int, int, int]:
         meter = self.parking.meter

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Callable
 
 from kvstore.errors import IntegrityError
@@ -120,7 +121,7 @@ class Parking:
         self._num_keys += 1
         # Numbered: the image of an ended attempt may outlive it by a copy, and a request is parked many times.
         key = ImageKey(f"{sequence.request.request_id}~{sequence.request.epoch}~{self._num_keys}")
-        ticket = self._tickets[sequence.key] = Ticket(sequence, key, n, cause, self._clock(), None)
+        ticket = self._tickets[sequence.key] = Ticket(sequence, key, n, cause, time.monotonic(), None)
         return ticket
 
     def _reserve(self, ticket: Ticket, segments: tuple[Segment, ...] | None = None) -> KVImage | Refusal:
@@ -146,7 +147,7 @@ class Parking:
                 return
             ticket.reserved = place
         ticket.num_copies += 1
-        ticket.copy_began_s = self._clock()
+        ticket.copy_began_s = time.monotonic()
         assert ticket.indices is not None
         try:
             if self.forced.copy_fails():
@@ -178,7 +179,7 @@ class Parking:
         self.cascade.commit(ticket.key)
         ticket.image = ImageState.IN_CASCADE
         self.meter.bytes_out += self._engine.spec.image_bytes(ticket.num_tokens)
-        self.meter.phase("copy_out", self._clock() - ticket.copy_began_s)
+        self.meter.phase("copy_out", time.monotonic() - ticket.copy_began_s)
         self._free_pages(ticket.sequence)
         self._park(ticket)
 
@@ -202,7 +203,7 @@ class Parking:
         sequence = ticket.sequence
         if sequence.state is not SeqState.PARKED:
             sequence.to(SeqState.PARKED)
-        ticket.parked_s = self._clock()
+        ticket.parked_s = time.monotonic()
         self.queue.push(sequence)
         tier = ticket.forced_tier
         if ticket.image is ImageState.IN_CASCADE and tier in ("disk", "peer"):
@@ -276,7 +277,7 @@ class Parking:
         """Gives a parked request pages and starts to fill them; False and no change when it must wait."""
         sequence = ticket.sequence
         if ticket.wanted_s is None:
-            ticket.wanted_s = self._clock()
+            ticket.wanted_s = time.monotonic()
         if not self.room.fits(ticket.sequence, ticket.num_tokens):
             return False
         if ticket.image is ImageState.LOST:
@@ -324,7 +325,7 @@ class Parking:
     def _begin_load(self, ticket: Ticket, image: KVImage) -> None:
         kv = ticket.sequence.kv
         assert kv is not None
-        ticket.load_began_s = self._clock()
+        ticket.load_began_s = time.monotonic()
         try:
             ticket.load = start_copy_in(self._engine.pools, image, kv.indices(ticket.num_tokens))
         except IntegrityError:
@@ -343,7 +344,7 @@ class Parking:
             self.meter.checksum_failures += 1
             self._back_to_queue(ticket)
             return
-        sequence, now_s = ticket.sequence, self._clock()
+        sequence, now_s = ticket.sequence, time.monotonic()
         assert sequence.kv is not None
         if self.forced.control.mutate is not None:
             indices = sequence.kv.indices(ticket.num_tokens)
@@ -388,7 +389,7 @@ class Parking:
         sequence.to(SeqState.RESTORING)
         ticket.num_recomputes += 1
         ticket.recompute_name = f"{ticket.key}~{ticket.num_recomputes}"
-        ticket.load_began_s = self._clock()
+        ticket.load_began_s = time.monotonic()
         ticket.tier = "recompute"
         tokens = (*sequence.request.prompt_ids, *sequence.output_ids)[: ticket.num_tokens]
         timeout_s = min(self.config.recompute_timeout_s, max(1.0, sequence.deadline_s - self._clock()))
@@ -402,7 +403,7 @@ class Parking:
         ticket.recompute = None
         error = future.exception()
         if error is None:
-            self.meter.phase("recompute", self._clock() - ticket.load_began_s)
+            self.meter.phase("recompute", time.monotonic() - ticket.load_began_s)
             ticket.held = future.result()
             self._begin_load(ticket, ticket.held.image)
             return
