@@ -67,7 +67,8 @@ def up(
     from cluster.foreground import run_foreground
 
     settings = _settings(config, address=address, host=host, port=port, model=model, device=device)
-    out.print(f"[bold]{settings.served_name}[/bold]  {settings.model}  {settings.precision.value}")
+    shown = os.path.relpath(settings.model) if settings.model.is_relative_to(Path.cwd()) else settings.model
+    out.print(f"[bold]{settings.served_name}[/bold]  {shown}  {settings.precision.value}", soft_wrap=True)
     with _user_errors():
         status = run_foreground(settings, name, _print_line, began=BEGAN)
     raise typer.Exit(status)
@@ -80,7 +81,11 @@ def down(
 ) -> None:
     """Stop a deployment that `dsv4 up` started on this machine, and check that no process is left."""
     from cluster.processes import end_all, wait_gone
+    from cluster.state import end_leftovers
 
+    if left := end_leftovers(name):
+        out.print(f"{name} was killed before; ended {left} processes that it left behind")
+        return
     state = _running(name)
     state.owner.terminate()
     late = wait_gone((state.owner,), timeout)

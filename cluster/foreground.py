@@ -18,7 +18,7 @@ from types import FrameType
 from cluster.config import ClusterConfig
 from cluster.errors import ClusterError
 from cluster.processes import ProcessRef
-from cluster.state import ClusterState, read_state, remove_state, write_state
+from cluster.state import ClusterState, end_leftovers, read_state, remove_state, write_state
 
 WATCH_S = 1.0
 """Pause between two looks at the workers."""
@@ -57,6 +57,7 @@ def check_startable(config: ClusterConfig, name: str) -> None:
     """Raises `CannotStart` with what to do about it."""
     if (running := read_state(name)) is not None:
         raise CannotStart(f"{name} already runs at {running.url} (pid {running.pid}); `dsv4 down` stops it")
+    end_leftovers(name)
     check_model(config)
     if config.router.port:
         with socket.socket() as probe:

@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.processes import ProcessRef
+from cluster.processes import ProcessRef, end_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +68,34 @@ def write_state(state: ClusterState) -> None:
 
 
 def read_state(name: str) -> ClusterState | None:
-    """The running deployment of that name; None when there is none. A file left by a dead process is removed."""
+    """The running deployment of that name; None when there is none."""
+    state = _recorded(name)
+    return state if state is not None and state.owner.is_alive else None
+
+
+def end_leftovers(name: str) -> int:
+    """Ends what a deployment left behind whose command was killed outright; returns how many processes that were."""
+    state = _recorded(name)
+    if state is None or state.owner.is_alive:
+        return 0
+    left = [process for process in state.processes if process.is_alive]
+    end_all(left, grace_s=0.0)
+    remove_state(name)
+    return len(left)
+
+
+def _recorded(name: str) -> ClusterState | None:
+    """What the file says, whether it still runs or not. A damaged file is removed."""
     path = state_path(name)
     try:
         values = json.loads(path.read_text())
         values["children"] = tuple((int(pid), float(created)) for pid, created in values["children"])
-        state = ClusterState(**values)
+        return ClusterState(**values)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
         path.unlink(missing_ok=True)
         return None
-    if not state.owner.is_alive:
-        path.unlink(missing_ok=True)
-        return None
-    return state
 
 
 def remove_state(name: str) -> None:

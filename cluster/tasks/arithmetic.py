@@ -223,7 +223,7 @@ def _bare(rng: random.Random, c: Chain) -> Story:
     return Story(rng.choice(forms).format(text), "The answer is {r}.")
 
 
-FAMILIES: tuple[tuple[float, Callable[[random.Random], Chain], Callable[..., Story] | None], ...] = (
+FAMILIES: tuple[tuple[float, Callable[[random.Random], Chain], Callable[..., Story]], ...] = (
     (0.5, _add_chain, _story_add),
     (1.4, _add_add_chain, _story_add_add),
     (0.5, _sub_chain, _story_sub),
@@ -282,7 +282,7 @@ def draw(rng: random.Random, split: Split) -> tuple[Chain, Turn]:
         chain = make_chain(rng)
         if split_of(chain.key) is split:
             break
-    is_bare = make_story is None or (rng.random() < BARE_SHARE and _precedence_is_reading_order(chain))
+    is_bare = rng.random() < BARE_SHARE and _precedence_is_reading_order(chain)
     story = _bare(rng, chain) if is_bare else make_story(rng, chain, rng.choice(NAMES), rng.choice(ITEMS))
     return chain, _turn(chain, story)
 

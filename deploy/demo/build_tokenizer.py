@@ -1,13 +1,15 @@
 """Build dsv4-nano's tokenizer: byte-level BPE over the demo tasks, V4's special tokens, one token per digit.
 
-    python -m deploy.demo.build_tokenizer
+    python -m deploy.demo.build_tokenizer --out DIR
 
-Writes tokenizer.json, tokenizer_config.json and generation_config.json into deploy/demo/dsv4-nano/. The corpus comes
-from the training split of the seeded generators, so a rebuild gives the same files.
+Writes tokenizer.json, tokenizer_config.json and generation_config.json. The corpus is the training split of the seeded
+generators, so the same generators give the same files. NOTE: they have gained wordings since the shipped tokenizer was
+built (commit f034823); a rebuild gives a vocabulary that the shipped weights do not fit.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import random
@@ -19,7 +21,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from cluster.tasks import arithmetic, recall, smalltalk
 from cluster.tasks.sample import Split, TaskSample
 
-OUT = Path(__file__).parent / "dsv4-nano"
 VOCAB_SIZE = 1024
 MAX_POSITIONS = 16384
 
@@ -83,9 +84,16 @@ def build() -> Tokenizer:
 
 
 def main() -> None:
-    """Write the tokenizer files."""
-    OUT.mkdir(parents=True, exist_ok=True)
-    build().save(str(OUT / "tokenizer.json"))
+    """Write the tokenizer files into a folder named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    write(parser.parse_args().out)
+
+
+def write(out: Path) -> None:
+    """Build and write the files into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    build().save(str(out / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -98,7 +106,7 @@ def main() -> None:
     }
     generation_config = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 0.3, "top_p": 0.95}
     for name, content in (("tokenizer_config.json", tokenizer_config), ("generation_config.json", generation_config)):
-        (OUT / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -64,15 +64,14 @@ class Phase:
 
 CURRICULA: dict[str, tuple[Phase, ...]] = {
     "first": (
-        Phase(0.30, {512: 1.0}, is_dense=True),
-        Phase(0.55, {512: 0.6, 2048: 0.4}),
+        Phase(0.20, {512: 1.0}, is_dense=True),
+        Phase(0.36, {512: 0.6, 2048: 0.4}),
         Phase(1.00, {512: 0.4, 2048: 0.35, 8192: 0.25}),
     ),
     "second": (
         Phase(0.30, {512: 0.8, 2048: 0.2}, with_mtp=True),
         Phase(1.00, {512: 0.5, 2048: 0.3, 8192: 0.2}, with_mtp=True),
     ),
-    "smoke": (Phase(0.4, {512: 1.0}, is_dense=True), Phase(1.0, {512: 0.6, 2048: 0.3, 8192: 0.1}, with_mtp=True)),
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,9 +147,15 @@ def test_logits_refuses_what_is_not_a_list_of_ids(tmp_path: Path) -> None:
         assert str(path) in result.output.replace("\n", "")
 
 
-def test_a_state_file_of_a_dead_process_counts_as_absent() -> None:
-    write_state(ClusterState("default", "http://x", "m", os.getpid(), 1.0, None, (), 1.0))
+def test_down_ends_what_a_killed_deployment_left_behind() -> None:
+    orphan = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    ref = ProcessRef.of(orphan.pid)
+    write_state(ClusterState("default", "http://x", "m", os.getpid(), 1.0, None, ((ref.pid, ref.created),), 1.0))
     assert read_state("default") is None
+    result = run("down")
+    orphan.wait(timeout=10)
+    assert result.exit_code == 0
+    assert "ended 1 processes" in result.output
     assert not state_path("default").exists()
 
 

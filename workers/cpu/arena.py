@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from workers.cpu import tables as t
+from workers.cpu.block_product import PANEL
 from workers.cpu.panels import padded
-from workers.cpu.simd import LANES, PANEL
+from workers.cpu.simd import LANES
 from workers.cpu.streams import NUM_STREAMS, TOKENS
 from workers.model.config import LayerKind, ModelConfig
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import numpy as np
 
 from workers.cpu import tables as t
+from workers.cpu.block_product import PANEL
 from workers.cpu.compile import jit
 from workers.cpu.compress import entry_place
 from workers.cpu.project import rope_row, window_place
 from workers.cpu.rows import F0, F1, FLOAT, ZERO, linear, load_entry, product, rotate, round_activations
 from workers.cpu.select import pack_columns, select_tile
-from workers.cpu.simd import LANES, PANEL, exp, f32_at, i64_at
+from workers.cpu.simd import LANES, exp, exp_and_sum, f32_at, i64_at, scale_and_peak
 
 PANEL_BYTES = np.int64(PANEL * 4)
 """Step between column panels of plain fp32 rows."""
@@ -52,28 +53,18 @@ def load_compressed(model, layer, scratch, out, step, token, lo):
 @jit
 def find_peaks(source, source_wide, target, peak, num_rows, wide, scale):
     """`target [num_rows, wide] = source * scale` (rows of `source_wide`); raises `peak [wide]` to the maxima."""
-    x, y, m = f32_at(source), f32_at(target), f32_at(peak)
-    for first in range(0, wide, LANES):
-        for r in range(num_rows):
-            for lane in range(first, first + LANES):
-                value = x[r * source_wide + lane] * scale
-                y[r * wide + lane] = value
-                m[lane] = value if value > m[lane] else m[lane]
+    for first in range(0, wide * 4, LANES * 4):
+        scale_and_peak(source + first, source_wide * 4, target + first, wide * 4, peak + first, num_rows, scale)
 
 
 @jit
 def exponentiate(logits, peak, total, sink, num_rows, heads, wide):
     """Logits to exp(logit - peak) in place; `total [wide]` gets the sums with the sink's share."""
-    p, m, z, s = f32_at(logits), f32_at(peak), f32_at(total), f32_at(sink)
+    m, z, s = f32_at(peak), f32_at(total), f32_at(sink)
     for h in range(wide):
         z[h] = exp((s[h] if h < heads else F0) - m[h])
-    for first in range(0, wide, LANES):
-        for r in range(num_rows):
-            row = r * wide + first
-            for lane in range(LANES):
-                value = exp(p[row + lane] - m[first + lane])
-                p[row + lane] = value
-                z[first + lane] += value
+    for first in range(0, wide * 4, LANES * 4):
+        exp_and_sum(logits + first, wide * 4, peak + first, total + first, num_rows)
 
 
 @jit

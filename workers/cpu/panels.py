@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from workers.cpu.simd import BF16, FP4, FP32, HAS_FP4, LANES, PANEL
+from workers.cpu.block_product import BF16, FP4, FP32, HAS_FP4, PANEL
+from workers.cpu.simd import LANES
 from workers.reference.quant import fp4_dequant, fp4_quant
 
 FP4_GROUP = 32

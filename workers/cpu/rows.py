@@ -10,20 +10,16 @@ import math
 
 import numpy as np
 
+from workers.cpu.block_product import FP4, MAX_VECTORS, PANEL, block_product, has_block
 from workers.cpu.compile import jit, jit_sums
 from workers.cpu.simd import (
-    FP4,
     LANES,
-    MAX_VECTORS,
-    PANEL,
     bf16_decode,
     bf16_encode,
-    block_product,
     e4m3_decode,
     e4m3_encode,
     exp,
     f32_at,
-    has_block,
     scale_byte,
     scale_value,
     u8_at,

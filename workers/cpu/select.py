@@ -10,10 +10,11 @@ from __future__ import annotations
 import numpy as np
 
 from workers.cpu import tables as t
+from workers.cpu.block_product import PANEL
 from workers.cpu.compile import jit, jit_sums
 from workers.cpu.compress import index_place
 from workers.cpu.rows import F0, FLOAT, ZERO, load_index_key, product
-from workers.cpu.simd import LANES, PANEL, f32_at, float_order, i32_at, i64_at
+from workers.cpu.simd import LANES, f32_at, float_order, i32_at, i64_at
 
 ALL_LANES = np.int64(LANES)
 """Queries scored together; an int64 so that callees compile once."""

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from workers.cpu import rows, select
+from workers.cpu.block_product import BF16, FP4, FP32, HAS_FP4, PANEL
 from workers.cpu.compile import jit
 from workers.cpu.panels import pack_panels, padded
-from workers.cpu.simd import BF16, FP4, FP32, HAS_FP4, LANES, PANEL, e4m3_decode, e4m3_encode, exp, f32_at, u8_at
+from workers.cpu.simd import LANES, e4m3_decode, e4m3_encode, exp, f32_at, u8_at
 from workers.reference import indexer, kv_format, quant
 from workers.reference.norm_rope import apply_rope
 
