@@ -27,6 +27,9 @@ TOKENS_PER_PIECE = 1.33
 MIN_BEYOND_TOKENS = 48
 """A far context is at least this much beyond the bound, so that its first retract is too."""
 
+TOKENS_PER_FACT = 40
+"""Short notes hold one fact in so many tokens at most; a fact takes about half of that."""
+
 USUAL_CONTEXT = 768
 """Longest far context unless the user asks for more."""
 
@@ -63,23 +66,26 @@ def stress_samples(options: StressOptions) -> list[StressSample]:
     """The samples of a seed: even ones plain, odd ones (or all) behind a context beyond `far_tokens`."""
     rng = random.Random(f"stress:{options.seed}")
 
-    def context(index: int) -> int:
+    def context(index: int, problem: TaskSample) -> int:
         is_far = options.only_far or options.max_context is not None or index % 2 == 1
         return _context_tokens(rng, options) if is_far else 0
 
     return samples_behind(rng, options, context)
 
 
-def samples_behind(rng: random.Random, options: StressOptions, context: Callable[[int], int]) -> list[StressSample]:
-    """The questions of `options`, the one of an index behind `context(index)` tokens of notes."""
+def samples_behind(
+    rng: random.Random, options: StressOptions, context: Callable[[int, TaskSample], int]
+) -> list[StressSample]:
+    """The questions of `options`, each behind `context(index, problem)` tokens of notes."""
     problems = _long_problems(options.seed)
     samples = []
     for index in range(options.samples):
-        num_tokens = context(index)
+        problem = next(problems)
+        num_tokens = context(index, problem)
         samples.append(
             StressSample(
                 index=index,
-                task=_behind(rng, next(problems), num_tokens),
+                task=_behind(rng, problem, num_tokens),
                 context_tokens=num_tokens,
                 temperature=options.temperature if (index + 1) % options.sampled_every == 0 else 0.0,
                 seed=rng.getrandbits(31),
@@ -112,7 +118,8 @@ def _behind(rng: random.Random, problem: TaskSample, num_tokens: int) -> TaskSam
     if num_tokens == 0:
         return problem
     turn = problem.turns[-1]
-    facts = recall.draw_facts(rng, Split.HELD_OUT, 1, rng.randint(recall.MIN_DISTRACTORS, recall.MAX_DISTRACTORS), 0.0)
+    most = min(recall.MAX_DISTRACTORS, num_tokens // TOKENS_PER_FACT)
+    facts = recall.draw_facts(rng, Split.HELD_OUT, 0, rng.randint(min(recall.MIN_DISTRACTORS, most), most), 0.0)
     notes = recall.write_context(rng, facts, num_tokens)
     asked = type(turn)(f"{rng.choice(LEADS)}\n\n{notes}\n\n{turn.user}", turn.reasoning, turn.content, turn.direct)
     return TaskSample(problem.task, (*problem.turns[:-1], asked), problem.thinking, problem.answer, problem.keys)
