@@ -37,7 +37,7 @@ class StressOptions:
     temperature: float = 1.0
     """Of the sampled ones."""
     only_far: bool = False
-    """Every sample has such a context, instead of every other one."""
+    """Every sample has such a context, instead of five in nine."""
 
     def control(self, mutate: str | None = None) -> RetractControl:
         """What the decode workers are told. Raises `ValueError` naming a bad setting."""

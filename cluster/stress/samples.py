@@ -1,4 +1,4 @@
-"""Questions for the stress runs: long answers, and for every other one a context that the indexer must choose from.
+"""Questions for the stress runs: long answers, and for more than half a context that the indexer must choose from.
 
 Owns: which held-out problems are asked, the text in front of them, how they are sampled. Does not own: the problems and
 their scoring (`cluster/tasks`). A question is arithmetic whose worked answer is long, because a retract needs tokens to
@@ -29,6 +29,9 @@ MIN_BEYOND_TOKENS = 48
 
 TOKENS_PER_FACT = 40
 """Short notes hold one fact in so many tokens at most; a fact takes about half of that."""
+
+NEAR_OF_NINE = (0, 2, 4, 6)
+"""Samples of nine without a context: a little less than half, so that half of the retracts are surely beyond."""
 
 USUAL_CONTEXT = 768
 """Longest far context unless the user asks for more."""
@@ -63,11 +66,11 @@ class StressSample:
 
 
 def stress_samples(options: StressOptions) -> list[StressSample]:
-    """The samples of a seed: even ones plain, odd ones (or all) behind a context beyond `far_tokens`."""
+    """The samples of a seed: some plain, five in nine (or all) behind a context beyond `far_tokens`."""
     rng = random.Random(f"stress:{options.seed}")
 
     def context(index: int, problem: TaskSample) -> int:
-        is_far = options.only_far or options.max_context is not None or index % 2 == 1
+        is_far = options.only_far or options.max_context is not None or index % 9 not in NEAR_OF_NINE
         return _context_tokens(rng, options) if is_far else 0
 
     return samples_behind(rng, options, context)
