@@ -43,6 +43,11 @@ class HostArena:
         return sum(extent.reserved for extent in self._held.values())
 
     @property
+    def largest_free_bytes(self) -> int:
+        """Length of the longest free range."""
+        return max((length for _, length in self._free), default=0)
+
+    @property
     def num_held(self) -> int:
         """Extents that someone holds."""
         return len(self._held)

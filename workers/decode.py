@@ -22,6 +22,7 @@ from workers.errors import DeadlineExceeded, RequestAborted, RequestError, Worke
 from workers.loop import EngineLoop
 from workers.messages import GenerateRequest, RetractControl, RetractReport, TokenEvent, TokenLogprob
 from workers.retract.controller import POLL_S, RetractController
+from workers.retract.ticket import HeldImage
 from workers.scheduler.decode import DecodeLimits
 from workers.sequence import SeqState, Sequence
 
@@ -104,9 +105,15 @@ class DecodeWorker:
     ) -> Future[None]:
         """Scatters a verified image, emits the first token and lets the request join the batch.
 
+        Done when the image is not needed any more; without room in the pools it may have to wait where it is.
         Fails with `RequestAborted` when the attempt is not waiting for KV any more; nothing is written then.
         """
-        return self.loop.call(lambda: self._land(request_id, epoch, image, token_id, logprob))
+        landed: Future[None] = Future()
+        landed.set_running_or_notify_cancel()
+        arrived = HeldImage(image, lambda: landed.set_result(None))
+        submitted = self.loop.call(lambda: self._land(request_id, epoch, arrived, token_id, logprob))
+        submitted.add_done_callback(lambda done: _pass_on_failure(done, landed))
+        return landed
 
     def abort(self, request_id: str, epoch: int | None = None, error: RequestError | None = None) -> Future[bool]:
         """Ends a request (or one attempt of it) with `error`, default `RequestAborted`; False when unknown."""
@@ -155,10 +162,13 @@ class DecodeWorker:
             self.counters.admitted += 1
             granted.set_result(None)
 
-    def _land(self, request_id: str, epoch: int, image: KVImage, token_id: int, logprob: TokenLogprob | None) -> None:
+    def _land(
+        self, request_id: str, epoch: int, arrived: HeldImage, token_id: int, logprob: TokenLogprob | None
+    ) -> None:
         sequence = self._attempts.find(request_id, epoch)
         if sequence is None or sequence.state is not SeqState.WAITING_KV:
             raise RequestAborted(f"request {request_id} epoch {epoch} is not waiting for KV")
+        image = arrived.image
         num_tokens = image.header.num_tokens
         if num_tokens != sequence.num_prompt:
             error = RequestError(f"image holds {num_tokens} tokens, the prompt has {sequence.num_prompt}")
@@ -167,7 +177,7 @@ class DecodeWorker:
             raise error
         kv = self.scheduler.place(sequence, num_tokens)
         if kv is None:
-            self.retract.parking.park_arrival(sequence, image)
+            self.retract.parking.park_arrival(sequence, arrived)
             self._take(sequence, token_id, logprob)
             self._flush()
             return
@@ -177,6 +187,7 @@ class DecodeWorker:
             self._end(sequence, RequestError(f"KV image refused: {exc}"))
             self._flush()
             raise
+        arrived.release()
         self.scheduler.join(sequence, num_tokens)
         self._take(sequence, token_id, logprob)
         self._flush()

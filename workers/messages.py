@@ -298,7 +298,7 @@ class RetractReport:
     by_cause: Mapping[str, int] = field(default_factory=dict)
     """Events by cause: `full_pages`, `window_pages`, `slots` (shortage), `landing`, `forced`."""
     by_tier: Mapping[str, int] = field(default_factory=dict)
-    """Resumes by the lowest tier that the image came from: `pinned`, `disk`, `peer`, `recompute`."""
+    """Resumes by the lowest tier that the image was in: `pinned`, `disk`, `peer`, `landing`, `recompute`."""
     phase_ms: Mapping[str, tuple[int, float, float]] = field(default_factory=dict)
     """Phase -> (count, p50, p99) milliseconds: `copy_out`, `parked`, `resume_wait`, `copy_in`, `recompute`."""
     parked_requests: int = 0

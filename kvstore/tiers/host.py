@@ -63,6 +63,11 @@ class HostTier:
         """Bytes of the slab that are held, rounding to host pages included."""
         return self._arena.used_bytes
 
+    @property
+    def largest_free_bytes(self) -> int:
+        """Longest range that `reserve` could give now."""
+        return self._arena.largest_free_bytes
+
     def __contains__(self, key: ImageKey) -> bool:
         return key in self._entries
 

@@ -39,3 +39,11 @@ def start_copy_in(pools: KVPools, image: KVImage, indices: SequenceIndices) -> C
     """Begins to load an image into the pages and slot of `indices`; checks its layout first."""
     pools.load_cpu_copy(image, indices)
     return DoneCopy()
+
+
+def is_done(copy: Copy) -> bool:
+    """Whether no byte moves any more, be it that the copy failed."""
+    try:
+        return copy.done()
+    except Exception:
+        return True

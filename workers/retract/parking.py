@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from kvstore.arena import EXTENT_ALIGN_BYTES
 from kvstore.errors import IntegrityError
 from kvstore.image import KVImage, Segment
 from kvstore.sequence_kv import SequenceKV
@@ -20,12 +21,12 @@ from kvstore.tiers.cascade import Cascade
 from kvstore.tiers.placement import Place, Refusal
 from workers.engine import Engine
 from workers.errors import KVLost, RequestError
-from workers.retract.copying import CopyFailed, FailedCopy, start_copy_in, start_copy_out
+from workers.retract.copying import CopyFailed, FailedCopy, is_done, start_copy_in, start_copy_out
 from workers.retract.forced import ForcedRetracts
 from workers.retract.meter import RetractMeter
 from workers.retract.mutation import apply_mutation
 from workers.retract.room import History, Room
-from workers.retract.ticket import ImageState, Recomputer, Ticket, Unsettled
+from workers.retract.ticket import HeldImage, ImageState, Recomputer, Ticket, Unsettled, shares_memory
 from workers.scheduler.queue import AdmissionQueue
 from workers.sequence import SeqState, Sequence
 
@@ -95,22 +96,31 @@ class Parking:
             self._begin_copy(ticket)
             self._settle_copy(ticket)
 
-    def park_arrival(self, sequence: Sequence, image: KVImage) -> None:
-        """A hand-off has arrived and there is no room: its image waits like a retracted one. Copies the payload."""
-        n = image.header.num_tokens
+    def park_arrival(self, sequence: Sequence, arrived: HeldImage) -> None:
+        """A hand-off has arrived and there is no room: its image waits in a tier, or where it landed."""
+        n = arrived.image.header.num_tokens
         cause = "slots" if self.room.free().slots == 0 else "landing"
         self.scheduler.set_aside(sequence)
         sequence.num_computed = n
         ticket = self._open_ticket(sequence, n, cause)
-        # Its payload keeps the order of the hand-off, a segment a chunk, so it needs the hand-off's segments.
-        place = self._reserve(ticket, image.header.segments)
-        if isinstance(place, KVImage):
-            place.payload.copy_(image.payload)
-            self.cascade.commit(ticket.key)
-            ticket.image = ImageState.IN_CASCADE
-        else:
-            ticket.image = ImageState.LOST
+        ticket.held, ticket.image, ticket.tier = arrived, ImageState.HELD, "landing"
+        self._leave_landing(ticket)
         self._park(ticket)
+
+    def _leave_landing(self, ticket: Ticket) -> None:
+        """Moves a held image into the tiers, which frees landing memory for the next hand-off."""
+        assert ticket.held is not None
+        image = ticket.held.image
+        # The payload keeps the order of the hand-off, a segment a chunk, so it needs the hand-off's segments.
+        place = self._reserve(ticket, image.header.segments)
+        ticket.awaits_room = isinstance(place, Refusal) and place.retry
+        if isinstance(place, Refusal):
+            return
+        place.payload.copy_(image.payload)
+        self.cascade.commit(ticket.key)
+        ticket.image, ticket.tier = ImageState.IN_CASCADE, "pinned"
+        held, ticket.held = ticket.held, None
+        held.release()
 
     def _open_ticket(self, sequence: Sequence, n: int, cause: str) -> Ticket:
         history = self.room.history.setdefault(sequence.key, History())
@@ -225,7 +235,7 @@ class Parking:
 
     def settle(self) -> None:
         """Looks at every copy, load, recomputation and tier move under way."""
-        for unsettled in [u for u in self._unsettled if _is_over(u)]:
+        for unsettled in [u for u in self._unsettled if is_done(u.copy)]:
             self._unsettled.remove(unsettled)
             unsettled.free()
         for ticket in tuple(self._tickets.values()):
@@ -234,6 +244,8 @@ class Parking:
                     if ticket.copy is None:
                         self._begin_copy(ticket)
                     self._settle_copy(ticket)
+                case SeqState.PARKED if ticket.awaits_room:
+                    self._leave_landing(ticket)
                 case SeqState.RESTORING:
                     self._settle_recompute(ticket)
                     self._settle_load(ticket)
@@ -267,21 +279,30 @@ class Parking:
             self._settle_load(self._tickets[sequence.key])
         if self.config.extra_requests and len(self.queue) and self.room.free().slots == 0:
             holder = self.room.slot_holder()
-            if holder is not None:
+            # Nobody is put in danger of a lost image for a fairer share of time.
+            if holder is not None and self._host_has_room(holder):
                 self.take_out(holder, "slots")
         for sequence in hopeless:
             self.meter.fallbacks["failed"] += 1
             self._fail_request(sequence, KVLost("the request's memory was lost and no prefill worker is known"))
+
+    def _host_has_room(self, sequence: Sequence) -> bool:
+        needed = self._engine.spec.image_bytes(sequence.num_computed) + EXTENT_ALIGN_BYTES
+        return self.cascade.host.largest_free_bytes >= needed
 
     def _try_resume(self, ticket: Ticket) -> bool:
         """Gives a parked request pages and starts to fill them; False and no change when it must wait."""
         sequence = ticket.sequence
         if ticket.wanted_s is None:
             ticket.wanted_s = time.monotonic()
-        if not self.room.fits(ticket.sequence, ticket.num_tokens):
+        if not self.room.fits(sequence, ticket.num_tokens):
+            # An image that stays wanted could not make way for others in the host tier.
+            self.cascade.want(ticket.key, soon=False)
             return False
         if ticket.image is ImageState.LOST:
             return self._begin_recompute(ticket)
+        if ticket.held is not None:
+            return self._resume_held(ticket, ticket.held)
         if not self.cascade.want(ticket.key):
             return False
         image = self.cascade.lend(ticket.key)
@@ -292,6 +313,13 @@ class Parking:
             return False
         sequence.to(SeqState.RESTORING)
         self._begin_load(ticket, image)
+        return True
+
+    def _resume_held(self, ticket: Ticket, held: HeldImage) -> bool:
+        if not self._give_pages(ticket):
+            return False
+        ticket.sequence.to(SeqState.RESTORING)
+        self._begin_load(ticket, held.image)
         return True
 
     def _give_pages(self, ticket: Ticket) -> bool:
@@ -311,7 +339,7 @@ class Parking:
     def _move_elsewhere(self, ticket: Ticket, kv: SequenceKV) -> None:
         """Takes other pages while these are among the request's old ones, as long as others are free."""
         sequence, spares = ticket.sequence, []
-        while _overlap(kv, ticket):
+        while shares_memory(kv, ticket.indices):
             other = self.scheduler.place(sequence, ticket.num_tokens)
             if other is None:
                 self.meter.fallbacks["same_pages"] += 1
@@ -434,7 +462,7 @@ class Parking:
             self.recomputer.cancel(ticket.recompute_name)
             ticket.recompute.add_done_callback(lambda f: None if f.exception() else f.result().release())
         copy = ticket.load or ticket.copy
-        if copy is None or _is_done(copy):
+        if copy is None or is_done(copy):
             self._drop_image(ticket)
             return True
         # Bytes still move: pages and image stay until they have arrived, though the request is gone.
@@ -469,22 +497,3 @@ class Parking:
         owners = sum(self.cascade.place(t.key) is not None for t in self._tickets.values())
         if parked > owners + len(self._unsettled):
             raise IntegrityError(f"{parked} images are parked, {owners} requests own one")
-
-
-def _overlap(kv: SequenceKV, ticket: Ticket) -> bool:
-    old = ticket.indices
-    assert old is not None
-    windows = {page for page in old.window_pages if page is not None}
-    same_page = windows.intersection(kv.window_pages) or set(old.full_pages).intersection(kv.full_pages)
-    return kv.slot == old.slot or bool(same_page)
-
-
-def _is_done(copy: object) -> bool:
-    try:
-        return bool(copy.done())  # type: ignore[attr-defined]
-    except Exception:
-        return True
-
-
-def _is_over(unsettled: Unsettled) -> bool:
-    return _is_done(unsettled.copy)

@@ -3,7 +3,7 @@
 A request's life outside the batch, by `SeqState`:
 
     DRAINING   it holds its old pages; the copy out of them is under way, or waits for room in the host tier
-    PARKED     it holds nothing; its image is in the cascade, or lost (then it is to be recomputed)
+    PARKED     it holds nothing; its image is in the cascade, or still where it landed, or lost (to be recomputed)
     RESTORING  it holds new pages; a load into them, or a prefill for them, is under way
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvstore.image import KVImage
-from kvstore.sequence_kv import SequenceIndices
+from kvstore.sequence_kv import SequenceIndices, SequenceKV
 from kvstore.tiers.base import ImageKey
 from workers.sequence import Sequence
 
@@ -55,6 +55,8 @@ class ImageState(enum.Enum):
 
     IN_PAGES = "in_pages"
     IN_CASCADE = "in_cascade"
+    HELD = "held"
+    """Where it landed, because no tier has room."""
     LOST = "lost"
 
 
@@ -86,6 +88,8 @@ class Ticket:
     load: Copy | None = None
     load_began_s: float = 0.0
     held: HeldImage | None = None
+    awaits_room: bool = False
+    """The tiers are making room for the held image."""
     recompute: Future[HeldImage] | None = None
     recompute_name: str = ""
     num_recomputes: int = 0
@@ -97,3 +101,12 @@ class Unsettled:
 
     copy: Copy
     free: Callable[[], None]
+
+
+def shares_memory(kv: SequenceKV, indices: SequenceIndices | None) -> bool:
+    """Whether any page, or the slot, is one that a request had before."""
+    if indices is None:
+        return False
+    windows = {page for page in indices.window_pages if page is not None}
+    same_page = windows.intersection(kv.window_pages) or set(indices.full_pages).intersection(kv.full_pages)
+    return kv.slot == indices.slot or bool(same_page)

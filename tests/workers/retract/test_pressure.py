@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.workers.retract.harness import RetractPair, prompt, retract_config
-from tests.workers.runtime.fake_model import fake_engine
+from tests.workers.runtime.fake_model import fake_engine, tiny_spec
 from tests.workers.runtime.pair import make_request
 from workers.messages import GenerateRequest
 
@@ -19,10 +21,11 @@ OPTIMISTIC = {
 }
 
 
-def run_all(requests: list[GenerateRequest], **units: int) -> dict[str, int]:
-    """Runs all at once over pools of these units; retracts by cause."""
+def run_all(requests: list[GenerateRequest], *, tiers: dict[str, object] | None = None, **units: int) -> dict[str, int]:
+    """Runs all at once over pools of these units; retracts by cause, and resumes by tier."""
     sizes = {"full_pages": 64, "window_pages": 64, "slots": 16} | units
-    with RetractPair(decode_engine=fake_engine(**sizes), retract=retract_config(**OPTIMISTIC)) as pair:
+    config = retract_config(**OPTIMISTIC, **(tiers or {}))
+    with RetractPair(decode_engine=fake_engine(**sizes), retract=config) as pair:
         images = [(request, pair.compute(request)) for request in requests]
         admitted = [pair.decode.admit(request) for request in requests]
         for (request, sink), future in zip(images, admitted, strict=True):
@@ -31,7 +34,7 @@ def run_all(requests: list[GenerateRequest], **units: int) -> dict[str, int]:
         pair.check_tokens(requests)
         report = pair.report()
         assert report.events == report.resumes and not set(report.fallbacks) & {"failed", "lost"}
-        return dict(report.by_cause)
+        return dict(report.by_cause) | dict(report.by_tier)
 
 
 def test_full_pages_run_short() -> None:
@@ -47,6 +50,14 @@ def test_window_pages_run_short() -> None:
 def test_slots_run_short() -> None:
     requests = [make_request(f"r{i}", prompt(20 + i, i), max_tokens=40) for i in range(8)]
     assert run_all(requests, slots=3)["slots"] >= 5
+
+
+def test_hand_offs_of_several_chunks_wait_on_disk_when_the_host_tier_is_full(tmp_path: Path) -> None:
+    requests = [make_request(f"r{i}", prompt(132 + i, i), max_tokens=30) for i in range(8)]
+    host = 2 * tiny_spec().image_bytes(170)
+    tiers = {"host": host, "disk": str(tmp_path)}
+    counts = run_all(requests, tiers=tiers, slots=3)
+    assert counts["slots"] >= 5 and counts["disk"] >= 1
 
 
 @pytest.mark.parametrize("pages", [2, 3])
