@@ -480,6 +480,7 @@ class Parking:
     def close(self) -> None:
         """After every request has ended: waits for what still moves, closes the tiers."""
         for unsettled in self._unsettled:
+            unsettled.copy.wait()
             unsettled.free()
         self._unsettled.clear()
         self.cascade.close()

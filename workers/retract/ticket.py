@@ -27,6 +27,9 @@ class Copy(Protocol):
     def done(self) -> bool:
         """Whether every byte is there. Raises when the copy failed."""
 
+    def wait(self) -> None:
+        """Returns when no byte moves any more."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeldImage:

@@ -32,7 +32,7 @@ class SlowCopies:
                 self.num_out += 1
             else:
                 self.num_into += 1
-            copy = type("Slow", (), {"done": lambda _: event.is_set()})()
+            copy = type("Slow", (), {"done": lambda _: event.is_set(), "wait": lambda _: None})()
             return copy
 
         return run
