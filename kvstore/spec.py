@@ -31,6 +31,9 @@ SPEC_VERSION = 1
 SCALE_BLOCK = 64
 """Dimensions of a stored KV entry that share one e8m0 scale (dsv4_spec.md 4.2)."""
 
+_KNOWN_OFFSETS = 64
+"""Token counts whose region offsets a manifest remembers."""
+
 KVFormat = Literal["fp8", "fp32"]
 
 
@@ -178,6 +181,10 @@ class KVSpec:
         return {pool.name: pool for pool in self.pools}
 
     @functools.cached_property
+    def _index_by_name(self) -> dict[PoolName, int]:
+        return {pool.name: i for i, pool in enumerate(self.pools)}
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """128-bit hex digest of all that gives stored bytes a meaning; equal fingerprints can exchange images."""
         rows = [
@@ -221,18 +228,29 @@ class KVSpec:
 
     def image_bytes(self, num_tokens: int) -> int:
         """Bytes of the payload of one request's image (live bytes plus at most 63 bytes of padding a pool)."""
-        return self._region_offset(len(self.pools), num_tokens)
+        return self._region_offsets(num_tokens)[len(self.pools)]
 
-    def _region_offset(self, index: int, num_tokens: int) -> int:
-        offset = 0
-        for pool in self.pools[:index]:
-            length = len(pool.live_rows(num_tokens)) * pool.row_all_layers_bytes
-            offset += -(-length // REGION_ALIGN_BYTES) * REGION_ALIGN_BYTES
-        return offset
+    @functools.cached_property
+    def _known_offsets(self) -> dict[int, tuple[int, ...]]:
+        return {}
+
+    def _region_offsets(self, num_tokens: int) -> tuple[int, ...]:
+        """Start of every region, then the end of the last. Kept for a few n: an image asks once per segment."""
+        found = self._known_offsets.get(num_tokens)
+        if found is None:
+            offsets = [0]
+            for pool in self.pools:
+                length = len(pool.live_rows(num_tokens)) * pool.row_all_layers_bytes
+                offsets.append(offsets[-1] + -(-length // REGION_ALIGN_BYTES) * REGION_ALIGN_BYTES)
+            found = tuple(offsets)
+            if len(self._known_offsets) >= _KNOWN_OFFSETS:
+                self._known_offsets.clear()
+            self._known_offsets[num_tokens] = found
+        return found
 
     def region_offset(self, name: PoolName, num_tokens: int) -> int:
         """Byte offset in an image of n tokens at which the pool's live rows begin."""
-        return self._region_offset(self.pools.index(self.pool(name)), num_tokens)
+        return self._region_offsets(num_tokens)[self._index_by_name[name]]
 
     def place(self, name: PoolName, row_start: int, row_end: int, num_tokens: int) -> RowRange:
         """Place of rows [row_start, row_end) in an image of n tokens.

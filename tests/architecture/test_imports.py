@@ -20,7 +20,8 @@ HOMES = {
     "deepseek_recipe": ("router",),
     "grpc": ("kvstore.transfer", "workers.service"),
     "safetensors": ("workers.checkpoint",),
-    "triton": ("workers.kernels",),
+    # The store moves rows with a kernel of its own and may not import the workers' floor above it.
+    "triton": ("workers.kernels", "kvstore.pools.kernels"),
     "numba": ("workers.cpu",),
     "transformers": (),
     "grpc_tools": (),
