@@ -12,13 +12,6 @@ class CopyFailed(Exception):
     """A copy out of the pools did not complete."""
 
 
-class DoneCopy:
-    """A copy that was complete when its call returned."""
-
-    def done(self) -> bool:
-        return True
-
-
 class FailedCopy:
     """A copy that could not even start, or a planned failure: raises when it is asked."""
 
@@ -28,17 +21,18 @@ class FailedCopy:
     def done(self) -> bool:
         raise self._error
 
+    def wait(self) -> None:
+        """No byte moves."""
+
 
 def start_copy_out(pools: KVPools, indices: SequenceIndices, image: KVImage) -> Copy:
     """Begins to fill the reserved payload of `image` with the request's live rows."""
-    image.payload.copy_(pools.get_cpu_copy(indices).payload)
-    return DoneCopy()
+    return pools.start_cpu_copy(indices, image)
 
 
 def start_copy_in(pools: KVPools, image: KVImage, indices: SequenceIndices) -> Copy:
     """Begins to load an image into the pages and slot of `indices`; checks its layout first."""
-    pools.load_cpu_copy(image, indices)
-    return DoneCopy()
+    return pools.start_load(image, indices)
 
 
 def is_done(copy: Copy) -> bool:
