@@ -23,7 +23,7 @@ from cluster.config import DEFAULT_MAX_CONTEXT, ClusterConfig
 from cluster.errors import ClusterError
 from cluster.health import HealthWatch, WorkerDown, WorkerLost
 from cluster.placement import ActorPlan, NodeResources, plan
-from cluster.processes import ProcessRef, descendants, end_all
+from cluster.processes import ProcessRef, adopt_orphans, descendants, end_descendants
 from workers.messages import WorkerRole
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class Cluster:
     def start(self) -> None:
         """Brings everything up. Raises `StartFailed`, `DoesNotFit`."""
         began = time.perf_counter()
+        adopt_orphans()
         _connect_ray(self._config)
         self._is_connected = True
         kind = "connected" if self._config.ray.address else "started"
@@ -138,7 +139,7 @@ class Cluster:
     def close(self) -> tuple[ProcessRef, ...]:
         """Stops router, workers and a Ray that was started here; returns local processes that survived (none)."""
         if not self._is_connected:
-            return end_all(self.local_processes, grace_s=0.0)
+            return end_descendants((), grace_s=0.0)
         import ray
 
         started = self.local_processes
@@ -152,8 +153,7 @@ class Cluster:
             ray.kill(actor, no_restart=True)
         ray.shutdown()
         self._is_connected = False
-        own = {ref.pid: ref for ref in (*started, *self.local_processes)}
-        return end_all(own.values(), grace_s=5.0)
+        return end_descendants(started, grace_s=5.0)
 
 
 @contextlib.contextmanager

@@ -6,11 +6,20 @@ process is always named by pid and creation time.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import psutil
+
+_PR_SET_CHILD_SUBREAPER = 36
+"""`prctl` option of Linux (linux/prctl.h)."""
+
+MAX_ROUNDS = 5
+"""Looks for processes that appeared while others were being ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +101,26 @@ def end_all(processes: Iterable[ProcessRef], grace_s: float) -> tuple[ProcessRef
     for process in alive:
         process.kill()
     return wait_gone(alive, 2.0)
+
+
+def adopt_orphans() -> None:
+    """From now on a descendant whose parent ends becomes a child of this process: `descendants` lists it.
+
+    Without it the children of a Ray daemon that is ended while it starts would belong to init, out of reach. Linux
+    only; elsewhere nothing happens.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_descendants(known: Iterable[ProcessRef], grace_s: float) -> tuple[ProcessRef, ...]:
+    """`end_all` of `known` and of every descendant, also of those that only appear meanwhile; returns survivors."""
+    survivors: tuple[ProcessRef, ...] = ()
+    for _ in range(MAX_ROUNDS):
+        left = tuple({ref.pid: ref for ref in (*known, *descendants(os.getpid()))}.values())
+        left = tuple(ref for ref in left if ref.is_alive)
+        if not left:
+            return ()
+        survivors = end_all(left, grace_s)
+        grace_s = 0.0
+    return survivors

@@ -60,3 +60,17 @@ def test_waiting_returns_those_that_still_run(stubborn: subprocess.Popen[bytes])
 
 def test_a_pid_that_never_was_has_no_reference() -> None:
     assert ProcessRef.of(2**22 + 5) is None
+
+
+def test_an_orphan_of_a_dead_child_is_ended_too() -> None:
+    script = (
+        "import subprocess, sys\n"
+        "from cluster.processes import adopt_orphans, end_descendants\n"
+        "adopt_orphans()\n"
+        "child = subprocess.run(['sh', '-c', 'sleep 60 >/dev/null & echo $!'], stdout=subprocess.PIPE, text=True)\n"
+        "assert end_descendants((), grace_s=0.0) == ()\n"
+        "sys.stdout.write(child.stdout)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=30, check=True)
+    orphan = ProcessRef.of(int(done.stdout))
+    assert orphan is None or not orphan.is_alive

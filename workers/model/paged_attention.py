@@ -31,8 +31,9 @@ from workers.reference.indexer import index_scores, select_topk
 from workers.reference.norm_rope import rope_cos_sin
 from workers.reference.sparse_attention import sparse_attention
 
-BLOCK_FLOATS = 1 << 24
-"""Gathered floats that one block of queries may hold (64 MiB): bounds memory, does not change results."""
+BLOCK_FLOATS = {"cpu": 1 << 24, "cuda": 1 << 27}
+"""Gathered floats that one block of queries may hold (64 MiB; on a GPU 512 MiB, where launches cost more than memory):
+bounds memory, does not change results."""
 
 POOLED_TOKENS = {LayerKind.C4: 8, LayerKind.C128: 128}
 """Source rows of one entry, and length of the layer's state ring."""
@@ -88,7 +89,7 @@ class PagedAttention:
         ratio, ring = kind.value, POOLED_TOKENS[kind]
         rows = compress_project(x, weights.wkv, weights.wgate)  # [T, W]
         finishing = ((batch.positions + 1) % ratio == 0).nonzero().squeeze(1)  # [F] token indices
-        for part in finishing.split(max(1, BLOCK_FLOATS // (ring * rows.shape[-1]))):
+        for part in finishing.split(max(1, BLOCK_FLOATS[x.device.type] // (ring * rows.shape[-1]))):
             self._pool_entries(rows, part, layer, weights, pools, kind, batch)
         ends = batch.start + batch.num_new
         kept = (batch.positions >= ends[batch.sequence_of_token] - ring).nonzero().squeeze(1)
@@ -143,7 +144,8 @@ class PagedAttention:
         elif kind is LayerKind.C128:
             per_query = (self.config.sliding_window + num_entries) * self.config.head_dim
         out = []
-        for tokens in torch.arange(q.shape[0], device=q.device).split(max(1, BLOCK_FLOATS // per_query)):
+        block = max(1, BLOCK_FLOATS[q.device.type] // per_query)
+        for tokens in torch.arange(q.shape[0], device=q.device).split(block):
             kv, mask = self._window_rows(layer, tokens, batch)
             if kind is LayerKind.C4 and index_q is not None:
                 rows, valid = self._select(index_q[0][tokens], index_q[1][tokens], layer, tokens, batch)

@@ -131,7 +131,7 @@ def test_memory_is_bounded_by_query_blocks(monkeypatch: pytest.MonkeyPatch) -> N
     import workers.model.paged_attention as module
 
     tokens = _tokens(FLASH, 300)
-    monkeypatch.setattr(module, "BLOCK_FLOATS", 1 << 15)
+    monkeypatch.setattr(module, "BLOCK_FLOATS", {"cpu": 1 << 15})
     assert relative_error(_run(FLASH, [tokens]).step({0: 300}), _full(FLASH, tokens)) <= LIMIT
 
 
