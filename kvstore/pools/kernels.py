@@ -66,6 +66,57 @@ def _reset_part(
 
 
 @triton.jit
+def _move_parts(
+    pool,
+    block,
+    unit_words,
+    offset,
+    row,
+    live,
+    ROW_WORDS: tl.constexpr,
+    TO_POOL: tl.constexpr,
+    SHAPES: tl.constexpr,
+    PARTS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+):
+    for i in tl.static_range(NUM_PARTS):
+        _move_part(
+            pool,
+            block,
+            unit_words,
+            offset,
+            row,
+            live,
+            SHAPES[PARTS + i * 5],
+            SHAPES[PARTS + i * 5 + 1],
+            SHAPES[PARTS + i * 5 + 2],
+            SHAPES[PARTS + i * 5 + 3],
+            SHAPES[PARTS + i * 5 + 4],
+            ROW_WORDS,
+            TO_POOL,
+        )
+
+
+@triton.jit
+def _reset_parts(
+    pool,
+    unit_words,
+    offset,
+    dead,
+    ROW_WORDS: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    SHAPES: tl.constexpr,
+    PARTS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+):
+    for i in tl.static_range(NUM_PARTS):
+        _reset_part(
+            pool, unit_words, offset, dead, SHAPES[PARTS + i * 5 + 2], SHAPES[PARTS + i * 5 + 3], ROW_WORDS, LOW, HIGH
+        )
+
+
+@triton.jit
 def _move_tile(pool, staging, table, entry, tile, TO_POOL: tl.constexpr, SHAPES: tl.constexpr, AT: tl.constexpr):
     # SHAPES[AT:] is one pool's, see `_static_shape`
     WORD: tl.constexpr = SHAPES[AT]
@@ -98,18 +149,7 @@ def _move_tile(pool, staging, table, entry, tile, TO_POOL: tl.constexpr, SHAPES:
             if IS_SLOT and TO_POOL:
                 unit_words = tl.load(table + index) * UNIT_WORDS + row * 0
                 dead = (row < PER_UNIT) & (((row - row_start) % PER_UNIT + PER_UNIT) % PER_UNIT >= num_rows)
-                for i in tl.static_range(NUM_PARTS):
-                    _reset_part(
-                        layer_pool,
-                        unit_words,
-                        row,
-                        dead,
-                        SHAPES[PARTS + i * 5 + 2],
-                        SHAPES[PARTS + i * 5 + 3],
-                        ROW_WORDS,
-                        LOW,
-                        HIGH,
-                    )
+                _reset_parts(layer_pool, unit_words, row, dead, ROW_WORDS, LOW, HIGH, SHAPES, PARTS, NUM_PARTS)
         else:
             live = row < num_rows
             absolute = row_start + row
@@ -119,22 +159,8 @@ def _move_tile(pool, staging, table, entry, tile, TO_POOL: tl.constexpr, SHAPES:
                 unit_words = tl.load(table + (index + absolute // PER_UNIT), mask=live, other=0) * UNIT_WORDS
             block = staging.to(tl.pointer_type(words)) + place * (ALIGN // WORD)
             block = block + layer * num_rows * ROW_WORDS
-            for i in tl.static_range(NUM_PARTS):
-                _move_part(
-                    layer_pool,
-                    block,
-                    unit_words,
-                    absolute % PER_UNIT,
-                    row,
-                    live,
-                    SHAPES[PARTS + i * 5],
-                    SHAPES[PARTS + i * 5 + 1],
-                    SHAPES[PARTS + i * 5 + 2],
-                    SHAPES[PARTS + i * 5 + 3],
-                    SHAPES[PARTS + i * 5 + 4],
-                    ROW_WORDS,
-                    TO_POOL,
-                )
+            offset = absolute % PER_UNIT
+            _move_parts(layer_pool, block, unit_words, offset, row, live, ROW_WORDS, TO_POOL, SHAPES, PARTS, NUM_PARTS)
             if not TO_POOL:  # noqa: SIM102 - the outer one is decided by the compiler
                 if (tile == 0) & (pad > 0):
                     after = staging.to(tl.pointer_type(tl.int32)) + place * (ALIGN // 4)

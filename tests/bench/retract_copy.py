@@ -7,10 +7,11 @@ Floor. Bytes of 32,768 tokens: 130 MB. The host link moves 54 GB/s (pinned, 2 Gi
 way. The gather reads and writes device memory once: 260 MB at 4.2 TB/s, 0.06 ms; it is hidden behind the link except
 for the first block. Predicted: retract 2.9 ms at 32K (planning 0.4 ms on the host), 85 % of the link, more at 128K,
 less at 1K, where 15 us launches and 0.1 ms of planning stand against 0.35 ms. Torch indexing makes 167 (layer,
-pool) pairs of 2-3 launches, 4-6 ms whatever the context, so the gather alone should be 20x-60x faster up to 32K. Decode of the rest
-loses the gather's memory traffic and the link's: 0.06 + 0.03 ms in each 2.6 ms of copying, 2-4 %, while a copy runs.
+pool) pairs of 2-3 launches, 4-6 ms whatever the context, so the gather alone should be 20x-60x faster up to 32K.
+Decode of the rest loses the gather's memory traffic and the link's: 0.06 + 0.03 ms in each 2.6 ms of copying, 2-4 %,
+while a copy runs.
 
-# measured: not yet.
+# measured: not yet run on a GPU (2026-11); the figures above are predictions.
 """
 
 from __future__ import annotations
