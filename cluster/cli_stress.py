@@ -38,8 +38,14 @@ err = Console(stderr=True, highlight=False)
 MUTATE_SAMPLES = 48
 """Samples of `--mutate` unless told otherwise: a mutation that survives costs all of them."""
 
-MUTATE_OPTIONS: dict[str, Any] = {"only_far": True, "sampled_every": 2, "temperature": 1.5}
-"""The indexer must matter, and so must the sampler: at a usual temperature a sure model hides what it drew."""
+MUTATE_OPTIONS: dict[str, Any] = {
+    "only_far": True,
+    "sampled_every": 2,
+    "penalised_every": 2,
+    "temperature": 2.0,
+    "repetition_penalty": 2.0,
+}
+"""The indexer must matter, and so must the sampler: a sure model hides what was drawn."""
 
 
 class Victim(enum.StrEnum):

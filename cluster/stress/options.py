@@ -36,6 +36,10 @@ class StressOptions:
     """One request in so many is sampled with a seed; the others are greedy."""
     temperature: float = 1.0
     """Of the sampled ones."""
+    penalised_every: int = 10
+    """One request in so many also pays for what it has said before: more state that must survive."""
+    repetition_penalty: float = 1.5
+    """Of the penalised ones; it makes a sure model unsure, so that what the sampler draws shows."""
     only_far: bool = False
     """Every sample has such a context, instead of five in nine."""
 

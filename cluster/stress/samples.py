@@ -27,6 +27,9 @@ TOKENS_PER_PIECE = 1.33
 MIN_BEYOND_TOKENS = 48
 """A far context is at least this much beyond the bound, so that its first retract is too."""
 
+MOST_PENALISED = 256
+"""Output budget of penalised requests."""
+
 TOKENS_PER_FACT = 40
 """Short notes hold one fact in so many tokens at most; a fact takes about half of that."""
 
@@ -50,6 +53,7 @@ class StressSample:
     temperature: float
     seed: int
     max_tokens: int
+    repetition_penalty: float = 1.0
 
     def body(self, model: str, top_logprobs: int) -> dict[str, Any]:
         """The streaming chat request, without the streaming fields."""
@@ -58,6 +62,7 @@ class StressSample:
             "messages": self.task.messages(),
             "temperature": self.temperature,
             "seed": self.seed,
+            "repetition_penalty": self.repetition_penalty,
             "max_tokens": self.max_tokens,
             "logprobs": True,
             "top_logprobs": top_logprobs,
@@ -85,14 +90,18 @@ def samples_behind(
     for index in range(options.samples):
         problem = next(problems)
         num_tokens = context(index, problem)
+        is_sampled = (index + 1) % options.sampled_every == 0
+        is_penalised = (index + 1) % options.penalised_every == 0
         samples.append(
             StressSample(
                 index=index,
                 task=_behind(rng, problem, num_tokens),
                 context_tokens=num_tokens,
-                temperature=options.temperature if (index + 1) % options.sampled_every == 0 else 0.0,
+                temperature=options.temperature if is_sampled else 0.0,
                 seed=rng.getrandbits(31),
-                max_tokens=options.max_tokens,
+                # A penalised answer may never end by itself.
+                max_tokens=min(options.max_tokens, MOST_PENALISED) if is_penalised else options.max_tokens,
+                repetition_penalty=options.repetition_penalty if is_penalised else 1.0,
             )
         )
     return samples
@@ -112,7 +121,7 @@ def _context_tokens(rng: random.Random, options: StressOptions) -> int:
     if options.max_context is None:
         return rng.randint(least, max(least, USUAL_CONTEXT))
     # The estimate is within a few percent; what is over must not cost the answer its room.
-    most = max(least, int(0.93 * (options.max_context - options.max_tokens - recall.RESERVED_TOKENS)))
+    most = max(least, int(0.97 * (options.max_context - options.max_tokens - recall.RESERVED_TOKENS)))
     return int(math.exp(rng.uniform(math.log(least), math.log(most))))
 
 

@@ -47,6 +47,9 @@ def test_a_share_is_sampled_with_a_seed_among_near_and_far() -> None:
     sampled = [sample for sample in stress_samples(StressOptions(samples=50)) if sample.temperature]
     assert len(sampled) == 10
     assert {bool(sample.context_tokens) for sample in sampled} == {True, False}
+    penalised = [sample for sample in sampled if sample.repetition_penalty != 1.0]
+    assert len(penalised) == 5
+    assert penalised[0].body("m", 5)["repetition_penalty"] == penalised[0].repetition_penalty
     body = sampled[0].body("m", 5)
     assert (body["logprobs"], body["top_logprobs"], body["seed"]) == (True, 5, sampled[0].seed)
 
