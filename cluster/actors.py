@@ -20,6 +20,7 @@ from typing import Any
 
 from cluster.backends import ReplaceableBackend, WorkerAddress, introduce
 from cluster.config import RetractSettings
+from workers.checkpoint.progress import Progress
 from workers.errors import WorkerError
 from workers.messages import WorkerRole, WorkerStats
 
@@ -107,6 +108,7 @@ class WorkerActor:
         self._spec = spec
         self._address: WorkerAddress | None = None
         self._service: Any = None
+        self._progress: Progress | None = None
 
     async def start(self) -> WorkerAddress:
         """Loads the model and listens; a second call returns the same address."""
@@ -115,7 +117,7 @@ class WorkerActor:
 
             began = time.perf_counter()
             with _as_part_failure():
-                self._service = await serve_worker_of(self._spec)
+                self._service = await serve_worker_of(self._spec, self._note_progress)
             self._address = WorkerAddress(
                 name=self._spec.name,
                 role=self._spec.role,
@@ -134,6 +136,13 @@ class WorkerActor:
             logging.shutdown()
             os._exit(1)
         return self._address
+
+    def _note_progress(self, progress: Progress) -> None:
+        self._progress = progress
+
+    async def progress(self) -> Progress | None:
+        """How far loading has come; None before the first tensor."""
+        return self._progress
 
     async def stats(self) -> WorkerStats:
         """Counters and gauges now."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cluster.actors import RouterSpec, WorkerSpec
     from router.model_info import EffortStyle
     from router.server import RunningRouter
+    from workers.checkpoint.progress import OnProgress
     from workers.engine import Engine
     from workers.service.server import RunningWorker
 
@@ -100,8 +101,11 @@ def effort_style(spec: RouterSpec) -> EffortStyle:
     return EffortStyle.REFRESH if is_refresh else EffortStyle.PREVIEW
 
 
-async def serve_worker_of(spec: WorkerSpec) -> RunningWorker:
-    """Loads the checkpoint and serves it; the event loop stays free meanwhile. Raises `WorkerError`, `OSError`."""
+async def serve_worker_of(spec: WorkerSpec, on_progress: OnProgress | None = None) -> RunningWorker:
+    """Loads the checkpoint and serves it; the event loop stays free meanwhile. Raises `WorkerError`, `OSError`.
+
+    `on_progress` is called from the loading thread.
+    """
     from workers.model.transformer import Transformer
     from workers.model_bundle import build_engine
     from workers.service.server import serve_worker
@@ -109,7 +113,7 @@ async def serve_worker_of(spec: WorkerSpec) -> RunningWorker:
     config = worker_config(spec, _advertised_host(spec.host))
 
     def load() -> Engine:
-        engine = build_engine(config)
+        engine = build_engine(config, on_progress=on_progress)
         if isinstance(engine.model, Transformer) and engine.model.backend == "cpu":
             from workers.cpu.warm import warm
 

@@ -290,7 +290,7 @@ def load_config(path: Path) -> ClusterConfig:
         document = yaml.safe_load(path.read_text())
     except OSError as exc:
         raise ConfigError(str(path), "", exc.strerror or str(exc)) from exc
-    except yaml.YAMLError as exc:
+    except (UnicodeDecodeError, yaml.YAMLError) as exc:
         raise ConfigError(str(path), "", f"not YAML: {exc}") from exc
     return config_from_mapping({} if document is None else document, source=str(path), base=path.resolve().parent)
 

@@ -28,13 +28,26 @@ def token_ids_from(path: Path) -> list[int]:
 def write_logits(
     model: Path, token_ids: list[int], output: Path, precision: str, prefill_chunk: int | None, decode_from: int | None
 ) -> tuple[int, ...]:
-    """Computes and writes float32 [positions, vocabulary]; returns the shape. Raises `WorkerError`."""
+    """Computes and writes float32 [positions, vocabulary]; returns the shape. Shows loading on stderr.
+
+    Raises `WorkerError`, and `ConfigError` naming a file that cannot be written (before computing, where that shows).
+    """
     import numpy
+    from rich.console import Console
 
+    from cluster.cli_checkpoint import tensor_progress
     from workers.engine_logits import engine_logits
+    from workers.model_bundle import ModelBundle
 
-    values = engine_logits(model, token_ids, precision=precision, prefill_chunk=prefill_chunk, decode_from=decode_from)
+    if not output.parent.is_dir():
+        raise ConfigError(str(output), "", "its folder does not exist")
+    with tensor_progress("loading", Console(stderr=True)) as on_progress:
+        bundle = ModelBundle.load(model, on_progress=on_progress)
+    values = engine_logits(bundle, token_ids, precision=precision, prefill_chunk=prefill_chunk, decode_from=decode_from)
     array = numpy.asarray(values, dtype=numpy.float32)
-    with output.open("wb") as file:
-        numpy.save(file, array)
+    try:
+        with output.open("wb") as file:
+            numpy.save(file, array)
+    except OSError as exc:
+        raise ConfigError(str(output), "", exc.strerror or str(exc)) from exc
     return array.shape

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from cluster.actors import PartFailed, RouterActor, RouterSpec, WorkerActor, WorkerSpec
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 PROBE_S = 5.0
 """Wait for one answer of an actor that should be idle on its control path."""
+
+PROGRESS_S = 2.0
+"""Time between two lines about a checkpoint that is being read."""
 
 OBJECT_STORE_BYTES = 80 * 2**20
 """Ray's shared-memory store; nothing of ours goes through it, and Ray refuses less than 75 MB."""
@@ -81,15 +84,31 @@ class Cluster:
 
         pending = {worker.handle.start.remote(): name for name, worker in self._workers.items()}
         while pending:
-            done, _ = ray.wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
-            if not done:
+            done, _ = ray.wait(list(pending), timeout=max(0.0, min(PROGRESS_S, deadline - time.monotonic())))
+            if not done and time.monotonic() >= deadline:
                 waiting = ", ".join(pending.values())
                 raise StartFailed(f"{waiting}: not ready after {self._config.ray.start_deadline:g} s")
+            if not done:
+                self._report_loading(pending.values())
+                continue
             name = pending.pop(done[0])
             with _actor_errors(name):
                 address: WorkerAddress = ray.get(done[0])
             self.addresses[name] = address
             self._report(f"{name:<11} ready in {address.start_s:.1f} s at {address.address}")
+
+    def _report_loading(self, names: Iterable[str]) -> None:
+        """One line for each worker that is reading its checkpoint."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError
+
+        for name in names:
+            with contextlib.suppress(RayActorError, GetTimeoutError):
+                progress = ray.get(self._workers[name].handle.progress.remote(), timeout=PROBE_S)
+                if progress is not None and progress.done_bytes < progress.total_bytes:
+                    done, total = progress.done_bytes / 1e9, progress.total_bytes / 1e9
+                    rate = progress.bytes_per_s / 1e9
+                    self._report(f"{name:<11} loaded {done:.1f} of {total:.1f} GB at {rate:.2f} GB/s")
 
     def _start_router(self, deadline: float) -> None:
         import ray

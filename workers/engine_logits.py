@@ -31,6 +31,7 @@ def engine_logits(
     prefill_chunk: int | None = None,
     decode_from: int | None = None,
     num_threads: int | None = None,
+    device: str = "cpu",
 ) -> np.ndarray:
     """float32 [len(ids), vocab]: logits after each position.
 
@@ -55,6 +56,7 @@ def engine_logits(
         precision_of(precision),
         PoolSizes(pages, window_pages, 1),
         num_threads=num_threads or torch.get_num_threads(),
+        device=device,
     )
     return _run(engine, ids, list(_steps(len(ids), chunk, decode_from)))
 

@@ -44,6 +44,10 @@ class WorkerRole(enum.Enum):
     DECODE = "decode"
 
 
+MIN_TEMPERATURE = 1e-5
+"""Below this, sampling is greedy: logits divided by less would overflow fp32, and no other token has a chance."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How output tokens are chosen. Raises `ValueError` naming the field when a value is out of range."""
@@ -92,7 +96,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """True when the most likely token is always taken."""
-        return self.temperature == 0.0 or self.top_k == 1
+        return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
     @property
     def edits_logits(self) -> bool:

@@ -147,6 +147,14 @@ def test_logits_refuses_what_is_not_a_list_of_ids(tmp_path: Path) -> None:
         assert str(path) in result.output.replace("\n", "")
 
 
+def test_logits_names_an_output_folder_that_is_missing(tmp_path: Path) -> None:
+    ids = tmp_path / "ids.json"
+    ids.write_text("[1]")
+    result = run("logits", str(tmp_path), "--ids", str(ids), "--out", str(tmp_path / "absent" / "o.npy"))
+    assert result.exit_code == 1
+    assert "its folder does not exist" in result.output.replace("\n", "")
+
+
 def test_down_ends_what_a_killed_deployment_left_behind() -> None:
     orphan = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
     ref = ProcessRef.of(orphan.pid)

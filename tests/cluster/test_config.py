@@ -90,6 +90,9 @@ def test_broken_yaml_and_missing_file_are_config_errors(tmp_path: Path) -> None:
     broken.write_text("a: [1")
     with pytest.raises(ConfigError, match="not YAML"):
         load_config(broken)
+    broken.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_config(broken)
     with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "absent.yaml")
 

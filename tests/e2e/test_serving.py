@@ -202,4 +202,4 @@ def test_the_bundled_model_answers_arithmetic_rightly(deployment: Deployment) ->
     right = [
         is_correct(sample, answer.reasoning, answer.content) for sample, answer in zip(samples, answers, strict=True)
     ]
-    assert sum(right) >= 3
+    assert sum(right) == 4

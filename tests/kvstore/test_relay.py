@@ -25,7 +25,10 @@ async def test_calls_run_on_the_loop_in_the_order_they_were_posted() -> None:
 async def test_posting_to_a_closed_relay_is_dropped() -> None:
     relay = LoopRelay()
     await relay.close()
-    relay.post(lambda: None)
+    seen: list[int] = []
+    relay.post(lambda: seen.append(1))
+    await asyncio.sleep(0)
+    assert seen == []
 
 
 def test_a_loop_that_is_gone_ends_the_thread() -> None:

@@ -15,7 +15,7 @@ from workers.model.transformer import ReferenceTransformer
 from workers.model.weights import ModelWeights, random_named_weights
 
 LIMIT = 1e-4
-"""Largest relative error of fp32 logits that the issue allows."""
+"""Largest relative error of fp32 logits."""
 
 FLASH = tiny_config(index_topk=16, index_n_heads=16)
 """Flash's layer mix; C4 has more entries than top-k from token 68 on. With few index heads many scores are exactly 0

@@ -43,6 +43,12 @@ def test_greedy_takes_the_largest_logit(seed: int) -> None:
     assert chosen == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1e-30])
+def test_a_vanishing_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([8.0, 40.0, 16.0, -24.0])
+    assert draws(logits, 6, temperature=temperature, top_p=0.9) == [1] * 6
+
+
 def test_splitmix64_matches_the_published_sequence() -> None:
     """First outputs of the reference generator seeded with 1234567 (its state advances by the golden ratio)."""
     golden = 0x9E3779B97F4A7C15

@@ -60,6 +60,13 @@ def test_engine_logits_in_fp32_equal_the_full_sequence(chunk: int, decode_from: 
     assert relative_error(found, full_logits(ids, "fp32")) <= 1e-4
 
 
+@pytest.mark.gpu
+def test_engine_logits_on_a_gpu_equal_the_full_sequence() -> None:
+    ids = prompt(300, 4)
+    found = engine_logits(bundle(), ids, precision="fp32", prefill_chunk=96, decode_from=280, device="cuda")
+    assert relative_error(found, full_logits(ids, "fp32")) <= 1e-4
+
+
 def test_engine_logits_in_native_precision_do_not_depend_on_the_chunks() -> None:
     ids = prompt(300, 2)
     whole = engine_logits(bundle(), ids, precision="native")
