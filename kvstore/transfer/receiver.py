@@ -156,10 +156,13 @@ class KVReceiver:
         except TransferRefused as exc:
             refusal = exc
         finally:
-            await stream.stop()
-            self._table.abort(landing, "the stream ended before its commit")
-            if not stream.delivered and landing.close_code not in _EXPECTED_ENDS:
-                self._lost(landing.grant, landing.close_reason or "the image was not taken")
+            # gRPC may cancel this handler while it already ends: what must happen stands in finally blocks.
+            try:
+                await stream.stop()
+            finally:
+                self._table.abort(landing, "the stream ended before its commit")
+                if not stream.delivered and landing.close_code not in _EXPECTED_ENDS:
+                    self._lost(landing.grant, landing.close_reason or "the image was not taken")
         if refusal is not None:
             await self._refuse(context, Refused.Code.Value(refusal.code), str(refusal))
 
@@ -234,11 +237,13 @@ class _InboundStream:
         self._landing.wake = None
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        while not self._queue.empty():
-            item = self._queue.get_nowait()
-            if isinstance(item, tuple):
-                self._table.drop(self._landing, item[0])
+        try:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:
+            while not self._queue.empty():
+                item = self._queue.get_nowait()
+                if isinstance(item, tuple):
+                    self._table.drop(self._landing, item[0])
 
     async def _read(self) -> None:
         while True:

@@ -103,7 +103,8 @@ async def raw_stream(decode: Decode) -> AsyncIterator[grpc.aio.StreamStreamCall]
         call.cancel()
 
 
-async def raw_open(call: grpc.aio.StreamStreamCall, decode: Decode, **changes: object) -> PushReply:
+def opening_of(decode: Decode, **changes: object) -> PushRequest:
+    """The first message of a stream for the granted request "r"."""
     fields: dict[str, object] = {
         "version": WIRE_VERSION,
         "request_id": "r",
@@ -112,7 +113,11 @@ async def raw_open(call: grpc.aio.StreamStreamCall, decode: Decode, **changes: o
         "model_hash": "weights",
         "checksum_name": CHECKSUM_NAME,
     }
-    await call.write(PushRequest(open=Open(**{**fields, **changes})))  # type: ignore[arg-type]
+    return PushRequest(open=Open(**{**fields, **changes}))  # type: ignore[arg-type]
+
+
+async def raw_open(call: grpc.aio.StreamStreamCall, decode: Decode, **changes: object) -> PushReply:
+    await call.write(opening_of(decode, **changes))
     return await call.read()
 
 

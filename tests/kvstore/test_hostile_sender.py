@@ -19,6 +19,7 @@ from tests.kvstore.peers import (
     SMALL,
     N,
     decode_worker,
+    opening_of,
     prefill_worker,
     prompt_image,
     raw_open,
@@ -150,3 +151,34 @@ async def test_segments_still_waiting_for_the_landing_thread_do_not_leak(monkeyp
         await asyncio.to_thread(decode.receiver._thread.submit(int).result)
         decode.assert_empty()
         assert decode.receiver.stats().late == 1
+
+
+async def test_a_cancel_while_the_stream_ends_still_frees_the_landing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ending = asyncio.Event()
+
+    async def stop_for_ever(self: object) -> None:
+        ending.set()
+        await asyncio.Event().wait()
+
+    class GoneSender:
+        """A gRPC context whose sender opened the stream and left."""
+
+        def __init__(self, opening: PushRequest) -> None:
+            self.messages = [opening]
+
+        async def read(self) -> object:
+            return self.messages.pop() if self.messages else grpc.aio.EOF
+
+        async def write(self, reply: object) -> None:
+            return None
+
+    monkeypatch.setattr("kvstore.transfer.receiver._InboundStream.stop", stop_for_ever)
+    async with decode_worker() as decode:
+        decode.grant()
+        handler = asyncio.create_task(decode.receiver._push(None, GoneSender(opening_of(decode))))  # type: ignore[arg-type]
+        await ending.wait()
+        handler.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await handler
+        assert (await decode.lost.get())[0].request_id == "r"
+        decode.assert_empty()
