@@ -105,11 +105,6 @@ class Dispatcher:
         self._background: set[asyncio.Task[None]] = set()
         self._sweeper = asyncio.create_task(self._sweep_forever(), name="router sweep")
 
-    @property
-    def num_live(self) -> int:
-        """Generations that have not ended."""
-        return len(self._live)
-
     def start(
         self,
         request_id: str,

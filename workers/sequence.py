@@ -103,11 +103,6 @@ class Sequence:
         return len(self.request.prompt_ids)
 
     @property
-    def num_known(self) -> int:
-        """Prompt and output tokens."""
-        return self.num_prompt + len(self.output_ids)
-
-    @property
     def remaining_prompt(self) -> int:
         """Prompt tokens not computed yet."""
         return max(0, self.num_prompt - self.num_computed)

@@ -378,10 +378,6 @@ class LandingTable:
         code = Refused.PROTOCOL if landing.close_code is None else landing.close_code
         return _refusal(code, landing.grant.request_id, landing.grant.epoch, landing.close_reason or "stream is over")
 
-    def is_open(self, landing: Landing) -> bool:
-        """Whether segments of this attempt are still admitted."""
-        return landing.state is LandingState.OPEN
-
     def stats(self) -> LandingStats:
         """Counters and current use."""
         with self._lock:

@@ -94,7 +94,7 @@ def test_split_budget_never_exceeds_the_budget_and_never_stands_still(seed: int)
 def test_window_pages_of_a_long_prompt_stay_bounded() -> None:
     scheduler = make_scheduler(chunk=256, window=4, full=64)
     scheduler.submit(make_sequence("a", 8000))
-    run_to_end(scheduler)
+    assert run_to_end(scheduler)[-1] == [("a", 7936, 8000)]
 
 
 def test_prompts_that_can_never_fit_are_refused() -> None:
