@@ -1,0 +1,100 @@
+"""Tile shapes of every kernel per GPU architecture: one small table, so that nothing is tuned when a worker starts.
+
+Owns: which block sizes, warps and stages a kernel uses on which architecture, and how a device finds its column. Does
+not own: kernels. A launcher asks `tile("linear_decode.linear", device)` once and keeps the answer.
+
+Columns are sm_80, 89, 90, 100 and 120. A kernel needs sm_90 at least; a missing column falls back as `FALLBACK` says.
+sm_90 values are measured on an H200; other columns are chosen so that shared memory fits (`SHARED_BYTES`, checked by
+tests/workers/kernels/test_compile.py), not for speed, unless their comment says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+ARCHITECTURES = (80, 89, 90, 100, 120)
+"""Columns of the table, and the targets that every kernel is compiled for without a GPU."""
+
+SHARED_BYTES = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Most shared memory of one block, bytes (CUDA programming guide, compute capabilities, 'per thread block' opt-in)."""
+
+FALLBACK = {80: (80, 90), 89: (89, 120, 80, 90), 90: (90,), 100: (100, 90), 120: (120, 89, 80, 90)}
+"""Columns to look at in order: first those whose shared memory is no larger."""
+
+INTERPRETED = 90
+"""Column used where there is no GPU: the interpreter then runs the shapes that serve on Hopper."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One choice. `m` tokens, `n` output columns (or entries, experts' rows), `k` depth of one step of the loop."""
+
+    n: int = 0
+    k: int = 0
+    m: int = 16
+    warps: int = 4
+    stages: int = 3
+    group: int = 1
+    """Tiles of the token axis that are walked together, so that a weight tile is read from L2 (prefill)."""
+    registers: int | None = None
+    """Upper limit per thread (`maxnreg`); None leaves it to the compiler."""
+
+    def fitted(self, *, n: int | None = None, k: int | None = None) -> Tile:
+        """The same tile with `n` and `k` halved until they divide the given sizes: dsv4-nano is smaller than a tile."""
+        return dataclasses.replace(self, n=_halved(self.n, n), k=_halved(self.k, k))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of a Triton launch."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
+
+
+TILES: dict[str, dict[int, Tile]] = {}
+"""kernel -> architecture -> tile. Kernel names are `module.function`; keep the modules in alphabetical order."""
+
+
+def tile(kernel: str, device: Any = None) -> Tile:
+    """The tile of one kernel. `device`: a `torch.device`, an architecture number, or None for the current device."""
+    return tile_for(kernel, device if isinstance(device, int) else architecture(device))
+
+
+@functools.cache
+def tile_for(kernel: str, arch: int) -> Tile:
+    """The tile for a column of the table; KeyError names a kernel without a row."""
+    row = TILES[kernel]
+    return next(row[column] for column in FALLBACK[arch] if column in row)
+
+
+def architecture(device: Any = None) -> int:
+    """The column for a device; `INTERPRETED` for a CPU. Raises `ValueError` for GPUs before sm_80."""
+    import torch
+
+    if (device is not None and torch.device(device).type != "cuda") or not torch.cuda.is_available():
+        return INTERPRETED
+    return architecture_of(*torch.cuda.get_device_capability(device))
+
+
+def architecture_of(major: int, minor: int) -> int:
+    """Column for a compute capability: sm_86 has sm_89's shared memory; sm_87 has sm_80's; sm_103 is an sm_100."""
+    match major, minor:
+        case 8, 6 | 9:
+            return 89
+        case 8, _:
+            return 80
+        case 9, _:
+            return 90
+        case 10 | 11, _:
+            return 100
+        case _ if major >= 12:
+            return 120
+    raise ValueError(f"compute capability {major}.{minor} is older than the oldest supported, 8.0")
+
+
+def _halved(block: int, size: int | None) -> int:
+    while size is not None and block > 1 and size % block:
+        block //= 2
+    return block
