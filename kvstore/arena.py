@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from kvstore.errors import IntegrityError
+from kvstore.host_memory import pinned_slab
 
 EXTENT_ALIGN_BYTES = 4096
 """Extents start and end at pages of host memory, so that direct I/O and pinned copies can use them."""
@@ -33,7 +34,7 @@ class HostArena:
     def __init__(self, budget_bytes: int, *, pinned: bool = False) -> None:
         """Reserve the slab. Pages are touched at first use, or at once when pinned."""
         self.budget_bytes = budget_bytes
-        self._slab = torch.empty(budget_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self._slab = pinned_slab(budget_bytes) if pinned else torch.empty(budget_bytes, dtype=torch.uint8)
         self._free: list[tuple[int, int]] = [(0, budget_bytes)]  # (offset, length), sorted, never adjacent
         self._held: dict[int, Extent] = {}
 
