@@ -133,12 +133,17 @@ class GpuWeights:
     layers: tuple[GpuLayer, ...]
 
     @classmethod
-    def allocate(cls, config: ModelConfig, device: torch.device | str) -> GpuWeights:
-        """Uninitialised memory for every operand, all experts resident. Raises ValueError as `unsupported_shape`."""
+    def allocate(
+        cls, config: ModelConfig, device: torch.device | str, *, experts_per_layer: int | None = None
+    ) -> GpuWeights:
+        """Uninitialised memory for every operand, all experts resident. Raises ValueError as `unsupported_shape`.
+
+        `experts_per_layer`: a smaller slab that experts share in turn, for benchmarks of models that do not fit.
+        """
         reason = unsupported_shape(config)
         if reason is not None:
             raise ValueError(reason)
-        return _Allocator(config, torch.device(device)).model()
+        return _Allocator(config, torch.device(device), experts_per_layer or config.n_routed_experts).model()
 
     @property
     def device(self) -> torch.device:
@@ -207,8 +212,8 @@ def _tensors(node: Any) -> Iterator[Tensor]:
 class _Allocator:
     """Makes the empty operands of one config."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: ModelConfig, device: torch.device, slots_per_layer: int) -> None:
+        self.config, self.device, self.slots_per_layer = config, device, slots_per_layer
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -233,7 +238,7 @@ class _Allocator:
     def model(self) -> GpuWeights:
         c = self.config
         shape = ExpertShape(c.hidden_size, c.moe_intermediate_size)
-        slots = c.num_hidden_layers * c.n_routed_experts
+        slots = c.num_hidden_layers * self.slots_per_layer
         base = self.empty(slots * shape.expert_bytes, dtype=torch.uint8)
         return GpuWeights(
             embed=self.bf16(c.vocab_size, c.hidden_size),
@@ -250,7 +255,7 @@ class _Allocator:
         indexed = kind is LayerKind.C4
         columns = x_bf16_columns(c, kind)
         hashed = c.router_kind(index) is RouterKind.HASH
-        first = index * experts
+        slots = torch.arange(experts, dtype=torch.int32, device=self.device) % self.slots_per_layer
         return GpuLayer(
             kind=kind,
             attn_norm=self.empty(hidden),
@@ -272,5 +277,5 @@ class _Allocator:
             tid2eid=self.empty(c.vocab_size, c.num_experts_per_tok, dtype=torch.int32) if hashed else None,
             shared_w13=self.fp8(2 * inner, hidden),
             shared_w2=self.fp8(hidden, inner),
-            experts=ExpertSlab(base, torch.arange(first, first + experts, dtype=torch.int32, device=self.device)),
+            experts=ExpertSlab(base, slots + index * self.slots_per_layer),
         )
