@@ -19,6 +19,7 @@ from workers.attempts import Attempts
 from workers.config import WorkerConfig
 from workers.engine import BrokenLogits, Engine
 from workers.errors import DeadlineExceeded, RequestAborted, RequestError, WorkerFull, WorkerStopping
+from workers.landing import Landings
 from workers.loop import EngineLoop
 from workers.messages import GenerateRequest, RetractControl, RetractReport, TokenEvent, TokenLogprob
 from workers.retract.controller import POLL_S, RetractController
@@ -80,6 +81,7 @@ class DecodeWorker:
             fail=self._end,
         )
         self.scheduler = self.retract.scheduler
+        self._landings = Landings(engine.pools, self.scheduler)
         self._attempts = Attempts()
         self._dirty = False
         self._admissions: dict[tuple[str, int], tuple[Future[None], float]] = {}
@@ -182,15 +184,27 @@ class DecodeWorker:
             self._flush()
             return
         try:
-            self.engine.pools.load_cpu_copy(image, kv.indices(num_tokens))
+            self._landings.begin(sequence, kv, arrived, token_id, logprob)
         except Exception as exc:
             self._end(sequence, RequestError(f"KV image refused: {exc}"))
             self._flush()
             raise
-        arrived.release()
-        self.scheduler.join(sequence, num_tokens)
-        self._take(sequence, token_id, logprob)
+        self._settle_landings()
         self._flush()
+
+    def _settle_landings(self) -> bool:
+        """Whoever's KV is in its pages joins the batch with its first token; whether anyone did."""
+        landed = self._landings.take_done() if self._landings.pending else []
+        for landing in landed:
+            try:
+                landing.load.done()
+            except Exception as exc:
+                self._end(landing.sequence, RequestError(f"KV image refused: {exc}"))
+            else:
+                self.scheduler.join(landing.sequence, landing.arrived.image.header.num_tokens)
+                self._take(landing.sequence, landing.token_id, landing.logprob)
+            landing.arrived.release()
+        return bool(landed)
 
     def _take(self, sequence: Sequence, token_id: int, logprob: TokenLogprob | None) -> None:
         """Adds a sampled token; ends the request when it was its last."""
@@ -226,6 +240,7 @@ class DecodeWorker:
 
     def _drop(self, sequence: Sequence) -> None:
         if self._attempts.remove(sequence):
+            self._landings.forget(sequence)
             self.retract.forget(sequence)
             self.scheduler.drop(sequence)
             self._sink.closed(*sequence.key)
@@ -251,7 +266,8 @@ class DecodeWorker:
 
     def step(self) -> bool:
         """One decode step of the whole batch. Who was retracted comes back before anyone new is let in."""
-        changed = self.retract.before_step()
+        changed = self._settle_landings()
+        changed |= self.retract.before_step()
         if self.scheduler.num_waiting:
             self._admit_waiting()
         plan = self.scheduler.plan()
@@ -279,7 +295,7 @@ class DecodeWorker:
     def next_deadline_s(self) -> float | None:
         waits = [limit for _, limit in self._admissions.values()]
         deadline_s = self._attempts.next_deadline_s()
-        if self.retract.pending:
+        if self.retract.pending or self._landings.pending:
             waits.append(self._clock() + POLL_S)
         return min(waits if deadline_s is None else [*waits, deadline_s], default=None)
 
@@ -294,7 +310,7 @@ class DecodeWorker:
 
     def on_idle(self) -> None:
         """Once all work has ended: whatever no request owns has leaked, and a leak stops the worker."""
-        if len(self._attempts) or not self._dirty or self.retract.pending:
+        if len(self._attempts) or not self._dirty or self.retract.pending or self._landings.pending:
             return
         self._dirty = False
         self.counters.leaked = self.engine.allocators.num_held
@@ -304,6 +320,7 @@ class DecodeWorker:
         for sequence in self._attempts:
             self._end(sequence, WorkerStopping(failure or "the worker is shutting down"))
         self._flush()
+        self._landings.close()
         self.retract.close()
 
 

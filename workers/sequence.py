@@ -38,7 +38,7 @@ class SeqState(enum.Enum):
 _LEGAL: dict[SeqState, frozenset[SeqState]] = {
     SeqState.WAITING_ADMISSION: frozenset({SeqState.WAITING_PROMPT, SeqState.WAITING_KV, SeqState.FINISHED}),
     SeqState.WAITING_PROMPT: frozenset({SeqState.DRAINING, SeqState.RUNNING, SeqState.FINISHED}),
-    SeqState.WAITING_KV: frozenset({SeqState.RUNNING, SeqState.PARKED, SeqState.FINISHED}),
+    SeqState.WAITING_KV: frozenset({SeqState.RESTORING, SeqState.PARKED, SeqState.FINISHED}),
     SeqState.RUNNING: frozenset({SeqState.DRAINING, SeqState.FINISHED}),
     SeqState.DRAINING: frozenset({SeqState.PARKED, SeqState.RUNNING, SeqState.FINISHED}),
     SeqState.PARKED: frozenset({SeqState.RESTORING, SeqState.FINISHED}),

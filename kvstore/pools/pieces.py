@@ -26,7 +26,7 @@ from kvstore.sequence_kv import SequenceIndices
 from kvstore.spec import REGION_ALIGN_BYTES, IndexSpace, KVSpec, PoolSpec, ResetValue, RowRange
 
 FIELDS = 8
-_TILE_BYTES = 16 << 10
+_TILE_BYTES = 8 << 10
 _WIDEST_PART = 512
 _MINUS_INF = 0xFF800000  # fp32 bits
 

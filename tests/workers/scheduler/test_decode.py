@@ -29,6 +29,7 @@ def start(scheduler: DecodeScheduler, sequence: Sequence) -> None:
     scheduler.submit(sequence)
     assert scheduler.admit() == [sequence]
     scheduler.place(sequence, sequence.num_prompt)
+    sequence.to(SeqState.RESTORING)
     scheduler.join(sequence, sequence.num_prompt)
     sequence.output_ids.append(5)
 
@@ -185,6 +186,7 @@ def test_random_life_of_many_requests_leaks_nothing(seed: int) -> None:
             if granted:
                 sequence = rng.choice(granted)
                 scheduler.place(sequence, sequence.num_prompt)
+                sequence.to(SeqState.RESTORING)
                 scheduler.join(sequence, sequence.num_prompt)
                 sequence.output_ids.append(5)
         elif action < 0.34 and alive:
