@@ -1,0 +1,66 @@
+"""Launch options shared by all kernels: programmatic dependent launch (PDL) and facts of the device.
+
+With PDL a kernel may start while its predecessor in the stream still runs, and waits by itself before it touches what
+the predecessor wrote; in a CUDA graph the launches of a chain then overlap. A kernel takes part like this:
+
+    @triton.jit
+    def kernel(..., PDL: tl.constexpr):
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()    # the successor may start now
+        ...                                          # addresses; loads and prefetches of weights only
+        if PDL:
+            tl.extra.cuda.gdc_wait()                 # the predecessor has ended and its writes are visible
+        ...                                          # everything else, all stores
+
+    kernel[grid](..., **pdl_options(x, pdl))
+
+Every program must reach `gdc_wait`, also one without work: a kernel counts as ended when its programs have, and that is
+what makes the writes of the kernel before the predecessor visible. Nothing may be stored before the wait, for the
+predecessor may still read it. Triton's interpreter and GPUs before sm_90 know none of this: `PDL` is False there.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+L2_LINE_BYTES = 128
+"""Bytes that one prefetch instruction brings to L2."""
+
+
+@functools.cache
+def has_pdl(device: torch.device) -> bool:
+    """Whether kernels on `device` can be launched dependently: sm_90 and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a GPU. 1 on the CPU: the interpreter runs programs one by one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def pdl_options(tensor: torch.Tensor, pdl: bool | None = None) -> dict[str, Any]:
+    """Keyword arguments of a launch on the tensor's device. `pdl` None: wherever the device can; True: only there."""
+    enabled = has_pdl(tensor.device) and pdl is not False
+    return {"PDL": enabled, "launch_pdl": enabled} if enabled else {"PDL": False}
+
+
+@triton.jit
+def prefetch_l2(pointers):
+    """Bring the lines behind a block of pointers to L2, at once and without waiting. Only under `PDL` (inline PTX).
+
+    Give one pointer per `L2_LINE_BYTES`; a repeated line costs an instruction, an address outside the allocation faults.
+    """
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // dummy $0",
+        "=r,l",
+        [pointers],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
