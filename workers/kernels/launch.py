@@ -54,7 +54,7 @@ def pdl_options(tensor: torch.Tensor, pdl: bool | None = None) -> dict[str, Any]
 def prefetch_l2(pointers):
     """Bring the lines behind a block of pointers to L2, at once and without waiting. Only under `PDL` (inline PTX).
 
-    Give one pointer per `L2_LINE_BYTES`; a repeated line costs an instruction, an address outside the allocation faults.
+    Give one pointer per `L2_LINE_BYTES`; a line twice costs an instruction, an address outside the tensor faults.
     """
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; // dummy $0",
