@@ -53,7 +53,16 @@ class Tile:
         return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
 
-TILES: dict[str, dict[int, Tile]] = {}
+TILES: dict[str, dict[int, Tile]] = {
+    "sparse_attention.decode": {
+        80: Tile(n=16, k=64, warps=4, stages=1),
+        90: Tile(n=16, k=64, warps=4, stages=1),
+    },
+    "sparse_attention.prefill": {
+        80: Tile(n=16, k=64, warps=4, stages=1),
+        90: Tile(n=32, k=64, warps=4, stages=1),
+    },
+}
 """kernel -> architecture -> tile. Kernel names are `module.function`; keep the modules in alphabetical order."""
 
 
