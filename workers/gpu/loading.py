@@ -200,8 +200,8 @@ def _targets(config: ModelConfig, weights: GpuWeights) -> Iterator[tuple[str, _T
 
 
 def _hyper_connection(prefix: str, hc: HyperConnection) -> Iterator[tuple[str, _Target]]:
-    for leaf, tensor in zip(("fn", "base", "scale"), hc, strict=True):
-        yield f"{prefix}_{leaf}", _Plain(tensor)
+    for leaf in ("fn", "base", "scale"):
+        yield f"{prefix}_{leaf}", _Plain(getattr(hc, leaf))
 
 
 def _attention(config: ModelConfig, layer: GpuLayer, prefix: str) -> Iterator[tuple[str, _Target]]:

@@ -39,11 +39,15 @@ class Fp8Weight(NamedTuple):
 
 
 class HyperConnection(NamedTuple):
-    """mHC of one sublayer (`fn [24, 4D]`, `base [24]`, `scale [3]`) or of the head (4 rows, 1 scale); fp32."""
+    """mHC of one sublayer (`fn [24, 4D]`, `base [24]`, `scale [3]`) or of the head (4 rows, 1 scale), fp32, and the
+    model's constants: Sinkhorn steps, `hc_eps`, `rms_norm_eps`."""
 
     fn: Tensor
     base: Tensor
     scale: Tensor
+    iters: int
+    eps: float
+    norm_eps: float
 
 
 class Compressor(NamedTuple):
@@ -226,10 +230,11 @@ class _Allocator:
         return Fp8Weight(self.empty(rows, columns, dtype=torch.uint8), scales)
 
     def hyper_connection(self, *, head: bool = False) -> HyperConnection:
-        streams = self.config.hc_mult
-        rows = streams if head else streams * (2 + streams)
-        fn = self.empty(rows, streams * self.config.hidden_size)
-        return HyperConnection(fn, self.empty(rows), self.empty(1 if head else 3))
+        c = self.config
+        rows = c.hc_mult if head else c.hc_mult * (2 + c.hc_mult)
+        fn = self.empty(rows, c.hc_mult * c.hidden_size)
+        scale = self.empty(1 if head else 3)
+        return HyperConnection(fn, self.empty(rows), scale, c.hc_sinkhorn_iters, c.hc_eps, c.rms_norm_eps)
 
     def compressor(self, kind: LayerKind, head_dim: int) -> Compressor:
         width = head_dim * (2 if kind is LayerKind.C4 else 1)
