@@ -1,6 +1,6 @@
 """What `dsv4 bench model` finds, as plain data: written to JSON on the GPU host, drawn anywhere. Torch-free.
 
-Owns: the form of the file and the figures that follow from it (shares, extrapolation). Does not own: measuring, drawing.
+Owns: the form of the file and the figures that follow from it (shares, extrapolation). Does not own: measuring.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What was measured: `layers` of `all_layers`, with `experts_held` of `experts` different ones in memory a layer."""
+    """What was measured: `layers` of `all_layers`, with `experts_held` different ones of `experts` in each layer."""
 
     preset: str
     layers: int
