@@ -1,0 +1,282 @@
+"""mHC at decode: write a sublayer's output back to the streams, then read the next sublayer's input from them.
+
+Owns: `embed_streams`, `hc_pre`, `hc_post_pre` and `hc_post_head` for the tokens of a decode step. Definitions:
+`workers/reference/mhc.py`. Does not own: prefill (`workers/kernels/mhc_prefill.py`).
+
+Two launches a sublayer. The first gives every program `TILE_CHANNELS` channels of all four streams, mixes them and
+stores 34 partial sums: 24 rows of `fn` and the 10 inner products of the streams with each other. The second adds the
+partial sums in tile order and writes the input: the inner products give the norm over all streams (their trace) and
+also the norm of the mix itself, `pre @ G @ pre`, so that no program has to see a whole row. A token's arithmetic
+depends neither on the batch nor on how tokens are dealt to programs, so batches are invariant by construction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from workers.kernels.formats import hardware_formats
+from workers.kernels.launch import pdl_options
+from workers.kernels.mhc_decode import collapse_kernel, embed_streams_kernel, partial_sums_kernel
+
+STREAMS = 4
+MIXES = STREAMS * (2 + STREAMS)
+"""Rows of `fn`: 4 pre, 4 post, 16 comb (row-major)."""
+
+TILE_CHANNELS = 64
+"""Channels of one program of the first launch. Changes the order of every sum, so the same for all batches."""
+
+WORK_ROWS = 40
+"""Partial sums per tile: `MIXES` products, then inner products (0,0)..(3,3), (0,1), (1,2), (2,3), (3,0), (0,2), (1,3);
+padded."""
+
+COLLAPSE_CHANNELS = 256
+"""Channels of one program of the second launch; changes no sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class HyperConnection:
+    """mHC weights of one sublayer, or of the head (`fn [4, 4D]`, `base [4]`, `scale [1]`), and its constants."""
+
+    fn: Tensor
+    """fp32 [24, 4D], stream-major columns."""
+    base: Tensor
+    """fp32 [24]."""
+    scale: Tensor
+    """fp32 [3]: pre, post, comb."""
+    iters: int = 20
+    eps: float = 1e-6
+    """`hc_eps`: of gates and Sinkhorn denominators."""
+    norm_eps: float = 1e-6
+    """`rms_norm_eps`: of the norm before `fn` and of the sublayer's own norm."""
+
+
+def work_floats(num_tokens: int, hidden: int) -> int:
+    """fp32 elements of the scratch tensor `work` for steps of up to `num_tokens` tokens."""
+    return num_tokens * WORK_ROWS * (hidden // TILE_CHANNELS)
+
+
+def embed_streams(token_ids: Tensor, embed: Tensor, streams: Tensor, *, pdl: bool | None = None) -> None:
+    """Four copies of each token's embedding: `streams [T, 4, D] bf16` of `token_ids [T] int32`, `embed [V, D] bf16`.
+
+    A negative id marks a padding row: its streams become zero, and stay finite through the layers.
+    """
+    num_tokens, _, hidden = streams.shape
+    if num_tokens == 0:
+        return
+    block = min(1024, triton.next_power_of_2(hidden))
+    grid = (num_tokens, triton.cdiv(hidden, block))
+    options = pdl_options(streams, pdl)
+    embed_streams_kernel[grid](token_ids, embed, streams, embed.shape[0], D=hidden, BLOCK=block, num_warps=4, **options)
+
+
+def hc_pre(
+    streams: Tensor,
+    hc: HyperConnection,
+    norm_weight: Tensor,
+    x: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    work: Tensor,
+    *,
+    x_quantised: Tensor | None = None,
+    pdl: bool | None = None,
+) -> None:
+    """The first sublayer's input: `x [T, D] bf16` = rmsnorm(mix of `streams [T, 4, D] bf16`), and the gates of the
+    write-back, `post [T, 4]` and `comb [T, 16]` fp32. `work`: `work_floats` elements. `x_quantised [T, D] bf16`, if
+    given: `x` through e4m3 with one power-of-two scale per 128 channels (exact in bf16), as FP8 linears want it."""
+    _sums(None, streams, post, comb, hc.fn, None, work, streams.shape[0], pdl)
+    _collapsed(streams, None, hc, norm_weight, work, x, x_quantised, post, comb, pdl)
+
+
+def hc_post_pre(
+    sub_out: Tensor,
+    streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    hc: HyperConnection,
+    norm_weight: Tensor,
+    x: Tensor,
+    work: Tensor,
+    *,
+    x_quantised: Tensor | None = None,
+    pdl: bool | None = None,
+) -> None:
+    """Writes a sublayer's output back and reads the next one's input.
+
+    `sub_out [T, R, D] bf16`: R parts that are added in order in fp32. `streams`, `post` and `comb` are updated in
+    place; `hc`, `norm_weight` belong to the next sublayer, whose input is `x [T, D] bf16` (and `x_quantised`, as in
+    `hc_pre`).
+    """
+    _sums(sub_out, streams, post, comb, hc.fn, None, work, streams.shape[0], pdl)
+    _collapsed(streams, None, hc, norm_weight, work, x, x_quantised, post, comb, pdl)
+
+
+def hc_post_head(
+    sub_out: Tensor,
+    streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    hc: HyperConnection,
+    norm_weight: Tensor,
+    rows: Tensor | None,
+    x: Tensor,
+    work: Tensor,
+    *,
+    pdl: bool | None = None,
+) -> None:
+    """Writes the last sublayer's output back and collapses the streams for the head: `x [B, D] bf16`, normed.
+
+    Only `rows [B] int32` of the step (None: all) are computed; the streams of other rows stay as they were.
+    """
+    num_rows = streams.shape[0] if rows is None else rows.shape[0]
+    _sums(sub_out, streams, post, comb, hc.fn, rows, work, num_rows, pdl)
+    _collapsed(streams, rows, hc, norm_weight, work, x, None, post, comb, pdl)
+
+
+def _rows_each(num_rows: int) -> int:
+    """Rows that one program walks through: with one, `fn` would be read from L2 once per token."""
+    return 1 if num_rows <= 8 else min(8, triton.next_power_of_2(triton.cdiv(num_rows, 8)))
+
+
+def _sums(
+    sub_out: Tensor | None,
+    streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    fn: Tensor,
+    rows: Tensor | None,
+    work: Tensor,
+    num_rows: int,
+    pdl: bool | None,
+) -> None:
+    hidden = streams.shape[-1]
+    assert hidden % TILE_CHANNELS == 0 and work.numel() >= work_floats(num_rows, hidden)
+    if num_rows == 0:
+        return
+    each = _rows_each(num_rows)
+    partial_sums_kernel[(hidden // TILE_CHANNELS, triton.cdiv(num_rows, each))](
+        streams if sub_out is None else sub_out,
+        streams,
+        post,
+        comb,
+        fn,
+        fn if rows is None else rows,
+        work,
+        num_rows,
+        each,
+        D=hidden,
+        R=0 if sub_out is None else sub_out.shape[1],
+        NUM_FN=fn.shape[0],
+        TILE=TILE_CHANNELS,
+        HAS_ROWS=rows is not None,
+        num_warps=4,
+        **pdl_options(streams, pdl),
+    )
+
+
+def _collapsed(
+    streams: Tensor,
+    rows: Tensor | None,
+    hc: HyperConnection,
+    norm_weight: Tensor,
+    work: Tensor,
+    x: Tensor,
+    x_quantised: Tensor | None,
+    post: Tensor,
+    comb: Tensor,
+    pdl: bool | None,
+) -> None:
+    num_rows, hidden = x.shape
+    if num_rows == 0:
+        return
+    head = hc.fn.shape[0] == STREAMS
+    num_tiles = hidden // TILE_CHANNELS
+    block = min(COLLAPSE_CHANNELS, triton.next_power_of_2(hidden))
+    collapse_kernel[(num_rows, triton.cdiv(hidden, block) + (not head))](
+        streams,
+        hc.fn if rows is None else rows,
+        hc.base,
+        hc.scale,
+        norm_weight,
+        work,
+        x,
+        x if x_quantised is None else x_quantised,
+        post,
+        comb,
+        D=hidden,
+        NUM_TILES=num_tiles,
+        TILES_POW2=triton.next_power_of_2(num_tiles),
+        BLOCK=block,
+        HEAD=head,
+        HAS_ROWS=rows is not None,
+        QUANTISE=x_quantised is not None,
+        HW=hardware_formats(x.device),
+        ITERS=hc.iters,
+        EPS=hc.eps,
+        NORM_EPS=hc.norm_eps,
+        num_warps=1,
+        **pdl_options(x, pdl),
+    )
+
+
+def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """V4-Flash, for the check that every architecture compiles."""
+    pdl = {"PDL": arch >= 90}
+    hidden = 4096
+    tensors = {
+        "sub_out": "*bf16",
+        "streams": "*bf16",
+        "post": "*fp32",
+        "comb": "*fp32",
+        "fn": "*fp32",
+        "rows": "*i32",
+        "work": "*fp32",
+        "num_rows": "i32",
+        "rows_each": "i32",
+    }
+    sums = {"D": hidden, "NUM_FN": 24, "TILE": TILE_CHANNELS, "HAS_ROWS": False, **pdl}
+    collapse_tensors = {
+        **{name: tensors[name] for name in ("streams", "rows", "work", "post", "comb")},
+        "base": "*fp32",
+        "scale": "*fp32",
+        "norm_weight": "*fp32",
+        "x": "*bf16",
+        "x_quantised": "*bf16",
+    }
+    num_tiles = hidden // TILE_CHANNELS
+    collapse = {
+        "D": hidden,
+        "NUM_TILES": num_tiles,
+        "TILES_POW2": num_tiles,
+        "BLOCK": COLLAPSE_CHANNELS,
+        "HEAD": False,
+        "HAS_ROWS": False,
+        "QUANTISE": True,
+        "HW": arch >= 89,
+        "ITERS": 20,
+        "EPS": 1e-6,
+        "NORM_EPS": 1e-6,
+        **pdl,
+    }
+    embed = {"token_ids": "*i32", "embed": "*bf16", "streams": "*bf16", "vocab": "i32"}
+    head = {"HEAD": True, "HAS_ROWS": True, "QUANTISE": False}
+    return [
+        ("embed_streams", embed_streams_kernel, embed, {"D": hidden, "BLOCK": 1024, **pdl}, {"num_warps": 4}),
+        *(
+            (f"partial_sums R={parts}", partial_sums_kernel, tensors, {**sums, "R": parts}, {"num_warps": 4})
+            for parts in (0, 1, 7)
+        ),
+        (
+            "partial_sums head",
+            partial_sums_kernel,
+            tensors,
+            {**sums, "R": 7, "NUM_FN": 4, "HAS_ROWS": True},
+            {"num_warps": 4},
+        ),
+        ("collapse", collapse_kernel, collapse_tensors, collapse, {"num_warps": 1}),
+        ("collapse head", collapse_kernel, collapse_tensors, {**collapse, **head}, {"num_warps": 1}),
+    ]

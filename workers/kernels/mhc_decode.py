@@ -1,0 +1,304 @@
+"""Device code of mHC at decode; `workers/kernels/mhc.py` says what it computes and launches it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from workers.kernels.formats import e4m3_to_f32, round_fp8_groups
+
+
+@triton.jit
+def embed_streams_kernel(token_ids, embed, streams, vocab, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Grid (T, D / BLOCK)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < D
+    token_id = tl.load(token_ids + token)
+    known = tl.minimum(tl.maximum(token_id, 0), vocab - 1).to(tl.int64)
+    row = tl.load(embed + known * D + channel, mask=inside & (token_id >= 0), other=0.0)
+    for stream in tl.static_range(4):
+        tl.store(streams + (token * 4 + stream) * D + channel, row, mask=inside)
+
+
+@triton.jit
+def pick(index, v0, v1, v2, v3):
+    """Element `index` (a block of 0..3) of four scalars."""
+    return tl.where(index == 0, v0, tl.where(index == 1, v1, tl.where(index == 2, v2, v3)))
+
+
+@triton.jit
+def _mixed(gates, stream, r0, r1, r2, r3, out):
+    """`post[k] * out + sum_j comb[j, k] * R[j]` for k = `stream`, rounded to bf16 and widened again."""
+    p0, p1, p2, p3, c00, c01, c02, c03, c10, c11, c12, c13, c20, c21, c22, c23, c30, c31, c32, c33 = gates
+    new = pick(stream, p0, p1, p2, p3) * out
+    new = tl.fma(pick(stream, c00, c01, c02, c03), r0, new)
+    new = tl.fma(pick(stream, c10, c11, c12, c13), r1, new)
+    new = tl.fma(pick(stream, c20, c21, c22, c23), r2, new)
+    new = tl.fma(pick(stream, c30, c31, c32, c33), r3, new)
+    return new.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def _loaded_gates(post, comb, token):
+    """The 4 post and 16 comb gates of a token as scalars."""
+    p = post + token * 4
+    c = comb + token * 16
+    return (
+        tl.load(p),
+        tl.load(p + 1),
+        tl.load(p + 2),
+        tl.load(p + 3),
+        tl.load(c),
+        tl.load(c + 1),
+        tl.load(c + 2),
+        tl.load(c + 3),
+        tl.load(c + 4),
+        tl.load(c + 5),
+        tl.load(c + 6),
+        tl.load(c + 7),
+        tl.load(c + 8),
+        tl.load(c + 9),
+        tl.load(c + 10),
+        tl.load(c + 11),
+        tl.load(c + 12),
+        tl.load(c + 13),
+        tl.load(c + 14),
+        tl.load(c + 15),
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows", "rows_each"])
+def partial_sums_kernel(
+    sub_out,
+    streams,
+    post,
+    comb,
+    fn,
+    rows,
+    work,
+    num_rows,
+    rows_each,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    NUM_FN: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (D / TILE, row groups). R = 0: nothing to write back, only sums of the streams as they are."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    tile = tl.program_id(0)
+    num_tiles = tl.num_programs(0)
+    flat = tl.arange(0, 4 * TILE)
+    column = (flat // TILE) * D + tile * TILE + flat % TILE
+    fn_row = tl.arange(0, 8)
+    weight = fn + fn_row[:, None] * (4 * D) + column[None, :]
+    if NUM_FN == 24:
+        w0 = tl.load(weight)
+        w1 = tl.load(weight + 8 * 4 * D)
+        w2 = tl.load(weight + 16 * 4 * D)
+    else:
+        w0 = tl.load(weight, mask=fn_row[:, None] < NUM_FN, other=0.0)
+    stream = tl.arange(0, 4)[:, None]
+    channel = tile * TILE + tl.arange(0, TILE)[None, :] + 0 * stream  # [4, TILE]
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    index = tl.program_id(1) * rows_each
+    end = tl.minimum(index + rows_each, num_rows)
+    while index < end:
+        token = index.to(tl.int64)
+        if HAS_ROWS:
+            token = tl.maximum(tl.load(rows + index), 0).to(tl.int64)
+        base = streams + token * (4 * D) + channel
+        if R > 0:
+            r0 = tl.load(base).to(tl.float32)
+            r1 = tl.load(base + D).to(tl.float32)
+            r2 = tl.load(base + 2 * D).to(tl.float32)
+            r3 = tl.load(base + 3 * D).to(tl.float32)
+            out = tl.load(sub_out + token * (R * D) + channel).to(tl.float32)
+            for part in tl.static_range(1, R):
+                out += tl.load(sub_out + token * (R * D) + part * D + channel).to(tl.float32)
+            gates = _loaded_gates(post, comb, token)
+            x = _mixed(gates, stream, r0, r1, r2, r3, out)
+            x1 = _mixed(gates, (stream + 1) & 3, r0, r1, r2, r3, out)
+            x2 = _mixed(gates, (stream + 2) & 3, r0, r1, r2, r3, out)
+            # Warps read each other's streams: all must have read before one writes.
+            tl.debug_barrier()
+            tl.store(base + stream * D, x.to(tl.bfloat16))
+        else:
+            x = tl.load(base + stream * D).to(tl.float32)
+            x1 = tl.load(base + ((stream + 1) & 3) * D).to(tl.float32)
+            x2 = tl.load(base + ((stream + 2) & 3) * D).to(tl.float32)
+        target = work + token_work(index, num_tiles) + tile
+        flat_x = tl.reshape(x, (4 * TILE,))[None, :]
+        tl.store(target + fn_row * num_tiles, tl.sum(w0 * flat_x, axis=1), mask=fn_row < NUM_FN)
+        if NUM_FN == 24:
+            tl.store(target + (8 + fn_row) * num_tiles, tl.sum(w1 * flat_x, axis=1))
+            tl.store(target + (16 + fn_row) * num_tiles, tl.sum(w2 * flat_x, axis=1))
+        pair = tl.arange(0, 4)
+        tl.store(target + (24 + pair) * num_tiles, tl.sum(x * x, axis=1))
+        tl.store(target + (28 + pair) * num_tiles, tl.sum(x * x1, axis=1))
+        tl.store(target + (32 + pair) * num_tiles, tl.sum(x * x2, axis=1), mask=pair < 2)
+        index += 1
+
+
+@triton.jit
+def token_work(index, num_tiles):
+    """Offset of a token's partial sums `[40, tiles]`."""
+    return index.to(tl.int64) * (40 * num_tiles)
+
+
+@triton.jit
+def _total(sums, row: tl.constexpr, num_tiles: tl.constexpr, TILES_POW2: tl.constexpr):
+    """Sum of one row of partial sums."""
+    tile = tl.arange(0, TILES_POW2)
+    return tl.sum(tl.load(sums + row * num_tiles + tile, mask=tile < num_tiles, other=0.0), axis=0)
+
+
+@triton.jit
+def sinkhorn_rows(c, ITERS: tl.constexpr, EPS: tl.constexpr):
+    """Row softmax, then column and row steps, of 16 logits (row-major; scalars or equal blocks)."""
+    c00, c01, c02, c03, c10, c11, c12, c13, c20, c21, c22, c23, c30, c31, c32, c33 = c
+    c00, c01, c02, c03 = _softmax4(c00, c01, c02, c03, EPS)
+    c10, c11, c12, c13 = _softmax4(c10, c11, c12, c13, EPS)
+    c20, c21, c22, c23 = _softmax4(c20, c21, c22, c23, EPS)
+    c30, c31, c32, c33 = _softmax4(c30, c31, c32, c33, EPS)
+    c00, c10, c20, c30 = _normalised4(c00, c10, c20, c30, EPS)
+    c01, c11, c21, c31 = _normalised4(c01, c11, c21, c31, EPS)
+    c02, c12, c22, c32 = _normalised4(c02, c12, c22, c32, EPS)
+    c03, c13, c23, c33 = _normalised4(c03, c13, c23, c33, EPS)
+    for _ in range(ITERS - 1):
+        c00, c01, c02, c03 = _normalised4(c00, c01, c02, c03, EPS)
+        c10, c11, c12, c13 = _normalised4(c10, c11, c12, c13, EPS)
+        c20, c21, c22, c23 = _normalised4(c20, c21, c22, c23, EPS)
+        c30, c31, c32, c33 = _normalised4(c30, c31, c32, c33, EPS)
+        c00, c10, c20, c30 = _normalised4(c00, c10, c20, c30, EPS)
+        c01, c11, c21, c31 = _normalised4(c01, c11, c21, c31, EPS)
+        c02, c12, c22, c32 = _normalised4(c02, c12, c22, c32, EPS)
+        c03, c13, c23, c33 = _normalised4(c03, c13, c23, c33, EPS)
+    return c00, c01, c02, c03, c10, c11, c12, c13, c20, c21, c22, c23, c30, c31, c32, c33
+
+
+@triton.jit
+def _softmax4(a, b, c, d, EPS: tl.constexpr):
+    top = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
+    a, b, c, d = tl.exp(a - top), tl.exp(b - top), tl.exp(c - top), tl.exp(d - top)
+    scale = 1.0 / ((a + b) + (c + d))
+    return a * scale + EPS, b * scale + EPS, c * scale + EPS, d * scale + EPS
+
+
+@triton.jit
+def _normalised4(a, b, c, d, EPS: tl.constexpr):
+    scale = 1.0 / ((a + b) + (c + (d + EPS)))
+    return a * scale, b * scale, c * scale, d * scale
+
+
+@triton.jit
+def _pre_gate(sums, base, scale, inverse_rms, index: tl.constexpr, num_tiles, TILES_POW2: tl.constexpr, EPS):
+    mix = _total(sums, index, num_tiles, TILES_POW2) * inverse_rms
+    return tl.sigmoid(mix * tl.load(scale) + tl.load(base + index)) + EPS
+
+
+@triton.jit
+def _write_gates(
+    sums, base, scale, post, comb, token, inverse_rms, num_tiles, TILES_POW2: tl.constexpr, ITERS, EPS: tl.constexpr
+):
+    """The post gates and the Sinkhorn matrix of one token."""
+    post_scale = tl.load(scale + 1)
+    comb_scale = tl.load(scale + 2)
+    for k in tl.static_range(4):
+        mix = _total(sums, 4 + k, num_tiles, TILES_POW2) * inverse_rms
+        tl.store(post + token * 4 + k, 2.0 * tl.sigmoid(mix * post_scale + tl.load(base + 4 + k)))
+    logits = (_comb_logit(sums, base, comb_scale, inverse_rms, 0, num_tiles, TILES_POW2),)
+    for i in tl.static_range(1, 16):
+        logits = logits + (_comb_logit(sums, base, comb_scale, inverse_rms, i, num_tiles, TILES_POW2),)
+    matrix = sinkhorn_rows(logits, ITERS, EPS)
+    for i in tl.static_range(16):
+        tl.store(comb + token * 16 + i, matrix[i])
+
+
+@triton.jit
+def _comb_logit(sums, base, comb_scale, inverse_rms, i: tl.constexpr, num_tiles, TILES_POW2: tl.constexpr):
+    mix = _total(sums, 8 + i, num_tiles, TILES_POW2) * inverse_rms
+    return mix * comb_scale + tl.load(base + 8 + i)
+
+
+@triton.jit
+def collapse_kernel(
+    streams,
+    rows,
+    base,
+    scale,
+    norm_weight,
+    work,
+    x,
+    x_quantised,
+    post,
+    comb,
+    D: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    TILES_POW2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+    QUANTISE: tl.constexpr,
+    HW: tl.constexpr,
+    ITERS: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (T, D / BLOCK + 1), or without the + 1 for the head: its last program computes the gates of `hc_post`."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    index = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    channel = block * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < D
+    gamma = tl.load(norm_weight + channel, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    sums = work + token_work(index, NUM_TILES)
+    g00 = _total(sums, 24, NUM_TILES, TILES_POW2)
+    g11 = _total(sums, 25, NUM_TILES, TILES_POW2)
+    g22 = _total(sums, 26, NUM_TILES, TILES_POW2)
+    g33 = _total(sums, 27, NUM_TILES, TILES_POW2)
+    inverse_rms = tl.rsqrt(((g00 + g11) + (g22 + g33)) / (4 * D) + NORM_EPS)
+    if block * BLOCK < D:
+        token = index
+        if HAS_ROWS:
+            token = tl.maximum(tl.load(rows + index), 0).to(tl.int64)
+        source = streams + token * (4 * D) + channel
+        x0 = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        x1 = tl.load(source + D, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(source + 2 * D, mask=inside, other=0.0).to(tl.float32)
+        x3 = tl.load(source + 3 * D, mask=inside, other=0.0).to(tl.float32)
+        a0 = _pre_gate(sums, base, scale, inverse_rms, 0, NUM_TILES, TILES_POW2, EPS)
+        a1 = _pre_gate(sums, base, scale, inverse_rms, 1, NUM_TILES, TILES_POW2, EPS)
+        a2 = _pre_gate(sums, base, scale, inverse_rms, 2, NUM_TILES, TILES_POW2, EPS)
+        a3 = _pre_gate(sums, base, scale, inverse_rms, 3, NUM_TILES, TILES_POW2, EPS)
+        squares = a0 * a0 * g00 + a1 * a1 * g11 + a2 * a2 * g22 + a3 * a3 * g33
+        products = a0 * a1 * _total(sums, 28, NUM_TILES, TILES_POW2)
+        products += a1 * a2 * _total(sums, 29, NUM_TILES, TILES_POW2)
+        products += a2 * a3 * _total(sums, 30, NUM_TILES, TILES_POW2)
+        products += a3 * a0 * _total(sums, 31, NUM_TILES, TILES_POW2)
+        products += a0 * a2 * _total(sums, 32, NUM_TILES, TILES_POW2)
+        products += a1 * a3 * _total(sums, 33, NUM_TILES, TILES_POW2)
+        # The sum of squares of the mix; rounding may leave a tiny negative number where the streams cancel.
+        inverse = tl.rsqrt(tl.maximum(squares + 2.0 * products, 0.0) / D + NORM_EPS)
+        mixed = a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
+        normed = (mixed * inverse * gamma).to(tl.bfloat16)
+        tl.store(x + index * D + channel, normed, mask=inside)
+        if QUANTISE:
+            codes, group_scale = round_fp8_groups(tl.reshape(normed.to(tl.float32), (1, BLOCK)), 128, HW)
+            values = tl.reshape(e4m3_to_f32(codes, HW), (BLOCK // 128, 128)) * tl.reshape(
+                group_scale, (BLOCK // 128, 1)
+            )
+            tl.store(x_quantised + index * D + channel, tl.reshape(values, (BLOCK,)).to(tl.bfloat16), mask=inside)
+    elif not HEAD:
+        _write_gates(sums, base, scale, post, comb, index, inverse_rms, NUM_TILES, TILES_POW2, ITERS, EPS)
