@@ -96,7 +96,7 @@ class RoutingTrace:
     def load(cls, path: str | Path) -> RoutingTrace:
         """Reads what `save` wrote. Raises `BadTrace`, or `OSError` when there is no such file."""
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
                 if int(stored["format"]) != FORMAT:
                     raise BadTrace(f"{path}: format {int(stored['format'])}, expected {FORMAT}")
                 return cls(
