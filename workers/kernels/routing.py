@@ -1,0 +1,376 @@
+"""Router of the mixture of experts: chosen experts, their weights, and the (token, choice) pairs grouped by expert.
+
+Owns: `route` after the gate product, for decode (one launch, one program) and prefill (three launches). Definitions:
+`workers/reference/moe.py` (`router_scores`, `route_learned`, `route_hash`). Ties go to the lower expert id.
+
+Groups are counted, never sorted: a tile `[tokens, experts]` of uses gives, by sums along its two axes, every pair its
+place. Only integers are added across tokens, so a token's ids and weights cannot depend on the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.kernels.launch import pdl_options
+
+DECODE_TOKENS = 64
+"""Most tokens of the one-program form."""
+
+DECODE_TILES = ((1, 1), (8, 8), (DECODE_TOKENS, 16))
+"""(tokens, warps) of that program: the smallest that holds the step. Changes no result."""
+
+TILE_TOKENS = 32
+"""Tokens of one program in prefill."""
+
+SCAN_TILES = 256
+"""Tiles that one step of the scan over tiles reads."""
+
+SCAN_EXPERTS = 16
+
+
+class Groups(Protocol):
+    """(token, choice) pairs by expert, int32 on the device: pair = token * k + choice."""
+
+    num_active: Tensor
+    """[1] experts with at least one pair."""
+    active_experts: Tensor
+    """[min(T * k, E)] their ids, ascending."""
+    active_begin: Tensor
+    """[min(T * k, E) + 1] first place of each expert in `pair_order`; the entry after the last is the pair count."""
+    pair_order: Tensor
+    """[T * k] pairs, ascending inside an expert. Padding tokens (negative token id) have none."""
+
+
+def work_words(num_tokens: int, num_experts: int) -> int:
+    """int32 elements of `work` for prefill steps of up to `num_tokens` tokens."""
+    return (triton.cdiv(num_tokens, TILE_TOKENS) + 1) * num_experts
+
+
+# -- kernels ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def router_score(z):
+    """`sqrt(softplus(z))` in fp32; softplus(z) = z above 20, as in torch."""
+    e = tl.exp(tl.minimum(z, 20.0))
+    one_e = 1.0 + e
+    # log1p: log(1 + e) times the relative error of the rounded sum (Higham, "Accuracy and Stability", problem 1.5).
+    lost = one_e == 1.0
+    log1p = tl.where(lost, e, tl.log(one_e) * (e / tl.where(lost, 1.0, one_e - 1.0)))
+    return tl.sqrt_rn(tl.where(z > 20.0, z, log1p))
+
+
+@triton.jit
+def _chosen(logits, chooser, token_ids, token, inside, vocab, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, HASH):
+    """K blocks `[tokens]` of expert ids."""
+    chosen = ()
+    if HASH:
+        token_id = tl.load(token_ids + token, mask=inside, other=0)
+        known = tl.minimum(tl.maximum(token_id, 0), vocab - 1).to(tl.int64)
+        for c in tl.static_range(K):
+            expert = tl.load(chooser + known * K + c, mask=inside, other=0)
+            chosen = chosen + (tl.minimum(tl.maximum(expert, 0), E - 1),)
+    else:
+        expert = tl.arange(0, EP)[None, :]
+        real = expert < E
+        z = tl.load(logits + token.to(tl.int64)[:, None] * E + expert, mask=inside[:, None] & real, other=0.0)
+        biased = router_score(z) + tl.load(chooser + expert, mask=real, other=0.0)
+        # NaN and -inf become a finite floor, so that every pick is a real expert and none is picked twice.
+        left = tl.where(real, tl.maximum(biased, -3.0e38), float("-inf"))
+        for _ in tl.static_range(K):
+            best = tl.argmax(left, axis=1, tie_break_left=True)
+            left = tl.where(expert == best[:, None], float("-inf"), left)
+            chosen = chosen + (best,)
+    return chosen
+
+
+@triton.jit
+def _store_choice(logits, ids, weights, chosen, token, inside, scaling, E: tl.constexpr, K: tl.constexpr):
+    """Ids and weights, whose sum is taken in the order of the choices."""
+    row = token.to(tl.int64)
+    scores = ()
+    for c in tl.static_range(K):
+        scores = scores + (router_score(tl.load(logits + row * E + chosen[c], mask=inside, other=0.0)),)
+    total = scores[0]
+    for c in tl.static_range(1, K):
+        total += scores[c]
+    for c in tl.static_range(K):
+        tl.store(ids + row * K + c, chosen[c], mask=inside)
+        tl.store(weights + row * K + c, scores[c] / total * scaling, mask=inside)
+
+
+@triton.jit
+def _uses(chosen, expert, counted, K: tl.constexpr):
+    """int32 `[tokens, experts]`: how often a token that counts uses an expert (a hash table may repeat one)."""
+    uses = ((chosen[0][:, None] == expert) & counted[:, None]).to(tl.int32)
+    for c in tl.static_range(1, K):
+        uses += ((chosen[c][:, None] == expert) & counted[:, None]).to(tl.int32)
+    return uses
+
+
+@triton.jit
+def _store_groups(num_active, active_experts, active_begin, expert, counts, begin):
+    """The list of experts in use. `expert`, `counts`, `begin`: blocks `[experts]`."""
+    active = counts > 0
+    flags = active.to(tl.int32)
+    slot = tl.cumsum(flags, 0) - flags
+    tl.store(active_experts + slot, expert, mask=active)
+    tl.store(active_begin + slot, begin, mask=active)
+    total = tl.sum(flags, 0)
+    tl.store(num_active, total)
+    tl.store(active_begin + total, tl.sum(counts, 0))
+
+
+@triton.jit
+def _store_order(pair_order, chosen, expert, counted, place, token, K: tl.constexpr):
+    """Scatters pairs; `place [tokens, experts]`: where a token's first pair of an expert goes."""
+    for c in tl.static_range(K):
+        hit = (chosen[c][:, None] == expert) & counted[:, None]
+        tl.store(pair_order + tl.sum(tl.where(hit, place, 0), 1), token * K + c, mask=counted)
+        place += hit.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "vocab"])
+def route_decode_kernel(
+    logits,
+    chooser,
+    token_ids,
+    ids,
+    weights,
+    num_active,
+    active_experts,
+    active_begin,
+    pair_order,
+    heat,
+    num_tokens,
+    vocab,
+    scaling,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
+    HASH: tl.constexpr,
+    HEAT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program: `num_tokens <= TILE`."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.arange(0, TILE)
+    inside = token < num_tokens
+    chosen = _chosen(logits, chooser, token_ids, token, inside, vocab, E, EP, K, HASH)
+    _store_choice(logits, ids, weights, chosen, token, inside, scaling, E, K)
+    counted = tl.load(token_ids + token, mask=inside, other=-1) >= 0
+    expert = tl.arange(0, EP)
+    uses = _uses(chosen, expert[None, :], counted, K)
+    counts = tl.sum(uses, 0)
+    begin = tl.cumsum(counts, 0) - counts
+    _store_groups(num_active, active_experts, active_begin, expert, counts, begin)
+    place = tl.cumsum(uses, 0) - uses + begin[None, :]
+    _store_order(pair_order, chosen, expert[None, :], counted, place, token, K)
+    if HEAT:
+        used = counts > 0
+        tl.store(heat + expert, tl.load(heat + expert, mask=used, other=0) + counts, mask=used)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "vocab"])
+def choose_kernel(
+    logits,
+    chooser,
+    token_ids,
+    ids,
+    weights,
+    tile_counts,
+    num_tokens,
+    vocab,
+    scaling,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
+    HASH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (T / TILE): ids and weights; each tile's uses of each expert into `tile_counts [tiles, E]`."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    tile = tl.program_id(0)
+    token = tile * TILE + tl.arange(0, TILE)
+    inside = token < num_tokens
+    chosen = _chosen(logits, chooser, token_ids, token, inside, vocab, E, EP, K, HASH)
+    _store_choice(logits, ids, weights, chosen, token, inside, scaling, E, K)
+    counted = tl.load(token_ids + token, mask=inside, other=-1) >= 0
+    expert = tl.arange(0, EP)
+    counts = tl.sum(_uses(chosen, expert[None, :], counted, K), 0)
+    tl.store(tile_counts + tile * E + expert, counts, mask=expert < E)
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def scan_tiles_kernel(
+    tile_counts,
+    totals,
+    heat,
+    num_tiles,
+    E: tl.constexpr,
+    TILES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HEAT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (E / EXPERTS): counts become sums over earlier tiles; `totals [E]`."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    real = expert < E
+    total = tl.zeros((EXPERTS,), tl.int32)
+    start = tl.zeros((), tl.int32)
+    while start < num_tiles:
+        tile = start + tl.arange(0, TILES)
+        inside = (tile < num_tiles)[:, None] & real[None, :]
+        cell = tile_counts + tile[:, None] * E + expert[None, :]
+        counts = tl.load(cell, mask=inside, other=0)
+        tl.store(cell, tl.cumsum(counts, 0) - counts + total[None, :], mask=inside)
+        total += tl.sum(counts, 0)
+        start += TILES
+    tl.store(totals + expert, total, mask=real)
+    if HEAT:
+        tl.store(heat + expert, tl.load(heat + expert, mask=real, other=0) + total, mask=real)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def order_kernel(
+    token_ids,
+    ids,
+    tile_counts,
+    totals,
+    num_active,
+    active_experts,
+    active_begin,
+    pair_order,
+    num_tokens,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    K: tl.constexpr,
+    TILE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (T / TILE): scatters the pairs of its tokens; the first program also lists the experts in use."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    tile = tl.program_id(0)
+    token = tile * TILE + tl.arange(0, TILE)
+    inside = token < num_tokens
+    expert = tl.arange(0, EP)
+    counts = tl.load(totals + expert, mask=expert < E, other=0)
+    begin = tl.cumsum(counts, 0) - counts
+    if tile == 0:
+        _store_groups(num_active, active_experts, active_begin, expert, counts, begin)
+    earlier = tl.load(tile_counts + tile * E + expert, mask=expert < E, other=0)
+    counted = tl.load(token_ids + token, mask=inside, other=-1) >= 0
+    chosen = ()
+    for c in tl.static_range(K):
+        chosen = chosen + (tl.load(ids + token.to(tl.int64) * K + c, mask=inside, other=0),)
+    uses = _uses(chosen, expert[None, :], counted, K)
+    place = tl.cumsum(uses, 0) - uses + (begin + earlier)[None, :]
+    _store_order(pair_order, chosen, expert[None, :], counted, place, token, K)
+
+
+# -- launchers ----------------------------------------------------------------------------------------------------
+
+
+def route(
+    logits: Tensor,
+    chooser: Tensor,
+    token_ids: Tensor,
+    scaling: float,
+    ids: Tensor,
+    weights: Tensor,
+    groups: Groups,
+    *,
+    heat: Tensor | None = None,
+    work: Tensor | None = None,
+    pdl: bool | None = None,
+) -> None:
+    """Chosen experts of T tokens and the groups of their pairs.
+
+    Args:
+        logits: fp32 [T, E], the gate's products.
+        chooser: fp32 [E] bias that only steers the choice, or int32 [V, k] experts by token id (hash layers).
+        token_ids: int32 [T]; negative marks padding: routed, but in no group and in no `heat`.
+        ids, weights: written; int32 and fp32 [T, k]. Weights sum to `scaling`.
+        groups: written.
+        heat: int32 [E], grows by the uses of each expert.
+        work: int32 [`work_words`], for more than 64 tokens; allocated when None (not inside a graph).
+    """
+    num_tokens, num_experts = logits.shape
+    if num_tokens == 0:
+        groups.num_active.zero_()
+        groups.active_begin.zero_()
+        return
+    hashed = not chooser.dtype.is_floating_point
+    vocab = chooser.shape[0] if hashed else 0
+    heat_or_any = ids if heat is None else heat
+    shape: dict[str, Any] = {"E": num_experts, "EP": triton.next_power_of_2(num_experts), "K": ids.shape[1]}
+    lists = (groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order)
+    options = pdl_options(logits, pdl)
+    if num_tokens <= DECODE_TOKENS:
+        tile, warps = next(choice for choice in DECODE_TILES if num_tokens <= choice[0])
+        operands = (logits, chooser, token_ids, ids, weights, *lists, heat_or_any, num_tokens, vocab, scaling)
+        flags = {"HASH": hashed, "HEAT": heat is not None}
+        route_decode_kernel[(1,)](*operands, **shape, TILE=tile, **flags, num_warps=warps, **options)
+        return
+    if work is None:
+        work = torch.empty(work_words(num_tokens, num_experts), dtype=torch.int32, device=logits.device)
+    num_tiles = triton.cdiv(num_tokens, TILE_TOKENS)
+    totals, tile_counts = work[:num_experts], work[num_experts:]
+    operands = (logits, chooser, token_ids, ids, weights, tile_counts, num_tokens, vocab, scaling)
+    choose_kernel[(num_tiles,)](*operands, **shape, TILE=TILE_TOKENS, HASH=hashed, num_warps=16, **options)
+    scan_tiles_kernel[(triton.cdiv(num_experts, SCAN_EXPERTS),)](
+        tile_counts,
+        totals,
+        heat_or_any,
+        num_tiles,
+        E=num_experts,
+        TILES=SCAN_TILES,
+        EXPERTS=SCAN_EXPERTS,
+        HEAT=heat is not None,
+        num_warps=8,
+        **options,
+    )
+    operands = (token_ids, ids, tile_counts, totals, *lists, num_tokens)
+    order_kernel[(num_tiles,)](*operands, **shape, TILE=TILE_TOKENS, num_warps=8, **options)
+
+
+def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """V4-Flash, for the check that every architecture compiles."""
+    shape = {"E": 256, "EP": 256, "K": 6, "PDL": arch >= 90}
+    ints = ("chooser", "token_ids", "ids", "num_active", "active_experts", "active_begin", "pair_order", "heat")
+    types = dict.fromkeys((*ints, "tile_counts", "totals"), "*i32")
+    types |= {"logits": "*fp32", "weights": "*fp32", "scaling": "fp32"}
+    types |= {"num_tokens": "i32", "num_tiles": "i32", "vocab": "i32"}
+
+    def case(name: str, kernel: Any, warps: int, *, hashed: bool = False, **constexprs: Any) -> Any:
+        names = [name for name in kernel.arg_names if name in types]
+        signature = {name: types[name] for name in names}
+        if "chooser" in signature and not hashed:
+            signature["chooser"] = "*fp32"
+        constants = {k: v for k, v in {**shape, "HASH": hashed, **constexprs}.items() if k in kernel.arg_names}
+        return name, kernel, signature, constants, {"num_warps": warps}
+
+    scan = {"TILES": SCAN_TILES, "EXPERTS": SCAN_EXPERTS}
+    return [
+        *(case(f"decode {t}", route_decode_kernel, w, TILE=t, HEAT=True) for t, w in DECODE_TILES),
+        case("decode hash", route_decode_kernel, 16, hashed=True, TILE=DECODE_TOKENS, HEAT=False),
+        case("choose", choose_kernel, 16, TILE=TILE_TOKENS),
+        case("scan_tiles", scan_tiles_kernel, 8, HEAT=True, **scan),
+        case("order", order_kernel, 8, TILE=TILE_TOKENS),
+    ]
