@@ -41,6 +41,8 @@ class Row:
 
 def num_copies(bytes_each: int) -> int:
     """How many different operands a benchmark must walk through so that none is found in L2."""
+    if bytes_each >= COPIES_BYTES:
+        return 3
     return max(MIN_COPIES, -(-COPIES_BYTES // max(bytes_each, 1)))
 
 

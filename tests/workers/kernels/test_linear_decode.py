@@ -1,0 +1,161 @@
+"""Decode linears against the fp32 reference, and their promise: a token's bits do not depend on its batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from workers.kernels import linear_decode as kernels
+from workers.reference import linear as reference
+from workers.reference.moe import swiglu
+from workers.reference.quant import fp8_block_dequant, fp8_block_quant
+
+TOLERANCE = 2e-5
+"""Relative to the output's norm, before the output's rounding to bf16: fp32 sums in another order."""
+
+BF16_TOLERANCE = 4e-3
+"""After the rounding to bf16, which the interpreter does by truncation."""
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+"""Of numpy inside the interpreter: NaN among poisoned rows, overflow in a sigmoid."""
+
+
+def fp8_weight(rows: int, columns: int, device: torch.device, seed: int = 0) -> kernels.Weight:
+    generator = torch.Generator().manual_seed(seed)
+    dense = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator)
+    codes, scale_bytes = fp8_block_quant(dense)
+    scales = torch.exp2(scale_bytes.float() - 127)
+    return kernels.Weight(codes.to(device), scales.to(device))
+
+
+def dense(weight: kernels.Weight) -> torch.Tensor:
+    return fp8_block_dequant(weight.codes.cpu(), weight.scales.cpu()).double()
+
+
+def tokens(num: int, *shape: int, device: torch.device, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    magnitude = torch.exp(2 * torch.randn(num, *([1] * len(shape)), generator=generator))
+    return (torch.randn(num, *shape, generator=generator) * magnitude).bfloat16().to(device)
+
+
+def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+def assert_close(out: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    error = (out.cpu().double() - expected).norm() / expected.norm()
+    assert error <= tolerance, f"relative error {error:.2e}"
+
+
+def rounded_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return reference.linear(x.cpu().float(), weight.float(), act_fp8=True).double()
+
+
+SIZES = [(256, 256), (384, 512), (128, 1536), (128, 2048)]
+
+
+@pytest.mark.parametrize("T", [1, 3, 8, 21])
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_linear_is_the_rounded_product(rows: int, columns: int, T: int, device: torch.device) -> None:
+    weight, x = fp8_weight(rows, columns, device), tokens(T, columns, device=device)
+    out = poisoned(T, rows, dtype=torch.bfloat16, device=device)
+    kernels.linear(x, weight, out)
+    assert_close(out, rounded_product(x, dense(weight)), BF16_TOLERANCE)
+
+
+@pytest.mark.parametrize("columns", [512, 2048])
+def test_linear_without_rounding_takes_the_input_as_it_is(columns: int, device: torch.device) -> None:
+    weight, x = fp8_weight(128, columns, device), tokens(5, columns, device=device)
+    out = poisoned(5, 128, dtype=torch.bfloat16, device=device)
+    kernels.linear(x, weight, out, act_fp8=False)
+    assert_close(out, x.cpu().double() @ dense(weight).T, BF16_TOLERANCE)
+
+
+@pytest.mark.parametrize("T", [1, 9])
+@pytest.mark.parametrize("rows_bf16", [0, 52, 64])
+def test_projection_of_the_hidden_state(rows_bf16: int, T: int, device: torch.device) -> None:
+    K, x = 512, tokens(T, 512, device=device)
+    weight = fp8_weight(256, K, device)
+    plain = torch.randn(rows_bf16, K, generator=torch.Generator().manual_seed(2)).bfloat16().to(device)
+    out_fp8 = poisoned(T, 256, dtype=torch.bfloat16, device=device)
+    out_bf16 = poisoned(T, rows_bf16, dtype=torch.float32, device=device)
+    kernels.project_x(x, weight, plain if rows_bf16 else None, out_fp8, out_bf16 if rows_bf16 else None)
+    assert_close(out_fp8, rounded_product(x, dense(weight)), BF16_TOLERANCE)
+    if rows_bf16:
+        assert_close(out_bf16, x.cpu().double() @ plain.cpu().double().T, TOLERANCE)
+
+
+@pytest.mark.parametrize("T", [1, 6])
+def test_grouped_linear_keeps_groups_apart(T: int, device: torch.device) -> None:
+    G, rows, K = 2, 128, 512
+    weight, x = fp8_weight(G * rows, K, device), tokens(T, G, K, device=device)
+    out = poisoned(T, G * rows, dtype=torch.bfloat16, device=device)
+    kernels.grouped_linear(x, weight, out)
+    expected = reference.grouped_linear(x.cpu().double(), dense(weight).view(G, rows, K))
+    assert_close(out, expected.reshape(T, -1), BF16_TOLERANCE)
+
+
+@pytest.mark.parametrize("T", [1, 7])
+@pytest.mark.parametrize("experts", [12, 32])
+def test_gate_and_shared_expert(experts: int, T: int, device: torch.device) -> None:
+    K, inner, limit = 512, 128, 2.0
+    x, w13 = tokens(T, K, device=device), fp8_weight(2 * inner, K, device)
+    gate = (torch.randn(experts, K, generator=torch.Generator().manual_seed(3)) / 16).bfloat16().to(device)
+    logits = poisoned(T, experts, dtype=torch.float32, device=device)
+    hidden = poisoned(T, inner, dtype=torch.bfloat16, device=device)
+    kernels.gate_and_shared(x, gate, w13, limit, logits, hidden)
+    assert_close(logits, x.cpu().double() @ gate.cpu().double().T, TOLERANCE)
+    product = rounded_product(x, dense(w13))
+    assert_close(hidden, swiglu(product[:, :inner], product[:, inner:], limit), BF16_TOLERANCE)
+
+
+@pytest.mark.parametrize("B", [1, 5])
+def test_head_has_fp32_logits_for_any_vocabulary(B: int, device: torch.device) -> None:
+    x = tokens(B, 256, device=device)
+    weight = torch.randn(205, 256, generator=torch.Generator().manual_seed(4)).bfloat16().to(device)
+    out = poisoned(B, 205, dtype=torch.float32, device=device)
+    kernels.head(x, weight, out)
+    assert_close(out, F.linear(x.cpu().double(), weight.cpu().double()), TOLERANCE)
+
+
+@pytest.mark.parametrize("T", [2, 8, 9, 40])
+@pytest.mark.parametrize("columns", [512, 2048])
+def test_a_tokens_bits_do_not_depend_on_its_batch(columns: int, T: int, device: torch.device) -> None:
+    weight = fp8_weight(128, columns, device)
+    x = tokens(T, columns, device=device)
+    alone = poisoned(1, 128, dtype=torch.bfloat16, device=device)
+    kernels.linear(x[:1], weight, alone)
+    x[1:] = float("nan")
+    x[-1] = float("inf")
+    batch = poisoned(T, 128, dtype=torch.bfloat16, device=device)
+    kernels.linear(x, weight, batch)
+    assert torch.equal(batch[0], alone[0])
+
+
+@pytest.mark.parametrize("T", [2, 9, pytest.param(40, marks=pytest.mark.gpu)])  # numpy sums 64 columns otherwise
+def test_projection_and_router_bits_do_not_depend_on_the_batch(T: int, device: torch.device) -> None:
+    K, inner = 512, 128
+    weight, w13 = fp8_weight(128, K, device), fp8_weight(2 * inner, K, device)
+    plain = torch.randn(48, K, generator=torch.Generator().manual_seed(5)).bfloat16().to(device)
+
+    def run(x: torch.Tensor) -> list[torch.Tensor]:
+        num = x.shape[0]
+        widths = {48: torch.float32, 128: torch.bfloat16}
+        raw, latent = (poisoned(num, width, dtype=dtype, device=device) for width, dtype in widths.items())
+        logits, hidden, words = (torch.empty_like(out) for out in (raw, latent, raw))
+        kernels.project_x(x, weight, plain, latent, raw)
+        kernels.gate_and_shared(x, plain, w13, 10.0, logits, hidden)
+        kernels.head(x, plain, words)
+        return [raw, latent, logits, hidden, words]
+
+    x = tokens(T, K, device=device)
+    alone = run(x[:1])
+    x[1:] = float("nan")
+    for batch, single in zip(run(x), alone, strict=True):
+        assert torch.equal(batch[0], single[0])
+
+
+def test_no_tokens_is_no_work(device: torch.device) -> None:
+    weight = fp8_weight(128, 256, device)
+    kernels.linear(tokens(0, 256, device=device), weight, torch.empty(0, 128, dtype=torch.bfloat16, device=device))
