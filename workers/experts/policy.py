@@ -50,6 +50,18 @@ class Usage:
         self.last_step[needed] = self.step
         self.step += 1
 
+    def note_counts(self, uses: Ids, steps: int, half_life_steps: float) -> None:
+        """Counts `steps` steps at once from the device's counters: `uses` [L * E], uses by all tokens of those steps.
+
+        A pair that every token of a batch chose still counts once a step.
+        """
+        needed = np.minimum(uses, steps)
+        self.heat *= 0.5 ** (steps / half_life_steps)
+        self.count += needed
+        self.heat += needed
+        self.step += steps
+        self.last_step[uses > 0] = self.step - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
