@@ -94,12 +94,12 @@ TILES: dict[str, dict[int, Tile]] = {
         90: Tile(m=16, n=512, warps=4, stages=1),
     },
     "sparse_attention.decode": {
-        80: Tile(n=16, k=64, warps=4, stages=1),
-        90: Tile(n=16, k=64, warps=4, stages=1),
+        80: Tile(n=64, k=32, warps=4, stages=1),
+        90: Tile(n=64, k=64, warps=4, stages=2),
     },
     "sparse_attention.prefill": {
-        80: Tile(n=16, k=64, warps=4, stages=1),
-        90: Tile(n=32, k=64, warps=4, stages=1),
+        80: Tile(n=64, k=32, warps=4, stages=1),
+        90: Tile(n=64, k=64, warps=4, stages=2),
     },
 }
 """kernel -> architecture -> tile. Kernel names are `module.function`; keep the modules in alphabetical order."""
