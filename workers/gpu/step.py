@@ -1,0 +1,162 @@
+"""One step of the model as a list of launches, for decode (one token a sequence) and for prefill (packed chunks).
+
+Owns: the order of launches and which buffer each reads and writes. Nothing here looks at a value on the device,
+allocates or waits, so the decode step can be captured in a CUDA graph and is the same at every replay. Projections, KV
+writes and experts see all tokens at once; what needs wide buffers (queries, attention) goes through in blocks. Every
+token is treated by itself there, so blocks change nothing but memory; a decode step is one block.
+
+    embed_streams, hc_pre
+    per layer
+        project_x           wq_a | wkv and the compressors' raw rows
+        norm_and_store      latent norm; window rows to their pages
+        compress            C4 main and indexer together / C128
+        linear              wq_b | indexer.wq_b
+        select_entries      C4: index queries and scores, then top-k
+        sparse_attention
+        grouped_linear, linear                      wo_a, wo_b
+        hc_post_pre                                 output to the streams, next input
+        gate_and_shared, route, expert_gate_up, expert_down
+        hc_post_pre         (after the last layer: hc_post_head)
+    head
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kvstore.pools.aggregate import KVPools
+from workers.gpu.buffers import Activations, LayerPools, StepMeta
+from workers.gpu.kernel_set import KernelSet, Recorder
+from workers.gpu.rope_tables import RopeTables
+from workers.gpu.weights import GpuLayer, GpuWeights, x_bf16_columns
+from workers.model.config import LayerKind, ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StepParts:
+    """What all steps of one model share."""
+
+    config: ModelConfig
+    weights: GpuWeights
+    ropes: RopeTables
+    pools: tuple[LayerPools, ...]
+
+    @classmethod
+    def of(cls, config: ModelConfig, weights: GpuWeights, ropes: RopeTables, pools: KVPools) -> StepParts:
+        """With the layers' views of `pools`."""
+        return cls(config, weights, ropes, tuple(LayerPools.of(pools, i, w) for i, w in enumerate(weights.layers)))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Launches steps of one kind. `recorder`: is told which layer the ops of `kernels` belong to."""
+
+    parts: StepParts
+    kernels: KernelSet
+    buffers: Activations
+    recorder: Recorder | None = None
+
+    def run(self, meta: StepMeta, *, rows: Tensor | None = None, max_entries: int | None = None) -> Tensor:
+        """Launch all layers over the T tokens of `meta`; logits fp32, a view of the buffers.
+
+        Args:
+            rows: int32 [R] on the device, tokens that get logits; all of them when None.
+            max_entries: bound of the C4 entries that any token sees, where the host knows one (prefill).
+        """
+        c, k, a, weights = self.parts.config, self.kernels, self.buffers, self.parts.weights
+        tokens = meta.token_ids.shape[0]
+        streams = a.view("streams", tokens, c.hc_mult, c.hidden_size)
+        x, rounded = a.view("x", tokens, c.hidden_size), a.view("x_quantised", tokens, c.hidden_size)
+        post, comb = a.view("post", tokens, c.hc_mult), a.view("comb", tokens, c.hc_mult**2)
+        attn_out = a.view("sub_out", tokens, 1, c.hidden_size)
+        moe_out = a.view("sub_out", tokens, c.num_experts_per_tok + 1, c.hidden_size)
+        first = weights.layers[0]
+        k.embed_streams(meta.token_ids, weights.embed, streams)
+        k.hc_pre(streams, first.hc_attn, first.attn_norm, x, post, comb)
+        for index, layer in enumerate(weights.layers):
+            self._at(index)
+            self._attention(index, layer, meta, x, attn_out, max_entries)
+            k.hc_post_pre(attn_out, streams, post, comb, layer.hc_ffn, layer.ffn_norm, x, x_quantised=rounded)
+            self._moe(layer, meta, x, rounded, moe_out)
+            if index + 1 < len(weights.layers):
+                after = weights.layers[index + 1]
+                k.hc_post_pre(moe_out, streams, post, comb, after.hc_attn, after.attn_norm, x)
+        self._at(None)
+        num_rows = tokens if rows is None else rows.shape[0]
+        x_rows, logits = a.view("x_rows", num_rows, c.hidden_size), a.view("logits", num_rows, c.vocab_size)
+        k.hc_post_head(moe_out, streams, post, comb, weights.hc_head, weights.norm, rows, x_rows)
+        k.head(x_rows, weights.head, logits)
+        return logits
+
+    def _at(self, layer: int | None) -> None:
+        if self.recorder is not None:
+            self.recorder.layer = layer
+
+    def _attention(
+        self, index: int, layer: GpuLayer, meta: StepMeta, x: Tensor, out: Tensor, max_entries: int | None
+    ) -> None:
+        """Normed hidden state [T, D] to the sublayer's output [T, 1, D]. All KV is written before any is read."""
+        c, k, a, pools = self.parts.config, self.kernels, self.buffers, self.parts.pools[index]
+        rope, eps, tokens = self.parts.ropes.of(layer.kind), c.rms_norm_eps, x.shape[0]
+        out_fp8 = a.view("out_fp8", tokens, layer.x_fp8.codes.shape[0])
+        rows = None if layer.x_bf16 is None else a.view("out_bf16", tokens, layer.x_bf16.shape[0])
+        latent = a.view("latent", tokens, c.q_lora_rank)
+        k.project_x(x, layer.x_fp8, layer.x_bf16, out_fp8, rows)
+        k.norm_and_store(out_fp8, layer.q_norm, layer.kv_norm, rope, meta, pools.window, latent, eps)
+        if layer.kind is LayerKind.C4:
+            k.compress_c4(rows, meta, pools.main, pools.index, rope, eps)
+        elif layer.kind is LayerKind.C128:
+            k.compress_c128(rows, meta, pools.main, rope, eps)
+        for lo in range(0, tokens, a.block):
+            hi = min(tokens, lo + a.block)
+            part = meta if hi - lo == tokens else meta.tokens(lo, hi)
+            q = a.view("q", hi - lo, layer.q_fp8.codes.shape[0])
+            heads = a.view("heads", hi - lo, c.num_attention_heads * c.head_dim)
+            o_latent = a.view("o_latent", hi - lo, c.o_groups * c.o_lora_rank)
+            k.linear(latent[lo:hi], layer.q_fp8, q)
+            selected = None
+            if rows is not None and pools.index is not None:
+                selected = a.view("selected", hi - lo, c.index_topk)
+                start, end = x_bf16_columns(c, layer.kind)["indexer.weights_proj"]
+                k.select_entries(
+                    q[:, heads.shape[1] :],
+                    rows[lo:hi, start:end],
+                    part,
+                    rope,
+                    pools.index.entries,
+                    selected,
+                    max_entries=max_entries,
+                )
+            k.sparse_attention(
+                q,
+                part,
+                pools.window,
+                pools.entries,
+                selected,
+                layer.kind.value,
+                layer.sink,
+                rope,
+                heads,
+                eps=eps,
+            )
+            k.grouped_linear(heads.view(hi - lo, c.o_groups, -1), layer.wo_a, o_latent)
+            k.linear(o_latent, layer.wo_b, out[lo:hi, 0])
+
+    def _moe(self, layer: GpuLayer, meta: StepMeta, x: Tensor, rounded: Tensor, out: Tensor) -> None:
+        """Normed hidden state [T, D] to k routed parts and the shared one [T, k + 1, D].
+
+        `rounded`: x through e4m3, as the routed experts read it.
+        """
+        c, k, a, tokens = self.parts.config, self.kernels, self.buffers, x.shape[0]
+        chosen, inner, limit = c.num_experts_per_tok, c.moe_intermediate_size, c.swiglu_limit
+        gate_logits = a.view("gate_logits", tokens, c.n_routed_experts)
+        shared_hidden = a.view("shared_hidden", tokens, inner)
+        ids, routing, groups = a.view("ids", tokens, chosen), a.view("routing", tokens, chosen), a.groups(tokens)
+        hidden = a.view("hidden", tokens, chosen, inner)
+        k.gate_and_shared(x, layer.gate, layer.shared_w13, limit, gate_logits, shared_hidden)
+        chooser = layer.bias if layer.tid2eid is None else layer.tid2eid
+        k.route(gate_logits, chooser, meta.token_ids, c.routed_scaling_factor, ids, routing, groups)
+        k.expert_gate_up(rounded, ids, routing, groups, layer.experts, hidden, limit, shared_hidden=shared_hidden)
+        k.expert_down(hidden, shared_hidden, layer.shared_w2, ids, groups, layer.experts, out)
