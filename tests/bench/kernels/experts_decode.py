@@ -1,0 +1,186 @@
+"""Routed FP4 experts at decode (`workers/kernels/experts_decode.py`), V4-Flash shapes, GB/s of weights.
+
+    python -m tests.bench.kernels.experts_decode [--sweep]
+
+Floor: bytes of the distinct experts of the step (13.37 MB each) and the shared expert's w2 (8.39 MB) over the measured
+copy bandwidth. Prediction: 75 % at one token; unpacking takes about 3 instructions per weight, 80 % of what the
+multiprocessors can issue at full bandwidth. Result: tests/bench/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from tests.bench.kernels.timing import Row, copy_bandwidth, graph_ms, report
+from workers.kernels import experts_decode, tiles
+from workers.kernels.expert_layout import ExpertLayout, ExpertSlab
+from workers.kernels.tiles import Tile
+
+WIDE, INNER, CHOICES, EXPERTS = 4096, 2048, 6, 256
+LAYOUT = ExpertLayout(WIDE, INNER)
+LAYERS = 24
+"""Steps in one graph, each with experts of its own choice: 1.9 GB at batch 1."""
+
+
+def random_slab(num_slots: int = EXPERTS) -> ExpertSlab:
+    """Random codes; scales near 2**-8 as in a trained checkpoint."""
+    base = torch.randint(0, 256, (num_slots, LAYOUT.expert_bytes), dtype=torch.uint8, device="cuda")
+    base[:, 3 * LAYOUT.code_bytes :] &= 3
+    base[:, 3 * LAYOUT.code_bytes :] += 117
+    return ExpertSlab(base=base.flatten(), table=torch.arange(num_slots, dtype=torch.int32, device="cuda"))
+
+
+def grouped(ids: Tensor) -> SimpleNamespace:
+    """The groups of `route`, made on the host."""
+    most = min(ids.numel(), EXPERTS)
+    order = ids.flatten().sort(stable=True).indices
+    active, counts = ids.unique(return_counts=True)
+    begin = torch.zeros(most + 1, dtype=torch.int32)
+    begin[1 : len(active) + 1] = counts.cumsum(0)
+    experts = torch.zeros(most, dtype=torch.int32)
+    experts[: len(active)] = active
+    return SimpleNamespace(
+        num_active=torch.tensor([len(active)], dtype=torch.int32).cuda(),
+        active_experts=experts.cuda(),
+        active_begin=begin.cuda(),
+        pair_order=order.int().cuda(),
+    )
+
+
+class Step:
+    """One layer's step of `tokens` tokens; `ids [T, k]`."""
+
+    def __init__(self, slab: ExpertSlab, ids: Tensor, shared_w2: SimpleNamespace) -> None:
+        tokens = ids.shape[0]
+        self.slab, self.ids, self.groups, self.shared_w2 = slab, ids.int().cuda(), grouped(ids), shared_w2
+        self.num_active = len(ids.unique())
+        self.x = torch.randn(tokens, WIDE, device="cuda").bfloat16()
+        experts_decode.quantise_rows(self.x, self.x)
+        self.weights = torch.rand(tokens, CHOICES, device="cuda")
+        self.hidden = torch.zeros(tokens, CHOICES, INNER, dtype=torch.bfloat16, device="cuda")
+        self.shared_hidden = torch.randn(tokens, INNER, device="cuda").bfloat16()
+        self.out = torch.zeros(tokens, CHOICES + 1, WIDE, dtype=torch.bfloat16, device="cuda")
+        count = experts_decode.num_counters(tokens, CHOICES, EXPERTS, INNER)
+        self.counters = torch.zeros(count, dtype=torch.int32, device="cuda")
+
+    def gate_up(self) -> None:
+        experts_decode.expert_gate_up(
+            self.x, self.ids, self.weights, self.groups, self.slab, self.hidden, 10.0,
+            shared_hidden=self.shared_hidden, counters=self.counters,
+        )  # fmt: skip
+
+    def down(self) -> None:
+        experts_decode.expert_down(
+            self.hidden, self.shared_hidden, self.shared_w2, self.ids, self.groups, self.slab, self.out
+        )
+
+    @property
+    def gate_up_bytes(self) -> float:
+        return self.num_active * LAYOUT.expert_bytes * 2 / 3
+
+    @property
+    def down_bytes(self) -> float:
+        return self.num_active * LAYOUT.expert_bytes / 3 + WIDE * INNER
+
+    @property
+    def flops(self) -> float:
+        return self.ids.numel() * 6 * WIDE * INNER + self.ids.shape[0] * 2 * WIDE * INNER
+
+
+def steps_of(slab: ExpertSlab, make_ids: Callable[[], Tensor], num_steps: int) -> list[Step]:
+    """Independent layers, shared w2 of their own."""
+    steps = []
+    for _ in range(num_steps):
+        codes = torch.randint(0, 120, (WIDE, INNER), dtype=torch.uint8, device="cuda")
+        scales = torch.full((WIDE // 128, INNER // 128), 2.0**-8, device="cuda")
+        steps.append(Step(slab, make_ids(), SimpleNamespace(codes=codes, scales=scales)))
+    return steps
+
+
+def random_ids(tokens: int) -> Tensor:
+    """Every token chooses at random."""
+    return torch.rand(tokens, EXPERTS).argsort(-1)[:, :CHOICES]
+
+
+def same_ids(tokens: int) -> Tensor:
+    """Every token chooses the same experts."""
+    return random_ids(1).repeat(tokens, 1)
+
+
+def both(name: str, steps: list[Step], *, parts: bool = False) -> list[Row]:
+    """Time of the pair of launches, and of each alone."""
+    num_bytes = sum(s.gate_up_bytes + s.down_bytes for s in steps) / len(steps)
+    calls = [call for s in steps for call in (s.gate_up, s.down)]
+    rows = [Row(name, 2 * graph_ms(calls), num_bytes, steps[0].flops, f"{steps[0].num_active} experts")]
+    if parts:
+        rows.append(Row(f"{name}, gate_up", graph_ms([s.gate_up for s in steps]), steps[0].gate_up_bytes))
+        rows.append(Row(f"{name}, down", graph_ms([s.down for s in steps]), steps[0].down_bytes))
+    return rows
+
+
+SWEEP = {
+    "gate_up": [
+        Tile(n=n, k=k, m=8, warps=warps, stages=stages, registers=registers)
+        for n, k, warps, stages, registers in (
+            (32, 512, 4, 3, None), (32, 512, 4, 4, None), (32, 256, 4, 3, None), (32, 256, 4, 4, None),
+            (32, 256, 4, 5, None), (32, 256, 4, 4, 128), (32, 256, 2, 4, None), (16, 256, 2, 4, None),
+            (16, 512, 2, 3, None), (64, 256, 4, 4, None), (64, 256, 8, 4, None), (16, 256, 1, 4, None),
+        )
+    ],
+    "down": [
+        Tile(n=n, k=k, m=8, warps=warps, stages=stages, registers=registers)
+        for n, k, warps, stages, registers in (
+            (64, 512, 4, 3, None), (64, 512, 4, 4, None), (64, 256, 4, 3, None), (64, 256, 4, 4, None),
+            (64, 256, 4, 4, 128), (64, 256, 2, 4, None), (32, 512, 2, 3, None), (32, 256, 2, 4, None),
+            (128, 256, 4, 4, None), (128, 256, 8, 4, None),
+        )
+    ],
+}  # fmt: skip
+
+
+def sweep(slab: ExpertSlab, tokens: int) -> list[Row]:
+    """Every tile of `SWEEP` at one batch size, alone."""
+    steps, rows = steps_of(slab, partial(random_ids, tokens), LAYERS if tokens <= 4 else 6), []
+    for kernel, shapes in SWEEP.items():
+        kept = tiles.TILES[f"experts_decode.{kernel}"]
+        for shape in shapes:
+            tiles.TILES[f"experts_decode.{kernel}"] = {90: shape}
+            tiles.tile_for.cache_clear()
+            note = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(shape).items() if k not in ("m", "group"))
+            try:
+                ms = graph_ms([getattr(s, kernel) for s in steps])
+            except Exception as error:  # a tile that does not fit is a row of the table
+                print(f"{kernel} {note}: {type(error).__name__} {str(error)[:100]}")
+                continue
+            rows.append(Row(f"{kernel} T={tokens}", ms, getattr(steps[0], f"{kernel}_bytes"), note=note))
+        tiles.TILES[f"experts_decode.{kernel}"] = kept
+        tiles.tile_for.cache_clear()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true", help="every tile shape, each launch alone")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    gbps, slab = copy_bandwidth(), random_slab()
+    rows = []
+    if options.sweep:
+        rows = sweep(slab, 1) + sweep(slab, 16)
+    for tokens in (1, 2, 4, 16, 64):
+        count = LAYERS if tokens <= 4 else 6
+        rows += both(f"{tokens} tokens, random experts", steps_of(slab, partial(random_ids, tokens), count), parts=True)
+    for tokens in (2, 4, 8):
+        rows += both(f"{tokens} tokens, the same 6 experts", steps_of(slab, partial(same_ids, tokens), LAYERS))
+    report(rows, gbps)
+
+
+if __name__ == "__main__":
+    main()

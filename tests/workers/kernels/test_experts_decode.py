@@ -1,0 +1,197 @@
+"""Routed experts at decode against `workers/reference/moe.py`: sums, formats, tiers, batches, poison."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.tolerances import relative_error
+from workers.kernels import experts_decode
+from workers.kernels.expert_layout import ExpertLayout, ExpertSlab
+from workers.reference import moe, quant
+
+BF16_SUM = 4e-3
+"""Largest relative error: inputs are the same bits, outputs are rounded to bf16 (2**-9) twice."""
+
+
+class Case:
+    """One layer's experts, their slab in shuffled slots, and a step of `tokens` tokens."""
+
+    def __init__(self, seed: int, device: torch.device, *, tokens: int, experts: int = 12, hidden: int = 256) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.inner, self.choices, self.limit, self.device = 128, 3, 10.0, device
+        self.tokens, self.experts, self.hidden = tokens, experts, hidden
+        self.layout = ExpertLayout(hidden, self.inner)
+        self.order = torch.randperm(experts, generator=self.generator)
+        slots = torch.zeros(experts, self.layout.expert_bytes, dtype=torch.uint8)
+        w1, w2, w3 = [], [], []
+        for expert in range(experts):
+            parts = {}
+            for name, keep, shape in (
+                ("w1", w1, (self.inner, hidden)),
+                ("w2", w2, (hidden, self.inner)),
+                ("w3", w3, (self.inner, hidden)),
+            ):
+                codes, scales = quant.fp4_quant(self.randn(*shape) * 0.05)
+                parts[f"{name}.weight"], parts[f"{name}.scale"] = codes, scales
+                keep.append(quant.fp4_dequant(codes, scales))
+            self.layout.pack(parts, slots[self.order[expert]])
+        self.slots = slots
+        self.routed = moe.ExpertWeights(torch.stack(w1), torch.stack(w2), torch.stack(w3))
+        shared = [
+            self.randn(*shape) * 0.05 for shape in ((self.inner, hidden), (hidden, self.inner), (self.inner, hidden))
+        ]
+        self.shared_codes, raw = quant.fp8_block_quant(shared[1])
+        self.shared_scales = quant.e8m0_decode(raw)
+        self.shared_w2 = quant.fp8_block_dequant(self.shared_codes, raw)
+        self.x = quant.fp8_fake_quant((self.randn(tokens, hidden) * 2).bfloat16(), 128)
+        self.shared_hidden = self.randn(tokens, self.inner).bfloat16()
+        self.ids = torch.rand(tokens, experts, generator=self.generator).argsort(-1)[:, : self.choices].int()
+        self.weights = torch.rand(tokens, self.choices, generator=self.generator)
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def slab(self) -> ExpertSlab:
+        return ExpertSlab(base=self.slots.flatten().to(self.device), table=self.order.int().to(self.device))
+
+    def groups(self, live: Tensor | None = None) -> SimpleNamespace:
+        """Pairs grouped by expert as `route` gives them; tokens outside `live` belong to no group."""
+        pairs = [
+            (int(expert), pair)
+            for pair, expert in enumerate(self.ids.flatten())
+            if live is None or live[pair // self.choices]
+        ]
+        pairs.sort()
+        active = sorted({expert for expert, _ in pairs})
+        most = min(self.ids.numel(), self.experts)
+        begin = [0]
+        for expert in active:
+            begin.append(begin[-1] + sum(e == expert for e, _ in pairs))
+
+        def filled(values: list[int], size: int) -> Tensor:
+            return torch.tensor(values + [2**30] * (size - len(values)), dtype=torch.int32, device=self.device)
+
+        return SimpleNamespace(
+            num_active=filled([len(active)], 1),
+            active_experts=filled(active, most),
+            active_begin=filled(begin, most + 1),
+            pair_order=filled([pair for _, pair in pairs], self.ids.numel()),
+        )
+
+    def run(self, *, slab: ExpertSlab | None = None, groups: SimpleNamespace | None = None) -> tuple[Tensor, Tensor]:
+        """`hidden` and `out` on the CPU; both start as NaN."""
+        nan, device, slab = float("nan"), self.device, slab or self.slab()
+        groups = groups or self.groups()
+        hidden = torch.full((self.tokens, self.choices, self.inner), nan, dtype=torch.bfloat16, device=device)
+        out = torch.full((self.tokens, self.choices + 1, self.hidden), nan, dtype=torch.bfloat16, device=device)
+        count = experts_decode.num_counters(self.tokens, self.choices, self.experts, self.inner)
+        counters = torch.zeros(count, dtype=torch.int32, device=device)
+        ids, shared_hidden = self.ids.to(device), self.shared_hidden.clone().to(device)
+        experts_decode.expert_gate_up(
+            self.x.to(device), ids, self.weights.to(device), groups, slab, hidden, self.limit,
+            shared_hidden=shared_hidden, counters=counters,
+        )  # fmt: skip
+        shared = SimpleNamespace(codes=self.shared_codes.to(device), scales=self.shared_scales.to(device))
+        experts_decode.expert_down(hidden, shared_hidden, shared, ids, groups, slab, out)
+        assert not counters.any()
+        return hidden.cpu(), out.cpu()
+
+    def expected_hidden(self) -> Tensor:
+        gate = torch.einsum("td,tkid->tki", self.x.float(), self.routed.w1[self.ids.long()])
+        up = torch.einsum("td,tkid->tki", self.x.float(), self.routed.w3[self.ids.long()])
+        return moe.swiglu(gate, up, self.limit) * self.weights.unsqueeze(-1)
+
+    def expected_out(self, hidden: Tensor) -> Tensor:
+        """The second half from the kernel's own `hidden`, so that one rounding is not counted twice."""
+        routed = torch.einsum("tki,tkdi->tkd", hidden.float(), self.routed.w2[self.ids.long()])
+        shared = quant.fp8_fake_quant(self.shared_hidden, 128).float() @ self.shared_w2.T
+        return torch.cat((routed, shared.unsqueeze(1)), dim=1)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_both_halves_match_the_reference(device: torch.device, seed: int, tokens: int) -> None:
+    case = Case(seed, device, tokens=tokens)
+    hidden, out = case.run()
+    expected = case.expected_hidden()
+    # A value next to a rounding boundary of e4m3 may fall on the other side: compare before and after rounding.
+    assert relative_error(hidden.float(), quant.fp8_fake_quant(expected.bfloat16(), 128).float()) < 2e-2
+    assert relative_error(hidden.float(), expected) < 4e-2
+    assert torch.equal(quant.fp8_fake_quant(hidden, 128), hidden)
+    assert relative_error(out.float(), case.expected_out(hidden)) < BF16_SUM
+
+
+def test_more_pairs_than_a_tile_for_one_expert(device: torch.device, seed: int) -> None:
+    case = Case(seed, device, tokens=19)
+    case.ids = torch.tensor([[3, 7, 1]], dtype=torch.int32).repeat(19, 1)
+    hidden, out = case.run()
+    assert relative_error(out.float(), case.expected_out(hidden)) < BF16_SUM
+    assert relative_error(hidden.float(), case.expected_hidden()) < 4e-2
+
+
+def test_a_row_does_not_depend_on_its_batch(device: torch.device, seed: int) -> None:
+    case = Case(seed, device, tokens=17)
+    hidden, out = case.run()
+    for row in (0, 9, 16):
+        alone = Case(seed, device, tokens=17)
+        alone.x[:row], alone.x[row + 1 :] = float("nan"), float("inf")
+        live = torch.arange(17) == row
+        one_hidden, one_out = alone.run(groups=alone.groups(live))
+        assert torch.equal(one_hidden[row], hidden[row])
+        assert torch.equal(one_out[row], out[row])
+        assert one_hidden[~live].isnan().all()
+        assert one_out[~live, :-1].isnan().all()
+    alone = Case(seed, device, tokens=17)
+    for name in ("x", "ids", "weights", "shared_hidden"):
+        setattr(alone, name, getattr(alone, name)[:1])
+    alone.tokens = 1
+    one_hidden, one_out = alone.run()
+    assert torch.equal(one_hidden[0], hidden[0])
+    assert torch.equal(one_out[0], out[0])
+
+
+def test_bits_do_not_depend_on_where_an_expert_is(device: torch.device, seed: int) -> None:
+    case = Case(seed, device, tokens=4)
+    expected = case.run()
+    tier = torch.arange(case.experts) % 3
+    slab = ExpertSlab(
+        base=torch.where((tier == 0)[case.order.argsort(), None], case.slots, 0x77).flatten().to(device),
+        host=case.slots.flatten().pin_memory() if device.type == "cuda" else case.slots.flatten(),
+        peer=case.slots.flatten().to(device),
+        table=((tier.int() << 24) | case.order.int()).to(device),
+    )
+    for actual, wanted in zip(case.run(slab=slab), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_no_token_and_no_live_token(device: torch.device, seed: int) -> None:
+    hidden, out = Case(seed, device, tokens=0).run()
+    assert hidden.shape[0] == out.shape[0] == 0
+    case = Case(seed, device, tokens=2)
+    hidden, out = case.run(groups=case.groups(torch.zeros(2, dtype=torch.bool)))
+    assert hidden.isnan().all()
+    assert out[:, :-1].isnan().all()
+    assert relative_error(out[:, -1].float(), case.expected_out(hidden)[:, -1]) < BF16_SUM
+
+
+def test_rows_are_fake_quantised_like_the_reference(device: torch.device, seed: int) -> None:
+    x = (torch.randn(5, 384, generator=torch.Generator().manual_seed(seed)) * 30).bfloat16()
+    out = torch.empty_like(x).to(device)
+    experts_decode.quantise_rows(x.to(device), out)
+    assert torch.equal(out.cpu(), quant.fp8_fake_quant(x, 128))
+
+
+def test_layout_of_flash_and_unpacking() -> None:
+    layout = ExpertLayout(4096, 2048)
+    assert layout.expert_bytes == 13_369_344
+    assert all(start % 16 == 0 for _, start, _ in layout.parts)
+    small = ExpertLayout(256, 128)
+    slot = torch.arange(small.expert_bytes).to(torch.uint8)
+    copy = torch.empty_like(slot)
+    small.pack(small.unpack(slot), copy)
+    assert torch.equal(copy, slot)
+    with pytest.raises(ValueError, match="multiples of 128"):
+        ExpertLayout(200, 128)
