@@ -114,19 +114,16 @@ class GpuModel:
 
     # -- decode -------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile the decode kernels and capture every bucket. Writes no KV."""
         self._meta.clear()
         self._graphs.capture_all()
 
-    @torch.inference_mode()
     def decode(self, batch: ForwardBatch) -> Tensor:
         """One token of each sequence: fp32 logits [B, V] on the device, valid until the next step."""
         self.start(batch)
         return self.logits()
 
-    @torch.inference_mode()
     def start(self, batch: ForwardBatch) -> None:
         """Enqueue a decode step of any composition. Raises ValueError for ids, pages or slots that do not exist."""
         batch = _on_cpu(batch)
@@ -137,7 +134,6 @@ class GpuModel:
         self._running = batch.num_sequences
         self._replay()
 
-    @torch.inference_mode()
     def start_next(self, token_ids: np.ndarray | None = None) -> None:
         """Enqueue the step after the last one, same sequences and pages.
 
@@ -176,7 +172,6 @@ class GpuModel:
         finite = self._decode.buffers.view("finite", bucket)
         self._decode.kernels.sample_greedy(logits, meta.token_ids, finite, positions=meta.positions)
 
-    @torch.inference_mode()
     def launches(self, batch: ForwardBatch) -> list[Launch]:
         """Every launch of the decode step of `batch`, in order, to be called one by one (for benchmarks)."""
         batch, recorder = _on_cpu(batch), Recorder()
@@ -188,7 +183,6 @@ class GpuModel:
 
     # -- prefill ------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def forward(self, batch: ForwardBatch, logits_for: LogitsFor = "last") -> Tensor:
         """As `Transformer.forward`. Raises ValueError for ids and pages that kernels would follow out of memory."""
         batch = _on_cpu(batch)
@@ -197,7 +191,6 @@ class GpuModel:
         logits = step.run(meta.step, **arguments)
         return logits[: batch.num_tokens].clone() if every else logits.clone()
 
-    @torch.inference_mode()
     def prefill_launches(self, batch: ForwardBatch) -> list[Launch]:
         """Every launch of `forward(batch, "last")`, in order; they own the step's metadata (for benchmarks)."""
         recorder = Recorder()
@@ -209,8 +202,10 @@ class GpuModel:
         """The step that runs `batch`, its metadata on the device, and the arguments of `Step.run`."""
         check_batch(batch, self.config, self.pools.sizes, self.num_pages)
         padded = -(-batch.num_tokens // PREFILL_STEP) * PREFILL_STEP
-        step = self._prefill_step(padded, padded if every else batch.num_sequences)
-        meta = PrefillMeta(batch, padded, self.device)
+        # Tensors made in inference mode could not be written outside it later.
+        with torch.inference_mode(False):
+            step = self._prefill_step(padded, padded if every else batch.num_sequences)
+            meta = PrefillMeta(batch, padded, self.device)
         entries = int((batch.start + batch.num_new).max()) // LayerKind.C4.value
         return step, meta, {"rows": None if every else meta.rows, "max_entries": entries}
 
