@@ -1,0 +1,124 @@
+"""Exact top-k against the reference: ties, chunks, padding, all visible counts; bits do not depend on the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.triton_interpreter import allow_loaded_bounds
+from workers.kernels import topk as module
+from workers.kernels.topk import TopkWork, select_topk
+from workers.reference.indexer import select_topk as reference
+
+
+def expected(scores: Tensor, visible: Tensor, k: int) -> Tensor:
+    """The reference's choice as ascending rows, -1 after the last."""
+    mask = torch.arange(scores.shape[1], device=scores.device) < visible.unsqueeze(1)
+    indices, valid = reference(scores.masked_fill(~mask, 0.0), mask, k)
+    ascending = indices.masked_fill(~valid, 1 << 30).sort(-1).values
+    ascending = torch.where(ascending == 1 << 30, -1, ascending)
+    return torch.nn.functional.pad(ascending, (0, k - ascending.shape[1]), value=-1).to(torch.int32)
+
+
+def choose(scores: Tensor, visible: Tensor, k: int) -> Tensor:
+    """The kernel's choice into a poisoned buffer; scores behind the visible ones are poisoned too."""
+    scores = scores.clone()
+    for row, count in enumerate(visible.tolist()):
+        scores[row, count:] = float("nan")
+    out = torch.full((scores.shape[0], k), 0x7EADBEEF, dtype=torch.int32, device=scores.device)
+    work = TopkWork.allocate(scores.shape[0], scores.shape[1], k, scores.device)
+    positions = torch.where(visible == 0, -1, visible * 4 + visible % 4 - 1).to(torch.int32)
+    select_topk(scores, positions, out, work)
+    assert not work.arrived.any()
+    return out
+
+
+def normal(seed: int, device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+allow_loaded_bounds()
+
+KINDS = {
+    "spread": lambda x: x,
+    "many ties": lambda x: (2 * x).round(),
+    "all equal": lambda x: x * 0.0,  # of both signs of zero
+    "outliers": lambda x: torch.where(x > 2, x * 1e30, torch.where(x < 0, x * 1e-30, x)),
+    "two values": lambda x: (x > 0.3).float(),
+}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 128 entries, so that short rows have many of them."""
+    monkeypatch.setattr(module, "CHUNK", 128)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_chunk_chooses_as_the_reference(kind: str, device: torch.device, seed: int) -> None:
+    scores = KINDS[kind](normal(seed, device, 12, 4096))
+    visible = torch.tensor([0, 1, 63, 64, 65, 100, 1000, 1024, 1025, 2049, 4000, 4096], device=device)
+    assert torch.equal(choose(scores, visible, 64), expected(scores, visible, 64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_chunks_choose_as_the_reference(kind: str, small_chunks: None, device: torch.device, seed: int) -> None:
+    scores = KINDS[kind](normal(seed, device, 10, 1280))
+    visible = torch.tensor([0, 5, 32, 33, 128, 129, 160, 256, 700, 1280], device=device)
+    assert torch.equal(choose(scores, visible, 32), expected(scores, visible, 32))
+
+
+@pytest.mark.parametrize("k", [1, 3, 24])
+def test_any_k(k: int, small_chunks: None, device: torch.device, seed: int) -> None:
+    scores = normal(seed, device, 5, 300).round()
+    visible = torch.tensor([k, k + 1, 128, 130, 300], device=device)
+    assert torch.equal(choose(scores, visible, k), expected(scores, visible, k))
+
+
+def test_infinities_are_scores_like_others(device: torch.device, seed: int) -> None:
+    scores = normal(seed, device, 2, 64)
+    scores[0, ::3], scores[0, 1::3], scores[1, ::5] = float("inf"), float("-inf"), float("inf")
+    visible = torch.tensor([64, 64], device=device)
+    assert torch.equal(choose(scores, visible, 16), expected(scores, visible, 16))
+
+
+def test_a_row_does_not_depend_on_its_batch(device: torch.device, seed: int) -> None:
+    scores = normal(seed, device, 40, 512)
+    visible = torch.full((40,), 500, device=device)
+    alone = choose(scores[:1], visible[:1], 64)
+    for count in (2, 7, 40):
+        assert torch.equal(choose(scores[:count], visible[:count], 64)[:1], alone)
+
+
+def test_no_tokens(device: torch.device) -> None:
+    empty = torch.empty(0, 128, device=device)
+    choose(empty, torch.empty(0, dtype=torch.int64, device=device), 16)
+
+
+def test_sizes_without_a_kernel_are_refused(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="no top-k kernel"):
+        TopkWork.allocate(1, 4096, 2048, device)
+    assert TopkWork.allocate(1, 1 << 18, 1024, device).capacity(1 << 18) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [512, 1024])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_million_tokens_of_context(kind: str, k: int, device: torch.device, seed: int) -> None:
+    scores = KINDS[kind](normal(seed, device, 5, 1 << 18))
+    visible = torch.tensor([1 << 18, 200_001, 4097, 16_384, 5000], device=device)
+    assert torch.equal(choose(scores, visible, k), expected(scores, visible, k))
+
+
+@pytest.mark.gpu
+def test_scores_beyond_two_gib(device: torch.device, seed: int) -> None:
+    tokens, columns = 2200, 1 << 18
+    scores = torch.zeros(tokens, columns, device=device)
+    scores[-1] = normal(seed, device, columns)
+    positions = torch.full((tokens,), -1, dtype=torch.int32, device=device)
+    positions[-1] = 4 * columns - 1
+    out = torch.empty(tokens, 512, dtype=torch.int32, device=device)
+    select_topk(scores, positions, out, TopkWork.allocate(tokens, columns, 512, device))
+    visible = torch.tensor([columns], device=device)
+    assert torch.equal(out[-1:], expected(scores[-1:], visible, 512))

@@ -1,0 +1,386 @@
+"""Index scores of C4 entries on the GPU, decode and prefill: `workers/reference/indexer.index_scores` over pages.
+
+Owns: scores `sum_h relu(q[h] . k) * weight[h]` straight from the e4m3 keys in their pages, and the launches of the
+whole selection (`select_entries`). Does not own: the queries' arithmetic (`index_queries.py`), the choice (`topk.py`).
+
+Codes of queries and keys are exact in f16 and their products in fp32; both scales are positive and so leave the relu:
+a query's is folded into its head weight, a key's multiplies the finished sum. A score is computed by one tile shape and
+one order of sums, whatever the batch, the number of programs or the length of the context. Only visible entries (their
+last token is not after the query's) are written; keys of other rows may hold anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.kernels.compressor import Mode, StepMeta
+from workers.kernels.formats import e4m3_to_f16, hardware_formats
+from workers.kernels.index_queries import hadamard_matrix, index_queries_tile, query_codes
+from workers.kernels.launch import num_sms, pdl_options
+from workers.kernels.topk import TopkWork, select_topk
+
+PAGE_ENTRIES = 64
+"""C4 entries of one page: 256 tokens."""
+
+PROGRAMS_PER_SM = 2
+"""Programs of decode scores that the grid offers for each multiprocessor."""
+
+PREFILL_ENTRIES = 128
+PREFILL_TOKENS = 32
+"""Tile of prefill scores: keys held by a program, and tokens that pass by them."""
+
+QUERY_TOKENS = 8
+"""Tokens of one program of the prefill queries: they share the Hadamard matrix."""
+
+
+@triton.jit
+def _load_page(keys, key_scales, pages, block, live, STRIDE: tl.constexpr, DI: tl.constexpr):
+    """uint8 codes [64, DI] and fp32 scales [64] of one page; whatever is there when not `live`."""
+    page = tl.load(pages + block, mask=live, other=0)
+    unit = tl.maximum(page, 0).to(tl.int64) * STRIDE
+    row = tl.arange(0, 64)
+    code = tl.load(keys + unit + (row[:, None] * DI + tl.arange(0, DI)[None, :]))
+    return code, tl.load(key_scales + unit // 4 + 16 * DI + row)
+
+
+@triton.jit
+def scores_decode(
+    q,
+    head_weights,
+    rope_table,
+    positions,
+    full_pages,
+    page_columns,
+    keys,
+    key_scales,
+    scores,
+    scores_stride,
+    SCALE: tl.constexpr,
+    Q_ROW: tl.constexpr,
+    WEIGHT_ROW: tl.constexpr,
+    HEADS: tl.constexpr,
+    HP: tl.constexpr,
+    DI: tl.constexpr,
+    RD: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HW: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (splits, T): program i of a token scores its i-th run of pages. keys uint8, key_scales the same as fp32."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    matrix = hadamard_matrix(DI)
+    token = tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    position = tl.load(positions + token)
+    visible = (position + 1) // 4
+    blocks = (visible + 63) // 64
+    each = tl.cdiv(blocks, tl.num_programs(0))
+    first = tl.program_id(0) * each
+    end = min(first + each, blocks)
+    if first < end:
+        pages = full_pages + token * page_columns
+        # The first page is on its way while the queries are made, every other one while its predecessor is scored.
+        code, key_scale = _load_page(keys, key_scales, pages, first, True, STRIDE, DI)
+        at = token.to(tl.int64)
+        query, weight = query_codes(
+            q + at * Q_ROW,
+            head_weights + at * WEIGHT_ROW,
+            rope_table,
+            position,
+            matrix,
+            SCALE,
+            HEADS,
+            HP,
+            DI,
+            RD,
+            HW,
+        )
+        query = tl.trans(query)  # [DI, HP]
+        for block in range(first, end):
+            next_code, next_scale = _load_page(keys, key_scales, pages, block + 1, block + 1 < end, STRIDE, DI)
+            dots = tl.dot(e4m3_to_f16(code, HW), query)  # [64, HP]
+            score = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], 1) * key_scale
+            entry = block * 64 + tl.arange(0, 64)
+            tl.store(scores + at * scores_stride + entry, score, mask=entry < visible)
+            code, key_scale = next_code, next_scale
+
+
+@triton.jit
+def scores_prefill(
+    codes,
+    weights,
+    positions,
+    sequence_of_token,
+    full_pages,
+    page_columns,
+    keys,
+    key_scales,
+    scores,
+    scores_stride,
+    num_tokens,
+    TOKENS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    HP: tl.constexpr,
+    DI: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HW: tl.constexpr,
+):
+    """Grid (blocks of ENTRIES, ceil(T / TOKENS)). Tokens of one sequence pass by one load of its keys.
+
+    codes f16 [T, HP, DI], weights fp32 [T, HP]: of these T tokens, as are `positions` and `sequence_of_token`.
+    """
+    first_entry = tl.program_id(0) * ENTRIES
+    first = tl.program_id(1) * TOKENS
+    at = tl.arange(0, TOKENS)
+    inside = first + at < num_tokens
+    position = tl.load(positions + first + at, mask=inside, other=-1)
+    sequences = tl.load(sequence_of_token + first + at, mask=inside, other=-1)
+    sees = (position + 1) // 4 > first_entry  # position + 1 >= 0
+    begin = tl.min(tl.where(sees, at, TOKENS), 0)
+    entry = first_entry + tl.arange(0, ENTRIES)
+    head = tl.arange(0, HP)
+    column = tl.arange(0, DI)
+    while begin < TOKENS:
+        sequence = tl.load(sequence_of_token + first + begin)
+        end = tl.min(tl.where((at > begin) & ((sequences != sequence) | (position < 0)), at, TOKENS), 0)
+        page = tl.load(full_pages + sequence * page_columns + entry // 64, mask=entry // 64 < page_columns, other=0)
+        unit = tl.maximum(page, 0).to(tl.int64) * STRIDE
+        code = tl.load(keys + unit[:, None] + ((entry % 64)[:, None] * DI + column[None, :]))
+        key_scale = tl.load(key_scales + unit // 4 + 16 * DI + entry % 64)
+        key = e4m3_to_f16(code, HW)  # [ENTRIES, DI]
+        for i in range(begin, end):
+            base = first.to(tl.int64) + i
+            query = tl.load(codes + base * (HP * DI) + head[None, :] * DI + column[:, None])  # [DI, HP]
+            weight = tl.load(weights + base * HP + head)
+            dots = tl.dot(key, query)  # [ENTRIES, HP]
+            score = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], 1) * key_scale
+            visible = (tl.load(positions + base) + 1) // 4
+            tl.store(scores + base * scores_stride + entry, score, mask=entry < visible)
+        begin = tl.min(tl.where(sees & (at >= end), at, TOKENS), 0)
+
+
+class IndexWork(NamedTuple):
+    """Buffers of a selection of up to `tokens` tokens; `allocate` once, used by every layer and step in turn."""
+
+    scores: Tensor  # fp32 [F] flat: rows of one block of tokens
+    topk: TopkWork
+    codes: Tensor | None  # f16 [T', HP, DI]: prefill only, of one block of tokens
+    weights: Tensor | None  # fp32 [T', HP]
+
+    @classmethod
+    def allocate(
+        cls,
+        tokens: int,
+        max_entries: int,
+        k: int,
+        num_heads: int,
+        device: torch.device | str,
+        *,
+        head_dim: int = 128,
+        prefill: bool = False,
+        score_bytes: int = 64 << 20,
+    ) -> IndexWork:
+        """Decode holds every token's scores at once; prefill as many tokens' as fit `score_bytes` (at least one)."""
+        columns = _columns(max_entries)
+        if not prefill:
+            scores = torch.empty(tokens * columns, dtype=torch.float32, device=device)
+            return cls(scores, TopkWork.allocate(tokens, columns, k, device), None, None)
+        floats = max(columns, min(score_bytes // 4, tokens * columns))
+        scores = torch.empty(floats, dtype=torch.float32, device=device)
+        padded = _padded_heads(num_heads)
+        return cls(
+            scores,
+            TopkWork.allocate(max(1, min(tokens, floats // columns)), columns, k, device),
+            torch.empty(tokens, padded, head_dim, dtype=torch.float16, device=device),
+            torch.empty(tokens, padded, dtype=torch.float32, device=device),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes held."""
+        tensors = (self.scores, self.codes, self.weights, *self.topk)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def _columns(max_entries: int) -> int:
+    return max(1, -(-max_entries // PREFILL_ENTRIES)) * PREFILL_ENTRIES
+
+
+def _padded_heads(num_heads: int) -> int:
+    return max(16, triton.next_power_of_2(num_heads))
+
+
+def _static(heads: int, head_dim: int, pool: Tensor) -> dict[str, Any]:
+    return {
+        "HP": _padded_heads(heads),
+        "DI": head_dim,
+        "STRIDE": pool.stride(0),
+        "HW": hardware_formats(pool.device),
+    }
+
+
+def index_scores(
+    q: Tensor,
+    head_weights: Tensor,
+    meta: StepMeta,
+    rope_table: Tensor,
+    pool: Tensor,
+    scores: Tensor,
+    *,
+    pdl: bool | None = None,
+) -> None:
+    """Decode: scores fp32 [T, N] of each token's visible entries, N a multiple of 64 that holds them all.
+
+    q: bf16 [T, Hi * Di] as projected (rows may be strided); head_weights: fp32 [T, Hi] as projected; pool: uint8
+    [pages, stride] of the layer's indexer keys. Token b is sequence b's.
+    """
+    num_tokens, heads = head_weights.shape
+    if not num_tokens:
+        return
+    head_dim = q.shape[1] // heads
+    splits = -(-PROGRAMS_PER_SM * num_sms(q.device) // num_tokens)
+    splits = max(1, min(splits, scores.shape[1] // PAGE_ENTRIES))
+    scores_decode[splits, num_tokens](
+        q,
+        head_weights,
+        rope_table,
+        meta.positions,
+        meta.full_pages,
+        meta.full_pages.stride(0),
+        pool,
+        pool.view(torch.float32),
+        scores,
+        scores.stride(0),
+        SCALE=head_dim**-0.5 * heads**-0.5,
+        Q_ROW=q.stride(0),
+        WEIGHT_ROW=head_weights.stride(0),
+        HEADS=heads,
+        RD=rope_table.shape[1],
+        **_static(heads, head_dim, pool),
+        num_warps=4,
+        num_stages=1,
+        **pdl_options(q, pdl),
+    )
+
+
+def _prefill_block(
+    q: Tensor,
+    head_weights: Tensor,
+    positions: Tensor,
+    sequence_of_token: Tensor,
+    full_pages: Tensor,
+    rope_table: Tensor,
+    pool: Tensor,
+    scores: Tensor,
+    work: IndexWork,
+) -> None:
+    """Queries and scores [T', N] of one block of tokens."""
+    num_tokens, heads = head_weights.shape
+    head_dim = q.shape[1] // heads
+    static = _static(heads, head_dim, pool)
+    assert work.codes is not None and work.weights is not None, "IndexWork.allocate(..., prefill=True)"
+    shape = {key: static[key] for key in ("HP", "DI", "HW")}
+    index_queries_tile[(triton.cdiv(num_tokens, QUERY_TOKENS),)](
+        q,
+        head_weights,
+        rope_table,
+        positions,
+        work.codes,
+        work.weights,
+        num_tokens,
+        TOKENS=QUERY_TOKENS,
+        SCALE=head_dim**-0.5 * heads**-0.5,
+        Q_ROW=q.stride(0),
+        WEIGHT_ROW=head_weights.stride(0),
+        HEADS=heads,
+        RD=rope_table.shape[1],
+        **shape,
+        num_warps=4,
+    )
+    grid = (scores.shape[1] // PREFILL_ENTRIES, triton.cdiv(num_tokens, PREFILL_TOKENS))
+    scores_prefill[grid](
+        work.codes,
+        work.weights,
+        positions,
+        sequence_of_token,
+        full_pages,
+        full_pages.stride(0),
+        pool,
+        pool.view(torch.float32),
+        scores,
+        scores.stride(0),
+        num_tokens,
+        TOKENS=PREFILL_TOKENS,
+        ENTRIES=PREFILL_ENTRIES,
+        **static,
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+def select_entries(
+    q: Tensor,
+    head_weights: Tensor,
+    meta: StepMeta,
+    rope_table: Tensor,
+    pool: Tensor,
+    selected: Tensor,
+    work: IndexWork,
+    *,
+    mode: Mode = "decode",
+    max_entries: int | None = None,
+    pdl: bool | None = None,
+) -> None:
+    """The K best visible entries of each token: selected int32 [T, K], ascending, -1 after the last.
+
+    Arguments as for `index_scores`. Decode is two launches. Prefill walks blocks of tokens whose scores fit the work
+    buffer, three launches each; `max_entries` bounds the visible entries of any token there (default: what the page
+    table can name).
+    """
+    num_tokens = selected.shape[0]
+    reach = meta.full_pages.shape[1] * PAGE_ENTRIES
+    columns = _columns(reach if max_entries is None else min(reach, max_entries))
+    if mode == "decode":
+        scores = work.scores[: num_tokens * columns].view(num_tokens, columns)
+        index_scores(q, head_weights, meta, rope_table, pool, scores, pdl=pdl)
+        select_topk(scores, meta.positions, selected, work.topk, pdl=pdl)
+        return
+    block = min(work.scores.numel() // columns, work.topk.capacity(columns), max(num_tokens, 1))
+    for lo in range(0, num_tokens, block):
+        part = slice(lo, min(lo + block, num_tokens))
+        count = part.stop - lo
+        scores = work.scores[: count * columns].view(count, columns)
+        positions, sequences = meta.positions[part], meta.sequence_of_token[part]
+        inputs = (q[part], head_weights[part], positions, sequences, meta.full_pages, rope_table, pool)
+        _prefill_block(*inputs, scores, work)
+        select_topk(scores, positions, selected[part], work.topk, pdl=False)
+
+
+def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """Compilations for V4-Flash, for `tests/workers/kernels/compiling.py`."""
+    kinds = dict.fromkeys(("head_weights", "rope_table", "key_scales", "scores", "weights"), "*fp32")
+    kinds |= dict.fromkeys(("positions", "full_pages", "sequence_of_token"), "*i32")
+    kinds |= dict.fromkeys(("page_columns", "scores_stride", "num_tokens"), "i32")
+    kinds |= {"q": "*bf16", "keys": "*u8", "codes": "*fp16"}
+    shape = {"HP": 64, "DI": 128, "HW": arch >= 89}
+    query = {"SCALE": 128**-0.5 * 64**-0.5, "HEADS": 64, "RD": 64, "Q_ROW": 40960, "WEIGHT_ROW": 2688}
+    pdl = arch >= 90
+    prefill = {"TOKENS": PREFILL_TOKENS, "ENTRIES": PREFILL_ENTRIES, "STRIDE": 8448}
+    four = {"num_warps": 4}
+    decode = {"num_warps": 4, "num_stages": 1, "launch_pdl": pdl}
+    cases = (
+        ("scores_decode", scores_decode, shape | query | {"STRIDE": 8448, "PDL": pdl}, decode),
+        ("index_queries_tile", index_queries_tile, shape | query | {"TOKENS": QUERY_TOKENS}, four),
+        ("scores_prefill", scores_prefill, shape | prefill, four | {"num_stages": 3}),
+    )
+    return [
+        (name, fn, {arg: kinds[arg] for arg in fn.arg_names if arg in kinds}, constants, options)
+        for name, fn, constants, options in cases
+    ]
