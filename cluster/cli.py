@@ -226,6 +226,18 @@ def stress(context: typer.Context) -> None:
     stress_app(args=context.args, prog_name="dsv4 stress")
 
 
+@app.command(
+    "bench",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Measure the model on this GPU against its floor; `dsv4 bench --help` lists the commands."""
+    from cluster.cli_bench import app as bench_app
+
+    bench_app(args=context.args, prog_name="dsv4 bench")
+
+
 def main() -> None:
     """Entry point of the console script."""
     try:

@@ -101,8 +101,7 @@ class CostModel:
             "norm_and_store": self._norm_and_store,
             "compress_c4": self._compress,
             "compress_c128": self._compress,
-            "index_scores": self._index_scores,
-            "select_topk": self._select,
+            "select_entries": self._select,
             "sparse_attention": self._attention,
             "expert_gate_up": partial(self._experts, parts=2),
             "expert_down": partial(self._experts, parts=1),
@@ -130,7 +129,7 @@ class CostModel:
     def _weights(self, launch: Launch, rows: int) -> Cost:
         total = Cost(0.0)
         fp8_sides = launch.op != "grouped_linear"
-        for operand in _operands(launch.call):
+        for operand in operands(launch.call):
             if isinstance(operand, Fp8Weight) and operand.codes.data_ptr() in self._names:
                 flops = 2.0 * rows * operand.codes.numel()
                 total += Cost(
@@ -180,17 +179,12 @@ class CostModel:
         written = sum(min(len(group), 2 * ratio) for group in seen.positions)
         return Cost(4.0 * width * (seen.tokens + written + reread) + closed * entry)
 
-    def _index_scores(self, launch: Launch, kind: LayerKind) -> Cost:
-        c, seen = self.config, _seen(launch)
-        queries = seen.tokens * c.index_n_heads * (c.index_head_dim + 4)
-        visible = seen.visible(4)
-        nbytes = queries + seen.entries(4) * floors.index_row_bytes(c) + 4.0 * visible
-        return Cost(nbytes, fp8_flops=2.0 * c.index_n_heads * c.index_head_dim * visible)
-
     def _select(self, launch: Launch, kind: LayerKind) -> Cost:
-        positions = [t for t in tensors_in(launch.call) if t.dtype is torch.int32 and t.dim() == 1][0]
-        seen = Seen.of(positions, torch.arange(len(positions)))
-        return Cost(4.0 * (seen.visible(4) + seen.tokens * self.config.index_topk))
+        """Queries in, every visible key of a sequence once, chosen rows out; scores need not leave the chip."""
+        c, seen = self.config, _seen(launch)
+        query = 2 * c.index_n_heads * c.index_head_dim + 4 * c.index_n_heads + 4 * c.index_topk
+        nbytes = seen.tokens * query + seen.entries(4) * floors.index_row_bytes(c)
+        return Cost(nbytes, fp8_flops=2.0 * c.index_n_heads * c.index_head_dim * seen.visible(4))
 
     def _attention(self, launch: Launch, kind: LayerKind) -> Cost:
         c, seen = self.config, _seen(launch)
@@ -202,7 +196,7 @@ class CostModel:
 
     def _experts(self, launch: Launch, kind: LayerKind, parts: int) -> Cost:
         """`parts` of an expert's three matrices, of each distinct expert; products take scaled bf16 operands."""
-        groups = [operand for operand in _operands(launch.call) if hasattr(operand, "num_active")][0]
+        groups = [operand for operand in operands(launch.call) if hasattr(operand, "num_active")][0]
         active = int(groups.num_active)
         pairs = len(groups.pair_order)
         weights = self._weights(launch, self._rows(launch))
@@ -216,7 +210,7 @@ def tensors_in(node: Any) -> Iterator[Tensor]:
     if isinstance(node, Tensor):
         yield node
     elif isinstance(node, partial):
-        for child in _operands(node):
+        for child in operands(node):
             yield from tensors_in(child)
     elif isinstance(node, tuple):
         for child in node:
@@ -226,11 +220,17 @@ def tensors_in(node: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(node, field.name))
 
 
-def _operands(call: Any) -> list[Any]:
-    """Positional and keyword arguments of a bound call."""
-    return [*call.args, *call.keywords.values()] if isinstance(call, partial) else []
+SCRATCH = ("work", "counters")
+"""Keyword arguments that are neither read from nor written to memory by necessity."""
+
+
+def operands(call: Any) -> list[Any]:
+    """Positional and keyword arguments of a bound call, without scratch."""
+    if not isinstance(call, partial):
+        return []
+    return [*call.args, *(value for name, value in call.keywords.items() if name not in SCRATCH)]
 
 
 def _seen(launch: Launch) -> Seen:
-    meta = [operand for operand in _operands(launch.call) if isinstance(operand, StepMeta)][0]
+    meta = [operand for operand in operands(launch.call) if isinstance(operand, StepMeta)][0]
     return Seen.of(meta.positions, meta.sequence_of_token)

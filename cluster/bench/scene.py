@@ -89,19 +89,25 @@ class _Tables:
 class Scene:
     """A built model. `GpuModel` is imported here, and Triton with it."""
 
-    def __init__(self, wanted: Wanted, experts_held: int | None = None) -> None:
-        """Raises `DoesNotFitDevice` before anything large is allocated. `experts_held` None: as many as fit."""
+    def __init__(
+        self, wanted: Wanted, experts_held: int | None = None, *, device: str = "cuda", **options: Any
+    ) -> None:
+        """Raises `DoesNotFitDevice` before anything large is allocated.
+
+        Args:
+            experts_held: different experts a layer; None for as many as fit.
+            options: more of `GpuModel`, such as other kernels.
+        """
         from workers.gpu.model import GpuModel
 
         self.wanted, self.config = wanted, wanted.cut
         self.experts_held = experts_held or experts_that_fit(wanted, torch.cuda.mem_get_info()[0])
         limit = None if self.experts_held == self.config.n_routed_experts else self.experts_held
         self.weights = synthetic_weights(
-            self.config, "cuda", seed=wanted.seed, layer_ids=range(wanted.layers), experts_per_layer=limit
+            self.config, device, seed=wanted.seed, layer_ids=range(wanted.layers), experts_per_layer=limit
         )
-        self.pools = KVPools(kv_spec(self.config, "fp8"), wanted.sizes, "cuda")
+        self.pools = KVPools(kv_spec(self.config, "fp8"), wanted.sizes, device)
         fill_plausibly(self.pools, self.config, wanted.seed)
-        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         self.model: Any = GpuModel(
             self.config,
@@ -109,7 +115,7 @@ class Scene:
             self.pools,
             max_running=max((*wanted.batches, 1)),
             max_context=wanted.max_context,
-            chunk_tokens=wanted.chunk_tokens,
+            **options,
         )
         self.activation_bytes = torch.cuda.memory_allocated() - before
         self._generator = torch.Generator().manual_seed(wanted.seed)
@@ -136,10 +142,12 @@ class Scene:
         peak = torch.cuda.max_memory_allocated()
         return Memory(self.weights.nbytes, self.pools.nbytes, self.activation_bytes, peak, total)
 
-    def decode_batch(self, batch: int, context: int) -> ForwardBatch:
-        """One token for each of `batch` sequences, each the last of `context` tokens: it closes all its windows."""
+    def decode_batch(self, batch: int, context: int, position: int) -> ForwardBatch:
+        """One token at `position` for each of `batch` sequences that have pages for `context` tokens."""
+        if not 0 <= position < context:
+            raise ValueError(f"position {position} of {context}")
         ids = self._ids(batch, 1)
-        return ForwardBatch.build([(self._tables(b, context, WINDOW_PAGES), context - 1, ids[b]) for b in range(batch)])
+        return ForwardBatch.build([(self._tables(b, context, WINDOW_PAGES), position, ids[b]) for b in range(batch)])
 
     def prompt_batch(self, tokens: int, *, sequences: int = 1, start: int = 0) -> ForwardBatch:
         """`tokens` prompt tokens in `sequences` prompts of equal length, each after `start` others."""

@@ -23,7 +23,8 @@ HOMES = {
     # The store moves rows with a kernel of its own and may not import the workers' floor above it.
     "triton": ("workers.kernels", "kvstore.pools.kernels"),
     "numba": ("workers.cpu",),
-    "transformers": (),
+    "transformers": ("cluster.bench.peer",),
+    "matplotlib": ("cluster.bench.plot",),
     "grpc_tools": (),
 }
 """Which modules of the packages may import each heavy dependency; an empty home means tests and deploy only."""
