@@ -34,6 +34,8 @@ PREFILL_ENTRIES = 128
 PREFILL_TOKENS = 32
 """Tile of prefill scores: keys held by a program, and tokens that pass by them."""
 
+_PREFILL_WARPS = 4
+
 QUERY_TOKENS = 8
 """Tokens of one program of the prefill queries: they share the Hadamard matrix."""
 
@@ -320,7 +322,7 @@ def _prefill_block(
         TOKENS=PREFILL_TOKENS,
         ENTRIES=PREFILL_ENTRIES,
         **static,
-        num_warps=4,
+        num_warps=_PREFILL_WARPS,
         num_stages=3,
     )
 
@@ -378,7 +380,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     cases = (
         ("scores_decode", scores_decode, shape | query | {"STRIDE": 8448, "PDL": pdl}, decode),
         ("index_queries_tile", index_queries_tile, shape | query | {"TOKENS": QUERY_TOKENS}, four),
-        ("scores_prefill", scores_prefill, shape | prefill, four | {"num_stages": 3}),
+        ("scores_prefill", scores_prefill, shape | prefill, {"num_warps": _PREFILL_WARPS, "num_stages": 3}),
     )
     return [
         (name, fn, {arg: kinds[arg] for arg in fn.arg_names if arg in kinds}, constants, options)
