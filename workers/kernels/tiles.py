@@ -68,14 +68,10 @@ TILES: dict[str, dict[int, Tile]] = {
         80: Tile(n=64, k=512, m=8, stages=3),
         89: Tile(n=64, k=256, m=8, stages=3),
     },
-    "experts_prefill.tokens128": {
+    "experts_prefill.experts": {
         80: Tile(m=128, n=128, k=128, warps=4, stages=2),
         89: Tile(m=64, n=128, k=128, warps=4, stages=2),
         90: Tile(m=128, n=128, k=128, warps=4, stages=3),
-    },
-    "experts_prefill.tokens64": {
-        80: Tile(m=64, n=128, k=128, warps=4, stages=2),
-        90: Tile(m=64, n=128, k=128, warps=4, stages=3),
     },
     "linear_prefill.bf16_narrow": {
         80: Tile(m=128, n=64, k=64, warps=4, stages=3, group=8),
