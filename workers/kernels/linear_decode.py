@@ -1,17 +1,13 @@
 """Linear layers of a decode step: few tokens, every weight byte read once, time = bytes over memory bandwidth.
 
-Owns: the products with FP8 block-scaled and BF16 weights at T = 1..64 or so. Does not own: prefill shapes
-(`linear_prefill.py`), routed experts. All launchers write into given outputs, allocate nothing and can be captured.
+Owns: the products with FP8 block-scaled and BF16 weights at T = 1..64 or so, one launch each. Does not own: the
+arithmetic (`row_products.py`), prefill shapes (`linear_prefill.py`), routed experts. All launchers write into given
+outputs, allocate nothing and can be captured. A program owns BN rows of a weight and all of K, for every T in the same
+order of sums; before it waits for its predecessor it asks L2 for its rows.
 
-How a product is computed, for every T the same, so that a token's bits do not depend on its batch:
-  a program owns BN rows of the weight and all of K; warp w of KW walks the 128-column blocks w, w + KW, ... ;
-  per block an f16 tensor-core product with fp32 sums over 128 columns (e4m3 codes are exact in f16), then
-  `sum += product * (activation scale * weight scale)` in fp32; at the end the KW partial sums are added in order.
-The weight is the big operand (M = 16 rows) and tokens the small one (N = 8 a tensor-core instruction), and an output
-column depends on its own token only. Weights come by asynchronous 16-byte copies several steps ahead; before a program
-waits for its predecessor it asks L2 for its rows.
-
-Activations are rounded to e4m3 in groups of 128 inside the loop (official `act_quant`).
+FP8 weights see activations through e4m3 in groups of 128 (official `act_quant`). Up to `ROUNDED_TOKENS` tokens the
+programs round `x` themselves; beyond, that work would cost more than the product, so a caller gives `x_quantised`
+(bf16, already rounded; `hc_pre` writes it). The bits are the same.
 """
 
 from __future__ import annotations
@@ -23,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.formats import e4m3_to_f16, f32_to_e4m3, hardware_formats, pow2_reciprocal, pow2_scale_ceil
-from workers.kernels.launch import num_sms, pdl_options, prefetch_l2
+from workers.kernels.formats import e4m3_to_f16, hardware_formats
+from workers.kernels.launch import num_sms, pdl_options
+from workers.kernels.row_products import bf16_rows, fp8_rows, inputs_of, prefetch_rows, spread, store_rows, tokens_of
 from workers.kernels.tiles import Tile, tile
 
 BLOCK = 128
@@ -42,6 +39,9 @@ WIDE_COLUMNS = 1536
 WIDE_TOKENS = 16
 """Largest token tile of the wide kernel: its operand takes 2 * K bytes of shared memory a token."""
 
+ROUNDED_TOKENS = 8
+"""Most tokens whose activations every program rounds for itself although rounded ones are at hand."""
+
 
 class Weight(NamedTuple):
     """An FP8 linear: `codes` uint8 or e4m3 `[N, K]`, `scales` fp32 `[N/128, K/128]`. Any object with these will do."""
@@ -51,113 +51,11 @@ class Weight(NamedTuple):
 
 
 @triton.jit
-def _rounded(x, HW: tl.constexpr, ACT_FP8: tl.constexpr):
-    """f16 operand `[KW, R, 128]` and fp32 scale `[KW, R]` of activations `x` (any float), one group per last axis."""
-    x = x.to(tl.float32)
-    if ACT_FP8:
-        scale, _ = pow2_scale_ceil(tl.max(tl.abs(x), 2), 448.0, 1e-4)
-        value = e4m3_to_f16(f32_to_e4m3(x * pow2_reciprocal(scale)[:, :, None], HW), HW)
-    else:
-        scale = tl.full([x.shape[0], x.shape[1]], 1.0, tl.float32)
-        value = tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
-    return value, scale
-
-
-@triton.jit
-def _spread(value, BT: tl.constexpr):
-    """`[KW, R, C]` to `[KW, C, BT]`: the small operand. One row (R = 1) stands in every column."""
-    if value.shape[1] != BT:
-        value = tl.broadcast_to(value, (value.shape[0], BT, value.shape[2]))
-    return tl.permute(value, (0, 2, 1))
-
-
-@triton.jit
-def _prefetch_rows(base, row, valid, ROW_BYTES: tl.constexpr, BYTES: tl.constexpr):
-    """Ask L2 for the first `BYTES` (whole lines) of each row, `ROW_BYTES` apart, of a uint8 matrix."""
-    for line in tl.static_range(0, BYTES, 1024):
-        column = tl.minimum(line + tl.arange(0, 8) * 128, ROW_BYTES - 1)
-        prefetch_l2(tl.where(valid[:, None], base + row.to(tl.int64)[:, None] * ROW_BYTES + column[None, :], base))
-
-
-@triton.jit
-def _fp8_rows(
-    x, x_stride, token, valid_token, codes, scales, row, block_row, other_row,
-    K: tl.constexpr, KW: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, PAIR: tl.constexpr, ACT_FP8: tl.constexpr,
-    HW: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """fp32 `[BN, BT]`: weight rows `row [BN]` times tokens. `block_row` is their row of scales.
-
-    PAIR: the first half of the rows has scales `block_row`, the second `other_row`.
-    """
-    warp = tl.arange(0, KW)
-    column = warp[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]
-    weights = codes + row[None, :, None] * K + column
-    inputs = x + token[None, :, None] * x_stride + column
-    first = scales + block_row * (K // 128) + warp
-    second = scales + other_row * (K // 128) + warp
-    half = (tl.arange(0, BN) < BN // 2)[None, :, None]
-    sums = tl.zeros([KW, BN, BT], tl.float32)
-    for _ in tl.range(0, K // (KW * 128), num_stages=STAGES):
-        w = tl.load(weights)
-        value, scale = _rounded(tl.load(inputs, mask=valid_token[None, :, None], other=0.0), HW, ACT_FP8)
-        product = tl.dot(e4m3_to_f16(w, HW), _spread(value, BT))
-        if PAIR:
-            factor = tl.where(half, tl.load(first)[:, None, None], tl.load(second)[:, None, None])
-            sums += product * (factor * scale[:, None, :])
-            second += KW
-        else:
-            sums += product * (tl.load(first)[:, None] * scale)[:, None, :]
-        weights += KW * 128
-        inputs += KW * 128
-        first += KW
-    return tl.sum(sums, 0)
-
-
-@triton.jit
-def _bf16_rows(
-    x, x_stride, token, valid_token, weight, row, valid_row,
-    K: tl.constexpr, KW: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """fp32 `[BN, BT]`: bf16 rows times bf16 tokens, no rounding of either.
-
-    WIDEN: products of fp32 operands, for the interpreter, whose `tl.dot` takes bf16 for integers.
-    """
-    column = tl.arange(0, KW)[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]
-    weights = weight + row[None, :, None] * K + column
-    inputs = x + token[None, :, None] * x_stride + column
-    sums = tl.zeros([KW, BN, BT], tl.float32)
-    for _ in tl.range(0, K // (KW * 128), num_stages=STAGES):
-        w = tl.load(weights, mask=valid_row[None, :, None], other=0.0)
-        value = tl.load(inputs, mask=valid_token[None, :, None], other=0.0)
-        if WIDEN:
-            sums = tl.dot(w.to(tl.float32), _spread(value.to(tl.float32), BT), sums, input_precision="ieee")
-        else:
-            sums = tl.dot(w, _spread(value, BT), sums)
-        weights += KW * 128
-        inputs += KW * 128
-    return tl.sum(sums, 0)
-
-
-@triton.jit
-def _tokens(start, num_tokens, R: tl.constexpr):
-    token = start + tl.arange(0, R)
-    return token, token < num_tokens
-
-
-@triton.jit
-def _store(out, out_stride, value, row, valid_row, start, num_tokens, BT: tl.constexpr):
-    """`value [BN, BT]` into `out [T, N]`, transposed."""
-    token = start + tl.arange(0, BT)
-    pointers = out + token[None, :].to(tl.int64) * out_stride + row[:, None]
-    tl.store(pointers, value.to(out.dtype.element_ty), mask=(token < num_tokens)[None, :] & valid_row[:, None])
-
-
-@triton.jit
 def _project_kernel(
-    x, codes, scales, weight, out_fp8, out_bf16, num_tokens, out_fp8_stride, out_bf16_stride,
+    x, x_fp8, codes, scales, weight, out_fp8, out_bf16, num_tokens, out_fp8_stride, out_bf16_stride,
     X_STRIDE: tl.constexpr,
     N_BF16: tl.constexpr, K: tl.constexpr, KW: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, R: tl.constexpr,
-    ACT_FP8: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
+    ACT: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
     STAGES: tl.constexpr, WIDEN: tl.constexpr, HW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs (row tile, token tile): first the bf16 rows, twice as heavy, then the FP8 rows.
@@ -168,39 +66,39 @@ def _project_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     BF16_TILES: tl.constexpr = (N_BF16 + BN - 1) // BN
     start = tl.program_id(1) * BT
-    token, valid_token = _tokens(start, num_tokens, R)
+    token, valid_token = tokens_of(start, num_tokens, R)
     pid = tl.program_id(0)
     if pid < BF16_TILES:
         if BF16_TILES > 0:
             row = pid * BN + tl.arange(0, BN)
             valid = row < N_BF16
             if PDL:
-                _prefetch_rows(weight.to(tl.pointer_type(tl.uint8)), row, valid, 2 * K, 2 * AHEAD)
+                prefetch_rows(weight.to(tl.pointer_type(tl.uint8)), row, valid, 2 * K, 2 * AHEAD)
                 tl.extra.cuda.gdc_wait()
-            sums = _bf16_rows(x, X_STRIDE, token, valid_token, weight, row, valid, K, KW, BN, BT, STAGES, WIDEN)
-            _store(out_bf16, out_bf16_stride, sums, row, valid, start, num_tokens, BT)
+            sums = bf16_rows(x, X_STRIDE, token, valid_token, weight, row, valid, K, KW, BN, BT, STAGES, WIDEN)
+            store_rows(out_bf16, out_bf16_stride, sums, row, valid, start, num_tokens, BT)
     else:
         begin = (pid - BF16_TILES) * BN
         row = begin + tl.arange(0, BN)
         valid = row >= 0
         if PDL:
-            _prefetch_rows(codes, row, valid, K, AHEAD)
+            prefetch_rows(codes, row, valid, K, AHEAD)
             tl.extra.cuda.gdc_wait()
-        inputs = x + (begin // GROUP_ROWS) * GROUP_COLUMNS
-        sums = _fp8_rows(
+        inputs = x_fp8 + (begin // GROUP_ROWS) * GROUP_COLUMNS
+        sums = fp8_rows(
             inputs, X_STRIDE, token, valid_token, codes, scales, row, begin // 128, 0,
-            K, KW, BN, BT, False, ACT_FP8, HW, STAGES,
+            K, KW, BN, BT, False, ACT, HW, STAGES, WIDEN,
         )  # fmt: skip
-        _store(out_fp8, out_fp8_stride, sums, row, valid, start, num_tokens, BT)
+        store_rows(out_fp8, out_fp8_stride, sums, row, valid, start, num_tokens, BT)
 
 
 @triton.jit
 def _gate_kernel(
-    x, gate, codes, scales, out_logits, out_hidden, num_tokens, limit,
+    x, x_fp8, gate, codes, scales, out_logits, out_hidden, num_tokens, limit,
     X_STRIDE: tl.constexpr,
     E: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, KW: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-    R: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr, HW: tl.constexpr,
-    PDL: tl.constexpr,
+    R: tl.constexpr, ACT: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
+    HW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs (row tile, token tile): router rows, then tiles of BN/2 rows of w1 over the same BN/2 rows of w3."""
     if PDL:
@@ -208,32 +106,32 @@ def _gate_kernel(
     GATE_TILES: tl.constexpr = (E + BN - 1) // BN
     HALF: tl.constexpr = BN // 2
     start = tl.program_id(1) * BT
-    token, valid_token = _tokens(start, num_tokens, R)
+    token, valid_token = tokens_of(start, num_tokens, R)
     pid = tl.program_id(0)
     if pid < GATE_TILES:
         row = pid * BN + tl.arange(0, BN)
         valid = row < E
         if PDL:
-            _prefetch_rows(gate.to(tl.pointer_type(tl.uint8)), row, valid, 2 * K, 2 * AHEAD)
+            prefetch_rows(gate.to(tl.pointer_type(tl.uint8)), row, valid, 2 * K, 2 * AHEAD)
             tl.extra.cuda.gdc_wait()
-        sums = _bf16_rows(x, X_STRIDE, token, valid_token, gate, row, valid, K, KW, BN, BT, STAGES, WIDEN)
-        _store(out_logits, E, sums, row, valid, start, num_tokens, BT)
+        sums = bf16_rows(x, X_STRIDE, token, valid_token, gate, row, valid, K, KW, BN, BT, STAGES, WIDEN)
+        store_rows(out_logits, E, sums, row, valid, start, num_tokens, BT)
     else:
         begin = (pid - GATE_TILES) * HALF
         lane = tl.arange(0, BN)
         row = begin + tl.where(lane < HALF, lane, lane - HALF + INNER)
         if PDL:
-            _prefetch_rows(codes, row, row >= 0, K, AHEAD)
+            prefetch_rows(codes, row, row >= 0, K, AHEAD)
             tl.extra.cuda.gdc_wait()
-        sums = _fp8_rows(
-            x, X_STRIDE, token, valid_token, codes, scales, row, begin // 128, (begin + INNER) // 128,
-            K, KW, BN, BT, True, True, HW, STAGES,
+        sums = fp8_rows(
+            x_fp8, X_STRIDE, token, valid_token, codes, scales, row, begin // 128, (begin + INNER) // 128,
+            K, KW, BN, BT, True, ACT, HW, STAGES, WIDEN,
         )  # fmt: skip
         w1, w3 = tl.split(tl.permute(tl.reshape(sums, (2, HALF, BT)), (1, 2, 0)))
         w1 = tl.minimum(w1, limit)
         hidden = w1 / (1.0 + tl.exp(-w1)) * tl.minimum(tl.maximum(w3, -limit), limit)
         inner = begin + tl.arange(0, HALF)
-        _store(out_hidden, INNER, hidden, inner, inner >= 0, start, num_tokens, BT)
+        store_rows(out_hidden, INNER, hidden, inner, inner >= 0, start, num_tokens, BT)
 
 
 @triton.jit
@@ -247,14 +145,14 @@ def _head_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     start = tl.program_id(1) * BT
-    token, valid_token = _tokens(start, num_tokens, R)
+    token, valid_token = tokens_of(start, num_tokens, R)
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     valid = row < N
     if PDL:
-        _prefetch_rows(weight.to(tl.pointer_type(tl.uint8)), row, valid, 2 * K, 2 * AHEAD)
+        prefetch_rows(weight.to(tl.pointer_type(tl.uint8)), row, valid, 2 * K, 2 * AHEAD)
         tl.extra.cuda.gdc_wait()
-    sums = _bf16_rows(x, X_STRIDE, token, valid_token, weight, row, valid, K, KW, BN, BT, STAGES, WIDEN)
-    _store(out, N, sums, row, valid, start, num_tokens, BT)
+    sums = bf16_rows(x, X_STRIDE, token, valid_token, weight, row, valid, K, KW, BN, BT, STAGES, WIDEN)
+    store_rows(out, N, sums, row, valid, start, num_tokens, BT)
 
 
 @triton.jit
@@ -262,7 +160,7 @@ def _wide_kernel(
     x, codes, scales, out, num_tokens, out_stride,
     X_STRIDE: tl.constexpr,
     TILES: tl.constexpr, STEPS: tl.constexpr, K: tl.constexpr, KC: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-    R: tl.constexpr, ACT_FP8: tl.constexpr,
+    R: tl.constexpr, ACT: tl.constexpr,
     AHEAD: tl.constexpr, STAGES: tl.constexpr, HW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Many rows of few columns: a program keeps its tokens' operand in registers and walks row tiles.
@@ -273,7 +171,7 @@ def _wide_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     CHUNKS: tl.constexpr = K // (KC * 128)
     start = tl.program_id(1) * BT
-    token, valid_token = _tokens(start, num_tokens, R)
+    token, valid_token = tokens_of(start, num_tokens, R)
     lane = tl.arange(0, BN)
     block = tl.arange(0, KC)
     column = block[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]
@@ -282,14 +180,15 @@ def _wide_kernel(
     if PDL:
         for ahead in tl.static_range(AHEAD):
             row = (walker + ahead * walkers) * BN + lane
-            _prefetch_rows(codes, row, row < TILES * BN, K, K)
+            prefetch_rows(codes, row, row < TILES * BN, K, K)
         tl.extra.cuda.gdc_wait()
     values = ()
     factors = ()
     for c in tl.static_range(CHUNKS):
         inputs = x + token[None, :, None] * X_STRIDE + column + c * KC * 128
-        value, scale = _rounded(tl.load(inputs, mask=valid_token[None, :, None], other=0.0), HW, ACT_FP8)
-        values = values + (_spread(value, BT),)
+        value = tl.load(inputs, mask=valid_token[None, :, None], other=0.0)
+        value, scale = inputs_of(value, HW, ACT, False)
+        values = values + (spread(value, BT),)
         factors = factors + (scale,)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         index = walker + step * walkers
@@ -300,7 +199,7 @@ def _wide_kernel(
             w = tl.load(codes + row[None, :, None] * K + column + c * KC * 128, mask=valid[None, :, None], other=0)
             s = tl.load(scales + tl.minimum(index, TILES - 1) * BN // 128 * (K // 128) + c * KC + block)
             sums += tl.dot(e4m3_to_f16(w, HW), values[c]) * (s[:, None] * factors[c])[:, None, :]
-        _store(out, out_stride, tl.sum(sums, 0), row, valid, start, num_tokens, BT)
+        store_rows(out, out_stride, tl.sum(sums, 0), row, valid, start, num_tokens, BT)
 
 
 class _Launch(NamedTuple):
@@ -335,6 +234,15 @@ def _plan(x: Tensor, K: int, pdl: bool | None, *, fp8: bool = True) -> _Launch:
     return _Launch(constants, {"num_warps": KW} | pdl_options(x, pdl), -(-T // BT))
 
 
+def _fp8_input(x: Tensor, x_quantised: Tensor | None) -> tuple[Tensor, str]:
+    """What the FP8 rows read, and how (`row_products.inputs_of`)."""
+    if x_quantised is None or x.shape[0] <= ROUNDED_TOKENS:
+        return x, "round"
+    if x_quantised.stride() != x.stride():
+        raise ValueError("x_quantised must be laid out as x")
+    return x_quantised, "rounded"
+
+
 def _warps(K: int) -> int:
     blocks = K // BLOCK
     return min(4, blocks & -blocks)
@@ -351,6 +259,7 @@ def project_x(
     out_fp8: Tensor,
     out_bf16: Tensor | None,
     *,
+    x_quantised: Tensor | None = None,
     pdl: bool | None = None,
 ) -> None:
     """All products with the normed hidden state `x [T, D]` bf16, in one launch.
@@ -364,35 +273,45 @@ def project_x(
     N2 = 0 if x_bf16 is None else x_bf16.shape[0]
     plan = _plan(x, K, pdl)
     BN = plan.constants["BN"]
+    inputs, act = _fp8_input(x, x_quantised)
     weight, out = (x_fp8.scales, out_fp8) if x_bf16 is None else (x_bf16, out_bf16)
     _project_kernel[(-(-N2 // BN) + N1 // BN, plan.token_tiles)](
-        x, _bytes(x_fp8.codes), x_fp8.scales, weight, out_fp8, out,
+        x, inputs, _bytes(x_fp8.codes), x_fp8.scales, weight, out_fp8, out,
         x.shape[0], out_fp8.stride(0), out.stride(0),
-        N_BF16=N2, ACT_FP8=True, GROUP_ROWS=N1, GROUP_COLUMNS=0, **plan.constants, **plan.options,
+        N_BF16=N2, ACT=act, GROUP_ROWS=N1, GROUP_COLUMNS=0, **plan.constants, **plan.options,
     )  # fmt: skip
 
 
-def linear(x: Tensor, weight: Weight, out: Tensor, *, act_fp8: bool = True, pdl: bool | None = None) -> None:
+def linear(
+    x: Tensor,
+    weight: Weight,
+    out: Tensor,
+    *,
+    act_fp8: bool = True,
+    quantised: bool = False,
+    pdl: bool | None = None,
+) -> None:
     """`out [T, N]` bf16 = `x [T, K]` bf16 times an FP8 weight; with `act_fp8` the input first passes e4m3.
 
-    Without, the input is taken in f16: exact for bf16 magnitudes from 6e-5 to 65504, saturating above.
+    `quantised`: it has passed already (rounding twice changes nothing, but costs time beyond `ROUNDED_TOKENS`).
+    Without `act_fp8` the input is taken in f16: exact for magnitudes from 6e-5 to 65504, saturating above.
     """
     if x.shape[0] == 0:
         return
     N, K = weight.codes.shape
     plan = _plan(x, K, pdl)
-    BN = plan.constants["BN"]
+    act = _fp8_input(x, x if quantised else None)[1] if act_fp8 else "plain"
     if K <= WIDE_COLUMNS and plan.constants["BT"] <= WIDE_TOKENS:
-        _wide(x, weight, out, plan, act_fp8=act_fp8)
+        _wide(x, weight, out, plan, "round" if act_fp8 else act)
         return
-    _project_kernel[(N // BN, plan.token_tiles)](
-        x, _bytes(weight.codes), weight.scales, weight.scales, out, out,
+    _project_kernel[(N // plan.constants["BN"], plan.token_tiles)](
+        x, x, _bytes(weight.codes), weight.scales, weight.scales, out, out,
         x.shape[0], out.stride(0), out.stride(0),
-        N_BF16=0, ACT_FP8=act_fp8, GROUP_ROWS=N, GROUP_COLUMNS=0, **plan.constants, **plan.options,
+        N_BF16=0, ACT=act, GROUP_ROWS=N, GROUP_COLUMNS=0, **plan.constants, **plan.options,
     )  # fmt: skip
 
 
-def _wide(x: Tensor, weight: Weight, out: Tensor, plan: _Launch, *, act_fp8: bool) -> None:
+def _wide(x: Tensor, weight: Weight, out: Tensor, plan: _Launch, act: str) -> None:
     chosen = tile("linear_decode.wide", x.device)
     constants = plan.constants | {"BN": chosen.n, "STAGES": chosen.stages, "AHEAD": PREFETCH_TILES}
     constants["KC"] = constants.pop("KW")
@@ -401,7 +320,7 @@ def _wide(x: Tensor, weight: Weight, out: Tensor, plan: _Launch, *, act_fp8: boo
     walkers = min(tiles, chosen.group * num_sms(x.device))
     _wide_kernel[(walkers, plan.token_tiles)](
         x, _bytes(weight.codes), weight.scales, out, x.shape[0], out.stride(0),
-        TILES=tiles, STEPS=-(-tiles // walkers), ACT_FP8=act_fp8, **constants, **plan.options,
+        TILES=tiles, STEPS=-(-tiles // walkers), ACT=act, **constants, **plan.options,
     )  # fmt: skip
 
 
@@ -418,9 +337,9 @@ def grouped_linear(x: Tensor, weight: Weight, out: Tensor, *, pdl: bool | None =
     if x.stride(1) != K:
         raise ValueError("groups of the activations must be contiguous")
     _project_kernel[(rows // plan.constants["BN"], plan.token_tiles)](
-        x, _bytes(weight.codes), weight.scales, weight.scales, out, out,
+        x, x, _bytes(weight.codes), weight.scales, weight.scales, out, out,
         x.shape[0], out.stride(0), out.stride(0),
-        N_BF16=0, ACT_FP8=False, GROUP_ROWS=rows // G, GROUP_COLUMNS=K, **plan.constants, **plan.options,
+        N_BF16=0, ACT="plain", GROUP_ROWS=rows // G, GROUP_COLUMNS=K, **plan.constants, **plan.options,
     )  # fmt: skip
 
 
@@ -432,6 +351,7 @@ def gate_and_shared(
     out_logits: Tensor,
     out_hidden: Tensor,
     *,
+    x_quantised: Tensor | None = None,
     pdl: bool | None = None,
 ) -> None:
     """Router logits and the shared expert's hidden activations of `x [T, D]` bf16, in one launch.
@@ -445,9 +365,10 @@ def gate_and_shared(
     inner = w13.codes.shape[0] // 2
     plan = _plan(x, K, pdl)
     BN = plan.constants["BN"]
+    inputs, act = _fp8_input(x, x_quantised)
     _gate_kernel[(-(-E // BN) + 2 * inner // BN, plan.token_tiles)](
-        x, gate, _bytes(w13.codes), w13.scales, out_logits, out_hidden, x.shape[0], float(limit),
-        E=E, INNER=inner, **plan.constants, **plan.options,
+        x, inputs, gate, _bytes(w13.codes), w13.scales, out_logits, out_hidden, x.shape[0], float(limit),
+        E=E, INNER=inner, ACT=act, **plan.constants, **plan.options,
     )  # fmt: skip
 
 
@@ -480,11 +401,11 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     large = one | {"BN": many.n, "BT": 64, "R": 64, "STAGES": many.stages}
     x = {"x": "*bf16", "num_tokens": "i32"}
     fp8 = {"codes": "*u8", "scales": "*fp32"}
-    project = x | fp8 | {"weight": "*bf16", "out_fp8": "*bf16", "out_bf16": "*fp32"}
+    project = x | fp8 | {"x_fp8": "*bf16", "weight": "*bf16", "out_fp8": "*bf16", "out_bf16": "*fp32"}
     project |= {"out_fp8_stride": "i32", "out_bf16_stride": "i32"}
-    rows = {"N_BF16": 2624, "ACT_FP8": True, "GROUP_ROWS": 1536, "GROUP_COLUMNS": 0, "HW": hw}
-    gate = x | fp8 | {"gate": "*bf16", "out_logits": "*fp32", "out_hidden": "*bf16", "limit": "fp32"}
-    experts = {"E": 256, "INNER": 2048, "HW": hw}
+    rows = {"N_BF16": 2624, "ACT": "round", "GROUP_ROWS": 1536, "GROUP_COLUMNS": 0, "HW": hw}
+    gate = x | fp8 | {"x_fp8": "*bf16", "gate": "*bf16", "out_logits": "*fp32", "out_hidden": "*bf16", "limit": "fp32"}
+    experts = {"E": 256, "ACT": "round", "INNER": 2048, "HW": hw}
     walk = {k: v for k, v in one.items() if k not in ("KW", "WIDEN")}
     walk |= {
         "K": 1024,
@@ -492,14 +413,14 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         "BN": wide.n,
         "AHEAD": PREFETCH_TILES,
         "STAGES": wide.stages,
-        "ACT_FP8": True,
+        "ACT": "round",
         "HW": hw,
     }
     q = x | fp8 | {"out": "*bf16", "out_stride": "i32"}
     words = x | {"weight": "*bf16", "out": "*fp32", "N": "i32"}
     return [
         ("project_x one", _project_kernel, project, one | rows, options),
-        ("project_x many", _project_kernel, project, large | rows, options),
+        ("project_x many", _project_kernel, project, large | rows | {"ACT": "rounded"}, options),
         ("gate_and_shared one", _gate_kernel, gate, one | experts, options),
         ("linear wide one", _wide_kernel, q, walk | {"TILES": 2560, "STEPS": 10}, options),
         ("linear wide 16", _wide_kernel, q, walk | {"TILES": 2560, "STEPS": 10, "BT": 16, "R": 16}, options),

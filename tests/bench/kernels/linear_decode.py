@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.bench.kernels.timing import Row, copy_bandwidth, graph_ms, num_copies, report
 from workers.kernels import linear_decode as kernels
+from workers.reference.quant import fp8_fake_quant
 
 D, HEAD_DIM, HEADS, LATENT, GROUPS, RANK, INNER, EXPERTS = 4096, 512, 64, 1024, 8, 1024, 2048, 256
 INDEX_ROWS, VOCABULARY = 64 * 128, 129280
@@ -49,22 +50,23 @@ def row(name: str, T: int, sizes: Sequence[tuple[int, int, int]], make: Callable
 
 def project(T: int, rows_bf16: int) -> Row:
     x = bf16(T, D)
+    quantised = fp8_fake_quant(x, 128)
 
     def make() -> Callable[[], None]:
         weight, plain = fp8_weight(LATENT + HEAD_DIM, D), bf16(rows_bf16, D) if rows_bf16 else None
         out = empty(T, LATENT + HEAD_DIM)
         raw = empty(T, rows_bf16, dtype=torch.float32) if rows_bf16 else None
-        return lambda: kernels.project_x(x, weight, plain, out, raw)
+        return lambda: kernels.project_x(x, weight, plain, out, raw, x_quantised=quantised)
 
     return row(f"project_x {LATENT + HEAD_DIM}+{rows_bf16}", T, [(LATENT + HEAD_DIM, D, 1), (rows_bf16, D, 2)], make)
 
 
 def linear(T: int, name: str, rows: int, columns: int) -> Row:
-    x = bf16(T, columns)
+    x = fp8_fake_quant(bf16(T, columns), 128)
 
     def make() -> Callable[[], None]:
         weight, out = fp8_weight(rows, columns), empty(T, rows)
-        return lambda: kernels.linear(x, weight, out)
+        return lambda: kernels.linear(x, weight, out, quantised=True)
 
     return row(f"linear {name} {rows}x{columns}", T, [(rows, columns, 1)], make)
 
@@ -82,11 +84,12 @@ def grouped(T: int) -> Row:
 
 def gate(T: int) -> Row:
     x = bf16(T, D)
+    quantised = fp8_fake_quant(x, 128)
 
     def make() -> Callable[[], None]:
         router, w13 = bf16(EXPERTS, D), fp8_weight(2 * INNER, D)
         logits, hidden = empty(T, EXPERTS, dtype=torch.float32), empty(T, INNER)
-        return lambda: kernels.gate_and_shared(x, router, w13, LIMIT, logits, hidden)
+        return lambda: kernels.gate_and_shared(x, router, w13, LIMIT, logits, hidden, x_quantised=quantised)
 
     return row("gate_and_shared 256, 2x2048", T, [(EXPERTS, D, 2), (2 * INNER, D, 1)], make)
 

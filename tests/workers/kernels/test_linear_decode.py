@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from workers.kernels import linear_decode as kernels
 from workers.reference import linear as reference
 from workers.reference.moe import swiglu
-from workers.reference.quant import fp8_block_dequant, fp8_block_quant
+from workers.reference.quant import fp8_block_dequant, fp8_block_quant, fp8_fake_quant
 
 TOLERANCE = 2e-5
 """Relative to the output's norm, before the output's rounding to bf16: fp32 sums in another order."""
@@ -154,6 +154,28 @@ def test_projection_and_router_bits_do_not_depend_on_the_batch(T: int, device: t
     x[1:] = float("nan")
     for batch, single in zip(run(x), alone, strict=True):
         assert torch.equal(batch[0], single[0])
+
+
+@pytest.mark.parametrize("T", [9, 16])
+def test_rounding_beforehand_gives_the_same_bits(T: int, device: torch.device) -> None:
+    K, inner = 2048, 128
+    weight, x = fp8_weight(2 * inner, K, device), tokens(T, K, device=device)
+    rounded = fp8_fake_quant(x.cpu(), 128).to(device)
+    gate = torch.zeros(16, K, dtype=torch.bfloat16, device=device)
+
+    def run(**options: object) -> tuple[torch.Tensor, ...]:
+        out, hidden = (poisoned(T, n, dtype=torch.bfloat16, device=device) for n in (2 * inner, inner))
+        logits = poisoned(T, 16, dtype=torch.float32, device=device)
+        kernels.project_x(x, weight, None, out, None, **options)
+        kernels.gate_and_shared(x, gate, weight, 10.0, logits, hidden, **options)
+        return out, hidden
+
+    for mine, theirs in zip(run(x_quantised=rounded), run(), strict=True):
+        assert torch.equal(mine, theirs)
+    out, again = (poisoned(T, 2 * inner, dtype=torch.bfloat16, device=device) for _ in range(2))
+    kernels.linear(rounded, weight, out, quantised=True)
+    kernels.linear(x, weight, again)
+    assert torch.equal(out, again)
 
 
 def test_no_tokens_is_no_work(device: torch.device) -> None:

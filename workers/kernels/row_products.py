@@ -1,0 +1,136 @@
+"""Device functions of the decode linears: a few weight rows times a few tokens over all of K.
+
+Owns: how a product is computed, for every number of tokens the same, so that a token's bits do not depend on its batch:
+warp w of KW walks the 128-column blocks w, w + KW, ...; per block a 16-bit tensor-core product with fp32 sums over 128
+columns, then `sum += product * (activation scale * weight scale)` in fp32; at the end the KW partial sums are added in
+order. The weight is the big operand (M = 16 rows) and tokens the small one (N = 8 an instruction), and an output column
+depends on its own token only. Weights come by asynchronous 16-byte copies, STAGES - 1 steps ahead.
+
+Shapes: BN rows, BT tokens of which R are loaded (1 or BT), K columns, KW warps.
+WIDEN: fp32 operands instead of bf16, for the interpreter, whose `tl.dot` takes bf16 for integers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from workers.kernels.formats import e4m3_to_f16, f32_to_e4m3, pow2_reciprocal, pow2_scale_ceil
+from workers.kernels.launch import prefetch_l2
+
+
+@triton.jit
+def inputs_of(x, HW: tl.constexpr, ACT: tl.constexpr, WIDEN: tl.constexpr):
+    """16-bit operand `[KW, R, 128]` and scale fp32 `[KW, R]` of bf16 activations, one group per last axis.
+
+    ACT "round": e4m3 codes in f16. "rounded": x is code * scale already, exact in bf16. "plain": x in f16, saturating.
+    The first two give the same sums: their scales are powers of two.
+    """
+    scale = tl.full([x.shape[0], x.shape[1]], 1.0, tl.float32)
+    if ACT == "round":
+        x = x.to(tl.float32)
+        scale, _ = pow2_scale_ceil(tl.max(tl.abs(x), 2), 448.0, 1e-4)
+        x = e4m3_to_f16(f32_to_e4m3(x * pow2_reciprocal(scale)[:, :, None], HW), HW)
+    elif ACT == "plain":
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
+    elif WIDEN:
+        x = x.to(tl.float32)
+    return x, scale
+
+
+@triton.jit
+def weights_of(codes, HW: tl.constexpr, ACT: tl.constexpr, WIDEN: tl.constexpr):
+    """The operand of e4m3 codes that goes with `inputs_of`; exact."""
+    w = e4m3_to_f16(codes, HW)
+    if ACT == "rounded":
+        w = w.to(tl.float32)
+        if not WIDEN:
+            w = w.to(tl.bfloat16)
+    return w
+
+
+@triton.jit
+def spread(value, BT: tl.constexpr):
+    """`[KW, R, C]` to `[KW, C, BT]`: the small operand. One row (R = 1) stands in every column."""
+    if value.shape[1] != BT:
+        value = tl.broadcast_to(value, (value.shape[0], BT, value.shape[2]))
+    return tl.permute(value, (0, 2, 1))
+
+
+@triton.jit
+def prefetch_rows(base, row, valid, ROW_BYTES: tl.constexpr, BYTES: tl.constexpr):
+    """Ask L2 for the first `BYTES` (whole lines) of each row, `ROW_BYTES` apart, of a uint8 matrix."""
+    for line in tl.static_range(0, BYTES, 1024):
+        column = tl.minimum(line + tl.arange(0, 8) * 128, ROW_BYTES - 1)
+        prefetch_l2(tl.where(valid[:, None], base + row.to(tl.int64)[:, None] * ROW_BYTES + column[None, :], base))
+
+
+@triton.jit
+def fp8_rows(
+    x, x_stride, token, valid_token, codes, scales, row, block_row, other_row,
+    K: tl.constexpr, KW: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, PAIR: tl.constexpr, ACT: tl.constexpr,
+    HW: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """fp32 `[BN, BT]`: FP8 weight rows `row [BN]` times tokens. `block_row` is their row of scales.
+
+    PAIR: the first half of the rows has scales `block_row`, the second `other_row`.
+    """
+    warp = tl.arange(0, KW)
+    column = warp[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]
+    weights = codes + row[None, :, None] * K + column
+    inputs = x + token[None, :, None] * x_stride + column
+    first = scales + block_row * (K // 128) + warp
+    second = scales + other_row * (K // 128) + warp
+    half = (tl.arange(0, BN) < BN // 2)[None, :, None]
+    sums = tl.zeros([KW, BN, BT], tl.float32)
+    for _ in tl.range(0, K // (KW * 128), num_stages=STAGES):
+        w = tl.load(weights)
+        value = tl.load(inputs, mask=valid_token[None, :, None], other=0.0)
+        value, scale = inputs_of(value, HW, ACT, WIDEN)
+        product = tl.dot(weights_of(w, HW, ACT, WIDEN), spread(value, BT), input_precision="ieee")
+        if PAIR:
+            factor = tl.where(half, tl.load(first)[:, None, None], tl.load(second)[:, None, None])
+            sums += product * (factor * scale[:, None, :])
+            second += KW
+        else:
+            sums += product * (tl.load(first)[:, None] * scale)[:, None, :]
+        weights += KW * 128
+        inputs += KW * 128
+        first += KW
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def bf16_rows(
+    x, x_stride, token, valid_token, weight, row, valid_row,
+    K: tl.constexpr, KW: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """fp32 `[BN, BT]`: bf16 rows times bf16 tokens, no rounding of either."""
+    column = tl.arange(0, KW)[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]
+    weights = weight + row[None, :, None] * K + column
+    inputs = x + token[None, :, None] * x_stride + column
+    sums = tl.zeros([KW, BN, BT], tl.float32)
+    for _ in tl.range(0, K // (KW * 128), num_stages=STAGES):
+        w = tl.load(weights, mask=valid_row[None, :, None], other=0.0)
+        value = tl.load(inputs, mask=valid_token[None, :, None], other=0.0)
+        if WIDEN:
+            sums = tl.dot(w.to(tl.float32), spread(value.to(tl.float32), BT), sums, input_precision="ieee")
+        else:
+            sums = tl.dot(w, spread(value, BT), sums)
+        weights += KW * 128
+        inputs += KW * 128
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def tokens_of(start, num_tokens, R: tl.constexpr):
+    token = start + tl.arange(0, R)
+    return token, token < num_tokens
+
+
+@triton.jit
+def store_rows(out, out_stride, value, row, valid_row, start, num_tokens, BT: tl.constexpr):
+    """`value [BN, BT]` into `out [T, N]`, transposed."""
+    token = start + tl.arange(0, BT)
+    pointers = out + token[None, :].to(tl.int64) * out_stride + row[:, None]
+    tl.store(pointers, value.to(out.dtype.element_ty), mask=(token < num_tokens)[None, :] & valid_row[:, None])
