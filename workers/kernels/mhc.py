@@ -26,7 +26,7 @@ STREAMS = 4
 MIXES = STREAMS * (2 + STREAMS)
 """Rows of `fn`: 4 pre, 4 post, 16 comb (row-major)."""
 
-TILE_CHANNELS = 64
+TILE_CHANNELS = 32
 """Channels of one program of the first launch. Changes the order of every sum, so the same for all batches."""
 
 WORK_ROWS = 40
@@ -172,6 +172,7 @@ def _sums(
         R=0 if sub_out is None else sub_out.shape[1],
         NUM_FN=fn.shape[0],
         TILE=TILE_CHANNELS,
+        NUM_TILES=hidden // TILE_CHANNELS,
         HAS_ROWS=rows is not None,
         num_warps=4,
         **pdl_options(streams, pdl),
@@ -211,6 +212,7 @@ def _collapsed(
         NUM_TILES=num_tiles,
         TILES_POW2=triton.next_power_of_2(num_tiles),
         BLOCK=block,
+        W=1,
         HEAD=head,
         HAS_ROWS=rows is not None,
         QUANTISE=x_quantised is not None,
@@ -238,7 +240,14 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         "num_rows": "i32",
         "rows_each": "i32",
     }
-    sums = {"D": hidden, "NUM_FN": 24, "TILE": TILE_CHANNELS, "HAS_ROWS": False, **pdl}
+    sums = {
+        "D": hidden,
+        "NUM_FN": 24,
+        "TILE": TILE_CHANNELS,
+        "NUM_TILES": hidden // TILE_CHANNELS,
+        "HAS_ROWS": False,
+        **pdl,
+    }
     collapse_tensors = {
         **{name: tensors[name] for name in ("streams", "rows", "work", "post", "comb")},
         "base": "*fp32",
@@ -253,6 +262,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         "NUM_TILES": num_tiles,
         "TILES_POW2": num_tiles,
         "BLOCK": COLLAPSE_CHANNELS,
+        "W": 1,
         "HEAD": False,
         "HAS_ROWS": False,
         "QUANTISE": True,

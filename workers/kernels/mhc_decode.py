@@ -71,6 +71,77 @@ def _loaded_gates(post, comb, token):
     )
 
 
+@triton.jit
+def _fn_tile(fn, tile, D: tl.constexpr, NUM_FN: tl.constexpr, TILE: tl.constexpr):
+    """Three blocks `[8, 4 * TILE]` of the rows of `fn`; one block of 4 rows for the head."""
+    flat = tl.arange(0, 4 * TILE)
+    column = (flat // TILE) * D + tile * TILE + flat % TILE
+    row = tl.arange(0, 8)[:, None]
+    weight = fn + row * (4 * D) + column[None, :]
+    if NUM_FN == 24:
+        return tl.load(weight), tl.load(weight + 8 * 4 * D), tl.load(weight + 16 * 4 * D)
+    else:
+        return (tl.load(weight, mask=row < NUM_FN, other=0.0),)
+
+
+@triton.jit
+def _row_sums(
+    sub_out,
+    streams,
+    post,
+    comb,
+    weights,
+    target,
+    token,
+    tile,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    NUM_FN: tl.constexpr,
+    TILE: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+):
+    """Write back `TILE` channels of one token and store their partial sums, one per row of `target [40, tiles]`."""
+    stream = tl.arange(0, 4)[:, None]
+    channel = tile * TILE + tl.arange(0, TILE)[None, :] + 0 * stream  # [4, TILE]
+    base = streams + token * (4 * D) + channel
+    if R > 0:
+        r0 = tl.load(base).to(tl.float32)
+        r1 = tl.load(base + D).to(tl.float32)
+        r2 = tl.load(base + 2 * D).to(tl.float32)
+        r3 = tl.load(base + 3 * D).to(tl.float32)
+        out = tl.load(sub_out + token * (R * D) + channel).to(tl.float32)
+        for part in tl.static_range(1, R):
+            out += tl.load(sub_out + token * (R * D) + part * D + channel).to(tl.float32)
+        gates = _loaded_gates(post, comb, token)
+        x = _mixed(gates, stream, r0, r1, r2, r3, out)
+        x1 = _mixed(gates, (stream + 1) & 3, r0, r1, r2, r3, out)
+        x2 = _mixed(gates, (stream + 2) & 3, r0, r1, r2, r3, out)
+        # Warps read each other's streams: all must have read before one writes.
+        tl.debug_barrier()
+        tl.store(base + stream * D, x.to(tl.bfloat16))
+    else:
+        x = tl.load(base + stream * D).to(tl.float32)
+        x1 = tl.load(base + ((stream + 1) & 3) * D).to(tl.float32)
+        x2 = tl.load(base + ((stream + 2) & 3) * D).to(tl.float32)
+    pair = tl.arange(0, 4)
+    tl.store(target + (24 + pair) * NUM_TILES, tl.sum(x * x, axis=1))
+    tl.store(target + (28 + pair) * NUM_TILES, tl.sum(x * x1, axis=1))
+    tl.store(target + (32 + pair) * NUM_TILES, tl.sum(x * x2, axis=1), mask=pair < 2)
+    flat_x = tl.reshape(x, (4 * TILE,))[None, :]
+    row = tl.arange(0, 8)
+    if NUM_FN == 24:
+        for i in tl.static_range(3):
+            tl.store(target + (8 * i + row) * NUM_TILES, tl.sum(weights[i] * flat_x, axis=1))
+    else:
+        tl.store(target + row * NUM_TILES, tl.sum(weights[0] * flat_x, axis=1), mask=row < NUM_FN)
+
+
+@triton.jit
+def token_work(index, NUM_TILES: tl.constexpr):
+    """Offset of a token's partial sums `[40, tiles]`."""
+    return index.to(tl.int64) * (40 * NUM_TILES)
+
+
 @triton.jit(do_not_specialize=["num_rows", "rows_each"])
 def partial_sums_kernel(
     sub_out,
@@ -86,6 +157,7 @@ def partial_sums_kernel(
     R: tl.constexpr,
     NUM_FN: tl.constexpr,
     TILE: tl.constexpr,
+    NUM_TILES: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -93,19 +165,7 @@ def partial_sums_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
-    num_tiles = tl.num_programs(0)
-    flat = tl.arange(0, 4 * TILE)
-    column = (flat // TILE) * D + tile * TILE + flat % TILE
-    fn_row = tl.arange(0, 8)
-    weight = fn + fn_row[:, None] * (4 * D) + column[None, :]
-    if NUM_FN == 24:
-        w0 = tl.load(weight)
-        w1 = tl.load(weight + 8 * 4 * D)
-        w2 = tl.load(weight + 16 * 4 * D)
-    else:
-        w0 = tl.load(weight, mask=fn_row[:, None] < NUM_FN, other=0.0)
-    stream = tl.arange(0, 4)[:, None]
-    channel = tile * TILE + tl.arange(0, TILE)[None, :] + 0 * stream  # [4, TILE]
+    weights = _fn_tile(fn, tile, D, NUM_FN, TILE)
     if PDL:
         tl.extra.cuda.gdc_wait()
     index = tl.program_id(1) * rows_each
@@ -114,50 +174,17 @@ def partial_sums_kernel(
         token = index.to(tl.int64)
         if HAS_ROWS:
             token = tl.maximum(tl.load(rows + index), 0).to(tl.int64)
-        base = streams + token * (4 * D) + channel
-        if R > 0:
-            r0 = tl.load(base).to(tl.float32)
-            r1 = tl.load(base + D).to(tl.float32)
-            r2 = tl.load(base + 2 * D).to(tl.float32)
-            r3 = tl.load(base + 3 * D).to(tl.float32)
-            out = tl.load(sub_out + token * (R * D) + channel).to(tl.float32)
-            for part in tl.static_range(1, R):
-                out += tl.load(sub_out + token * (R * D) + part * D + channel).to(tl.float32)
-            gates = _loaded_gates(post, comb, token)
-            x = _mixed(gates, stream, r0, r1, r2, r3, out)
-            x1 = _mixed(gates, (stream + 1) & 3, r0, r1, r2, r3, out)
-            x2 = _mixed(gates, (stream + 2) & 3, r0, r1, r2, r3, out)
-            # Warps read each other's streams: all must have read before one writes.
-            tl.debug_barrier()
-            tl.store(base + stream * D, x.to(tl.bfloat16))
-        else:
-            x = tl.load(base + stream * D).to(tl.float32)
-            x1 = tl.load(base + ((stream + 1) & 3) * D).to(tl.float32)
-            x2 = tl.load(base + ((stream + 2) & 3) * D).to(tl.float32)
-        target = work + token_work(index, num_tiles) + tile
-        flat_x = tl.reshape(x, (4 * TILE,))[None, :]
-        tl.store(target + fn_row * num_tiles, tl.sum(w0 * flat_x, axis=1), mask=fn_row < NUM_FN)
-        if NUM_FN == 24:
-            tl.store(target + (8 + fn_row) * num_tiles, tl.sum(w1 * flat_x, axis=1))
-            tl.store(target + (16 + fn_row) * num_tiles, tl.sum(w2 * flat_x, axis=1))
-        pair = tl.arange(0, 4)
-        tl.store(target + (24 + pair) * num_tiles, tl.sum(x * x, axis=1))
-        tl.store(target + (28 + pair) * num_tiles, tl.sum(x * x1, axis=1))
-        tl.store(target + (32 + pair) * num_tiles, tl.sum(x * x2, axis=1), mask=pair < 2)
+        target = work + token_work(index, NUM_TILES) + tile
+        _row_sums(sub_out, streams, post, comb, weights, target, token, tile, D, R, NUM_FN, TILE, NUM_TILES)
         index += 1
 
 
 @triton.jit
-def token_work(index, num_tiles):
-    """Offset of a token's partial sums `[40, tiles]`."""
-    return index.to(tl.int64) * (40 * num_tiles)
-
-
-@triton.jit
-def _total(sums, row: tl.constexpr, num_tiles: tl.constexpr, TILES_POW2: tl.constexpr):
-    """Sum of one row of partial sums."""
-    tile = tl.arange(0, TILES_POW2)
-    return tl.sum(tl.load(sums + row * num_tiles + tile, mask=tile < num_tiles, other=0.0), axis=0)
+def _total(sums, row: tl.constexpr, NUM_TILES: tl.constexpr, TILES_POW2: tl.constexpr, W: tl.constexpr):
+    """Sum of one row of partial sums, as a block `[W]` of equal values: each of the program's W warps adds for itself,
+    which saves the exchange between warps."""
+    tile = tl.arange(0, TILES_POW2)[None, :] + 0 * tl.arange(0, W)[:, None]
+    return tl.sum(tl.load(sums + row * NUM_TILES + tile, mask=tile < NUM_TILES, other=0.0), axis=1)
 
 
 @triton.jit
@@ -199,33 +226,104 @@ def _normalised4(a, b, c, d, EPS: tl.constexpr):
 
 
 @triton.jit
-def _pre_gate(sums, base, scale, inverse_rms, index: tl.constexpr, num_tiles, TILES_POW2: tl.constexpr, EPS):
-    mix = _total(sums, index, num_tiles, TILES_POW2) * inverse_rms
-    return tl.sigmoid(mix * tl.load(scale) + tl.load(base + index)) + EPS
+def _inverse_rms(g00, g11, g22, g33, D: tl.constexpr, NORM_EPS: tl.constexpr):
+    """1 / rms over all channels of the four streams."""
+    return tl.rsqrt(((g00 + g11) + (g22 + g33)) / (4 * D) + NORM_EPS)
+
+
+@triton.jit
+def _read_input(
+    streams,
+    base,
+    scale,
+    gamma,
+    sums,
+    x,
+    x_quantised,
+    token,
+    index,
+    channel,
+    D: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    TILES_POW2: tl.constexpr,
+    W: tl.constexpr,
+    QUANTISE: tl.constexpr,
+    HW: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+):
+    """Channels `channel [W, C]` of the normed mix. `token`: row of the streams; `index`: row of `x`."""
+    inside = channel < D
+    source = streams + token * (4 * D) + channel
+    x0 = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    x1 = tl.load(source + D, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(source + 2 * D, mask=inside, other=0.0).to(tl.float32)
+    x3 = tl.load(source + 3 * D, mask=inside, other=0.0).to(tl.float32)
+    g00 = _total(sums, 24, NUM_TILES, TILES_POW2, W)
+    g11 = _total(sums, 25, NUM_TILES, TILES_POW2, W)
+    g22 = _total(sums, 26, NUM_TILES, TILES_POW2, W)
+    g33 = _total(sums, 27, NUM_TILES, TILES_POW2, W)
+    inverse_rms = _inverse_rms(g00, g11, g22, g33, D, NORM_EPS)
+    pre_scale = tl.load(scale) * inverse_rms
+    a0 = tl.sigmoid(_total(sums, 0, NUM_TILES, TILES_POW2, W) * pre_scale + tl.load(base)) + EPS
+    a1 = tl.sigmoid(_total(sums, 1, NUM_TILES, TILES_POW2, W) * pre_scale + tl.load(base + 1)) + EPS
+    a2 = tl.sigmoid(_total(sums, 2, NUM_TILES, TILES_POW2, W) * pre_scale + tl.load(base + 2)) + EPS
+    a3 = tl.sigmoid(_total(sums, 3, NUM_TILES, TILES_POW2, W) * pre_scale + tl.load(base + 3)) + EPS
+    squares = a0 * a0 * g00 + a1 * a1 * g11 + a2 * a2 * g22 + a3 * a3 * g33
+    products = a0 * a1 * _total(sums, 28, NUM_TILES, TILES_POW2, W)
+    products += a1 * a2 * _total(sums, 29, NUM_TILES, TILES_POW2, W)
+    products += a2 * a3 * _total(sums, 30, NUM_TILES, TILES_POW2, W)
+    products += a3 * a0 * _total(sums, 31, NUM_TILES, TILES_POW2, W)
+    products += a0 * a2 * _total(sums, 32, NUM_TILES, TILES_POW2, W)
+    products += a1 * a3 * _total(sums, 33, NUM_TILES, TILES_POW2, W)
+    # The sum of squares of the mix; rounding may leave a tiny negative number where the streams cancel.
+    inverse = tl.rsqrt(tl.maximum(squares + 2.0 * products, 0.0) / D + NORM_EPS)
+    mixed = a0[:, None] * x0 + a1[:, None] * x1 + a2[:, None] * x2 + a3[:, None] * x3
+    normed = (mixed * inverse[:, None] * gamma).to(tl.bfloat16)
+    tl.store(x + index * D + channel, normed, mask=inside)
+    if QUANTISE:
+        SHAPE: tl.constexpr = normed.shape
+        BLOCK: tl.constexpr = SHAPE[0] * SHAPE[1]
+        codes, group_scale = round_fp8_groups(tl.reshape(normed.to(tl.float32), (1, BLOCK)), 128, HW)
+        values = tl.reshape(e4m3_to_f32(codes, HW), (BLOCK // 128, 128)) * tl.reshape(group_scale, (BLOCK // 128, 1))
+        tl.store(x_quantised + index * D + channel, tl.reshape(values, SHAPE).to(tl.bfloat16), mask=inside)
 
 
 @triton.jit
 def _write_gates(
-    sums, base, scale, post, comb, token, inverse_rms, num_tiles, TILES_POW2: tl.constexpr, ITERS, EPS: tl.constexpr
+    base,
+    scale,
+    sums,
+    post,
+    comb,
+    token,
+    D: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    TILES_POW2: tl.constexpr,
+    W: tl.constexpr,
+    ITERS: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM_EPS: tl.constexpr,
 ):
     """The post gates and the Sinkhorn matrix of one token."""
-    post_scale = tl.load(scale + 1)
-    comb_scale = tl.load(scale + 2)
+    g00 = _total(sums, 24, NUM_TILES, TILES_POW2, W)
+    g11 = _total(sums, 25, NUM_TILES, TILES_POW2, W)
+    g22 = _total(sums, 26, NUM_TILES, TILES_POW2, W)
+    g33 = _total(sums, 27, NUM_TILES, TILES_POW2, W)
+    inverse_rms = _inverse_rms(g00, g11, g22, g33, D, NORM_EPS)
+    post_scale = tl.load(scale + 1) * inverse_rms
+    comb_scale = tl.load(scale + 2) * inverse_rms
+    same = tl.zeros((W,), tl.int32)  # equal values to one address
+    logits = ()
+    for i in tl.static_range(16):
+        total = _total(sums, 8 + i, NUM_TILES, TILES_POW2, W)
+        logits = logits + (total * comb_scale + tl.load(base + 8 + i),)
     for k in tl.static_range(4):
-        mix = _total(sums, 4 + k, num_tiles, TILES_POW2) * inverse_rms
-        tl.store(post + token * 4 + k, 2.0 * tl.sigmoid(mix * post_scale + tl.load(base + 4 + k)))
-    logits = (_comb_logit(sums, base, comb_scale, inverse_rms, 0, num_tiles, TILES_POW2),)
-    for i in tl.static_range(1, 16):
-        logits = logits + (_comb_logit(sums, base, comb_scale, inverse_rms, i, num_tiles, TILES_POW2),)
+        gate = tl.sigmoid(_total(sums, 4 + k, NUM_TILES, TILES_POW2, W) * post_scale + tl.load(base + 4 + k))
+        tl.store(post + token * 4 + k + same, 2.0 * gate)
     matrix = sinkhorn_rows(logits, ITERS, EPS)
     for i in tl.static_range(16):
-        tl.store(comb + token * 16 + i, matrix[i])
-
-
-@triton.jit
-def _comb_logit(sums, base, comb_scale, inverse_rms, i: tl.constexpr, num_tiles, TILES_POW2: tl.constexpr):
-    mix = _total(sums, 8 + i, num_tiles, TILES_POW2) * inverse_rms
-    return mix * comb_scale + tl.load(base + 8 + i)
+        tl.store(comb + token * 16 + i + same, matrix[i])
 
 
 @triton.jit
@@ -244,6 +342,7 @@ def collapse_kernel(
     NUM_TILES: tl.constexpr,
     TILES_POW2: tl.constexpr,
     BLOCK: tl.constexpr,
+    W: tl.constexpr,
     HEAD: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     QUANTISE: tl.constexpr,
@@ -253,52 +352,40 @@ def collapse_kernel(
     NORM_EPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (T, D / BLOCK + 1), or without the + 1 for the head: its last program computes the gates of `hc_post`."""
+    """Grid (T, D / BLOCK + 1), or without the + 1 for the head: its first program computes the gates of `hc_post`,
+    which take longest."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     index = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    channel = block * BLOCK + tl.arange(0, BLOCK)
-    inside = channel < D
-    gamma = tl.load(norm_weight + channel, mask=inside, other=0.0)
+    block = tl.program_id(1) + HEAD - 1
+    channel = tl.arange(0, W)[:, None] * (BLOCK // W) + tl.arange(0, BLOCK // W)[None, :] + block * BLOCK
+    gamma = tl.load(norm_weight + channel, mask=(channel >= 0) & (channel < D), other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
     sums = work + token_work(index, NUM_TILES)
-    g00 = _total(sums, 24, NUM_TILES, TILES_POW2)
-    g11 = _total(sums, 25, NUM_TILES, TILES_POW2)
-    g22 = _total(sums, 26, NUM_TILES, TILES_POW2)
-    g33 = _total(sums, 27, NUM_TILES, TILES_POW2)
-    inverse_rms = tl.rsqrt(((g00 + g11) + (g22 + g33)) / (4 * D) + NORM_EPS)
-    if block * BLOCK < D:
+    if block >= 0:
         token = index
         if HAS_ROWS:
             token = tl.maximum(tl.load(rows + index), 0).to(tl.int64)
-        source = streams + token * (4 * D) + channel
-        x0 = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        x1 = tl.load(source + D, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(source + 2 * D, mask=inside, other=0.0).to(tl.float32)
-        x3 = tl.load(source + 3 * D, mask=inside, other=0.0).to(tl.float32)
-        a0 = _pre_gate(sums, base, scale, inverse_rms, 0, NUM_TILES, TILES_POW2, EPS)
-        a1 = _pre_gate(sums, base, scale, inverse_rms, 1, NUM_TILES, TILES_POW2, EPS)
-        a2 = _pre_gate(sums, base, scale, inverse_rms, 2, NUM_TILES, TILES_POW2, EPS)
-        a3 = _pre_gate(sums, base, scale, inverse_rms, 3, NUM_TILES, TILES_POW2, EPS)
-        squares = a0 * a0 * g00 + a1 * a1 * g11 + a2 * a2 * g22 + a3 * a3 * g33
-        products = a0 * a1 * _total(sums, 28, NUM_TILES, TILES_POW2)
-        products += a1 * a2 * _total(sums, 29, NUM_TILES, TILES_POW2)
-        products += a2 * a3 * _total(sums, 30, NUM_TILES, TILES_POW2)
-        products += a3 * a0 * _total(sums, 31, NUM_TILES, TILES_POW2)
-        products += a0 * a2 * _total(sums, 32, NUM_TILES, TILES_POW2)
-        products += a1 * a3 * _total(sums, 33, NUM_TILES, TILES_POW2)
-        # The sum of squares of the mix; rounding may leave a tiny negative number where the streams cancel.
-        inverse = tl.rsqrt(tl.maximum(squares + 2.0 * products, 0.0) / D + NORM_EPS)
-        mixed = a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-        normed = (mixed * inverse * gamma).to(tl.bfloat16)
-        tl.store(x + index * D + channel, normed, mask=inside)
-        if QUANTISE:
-            codes, group_scale = round_fp8_groups(tl.reshape(normed.to(tl.float32), (1, BLOCK)), 128, HW)
-            values = tl.reshape(e4m3_to_f32(codes, HW), (BLOCK // 128, 128)) * tl.reshape(
-                group_scale, (BLOCK // 128, 1)
-            )
-            tl.store(x_quantised + index * D + channel, tl.reshape(values, (BLOCK,)).to(tl.bfloat16), mask=inside)
+        _read_input(
+            streams,
+            base,
+            scale,
+            gamma,
+            sums,
+            x,
+            x_quantised,
+            token,
+            index,
+            channel,
+            D,
+            NUM_TILES,
+            TILES_POW2,
+            W,
+            QUANTISE,
+            HW,
+            EPS,
+            NORM_EPS,
+        )
     elif not HEAD:
-        _write_gates(sums, base, scale, post, comb, index, inverse_rms, NUM_TILES, TILES_POW2, ITERS, EPS)
+        _write_gates(base, scale, sums, post, comb, index, D, NUM_TILES, TILES_POW2, W, ITERS, EPS, NORM_EPS)
