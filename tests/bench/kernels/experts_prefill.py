@@ -1,0 +1,138 @@
+"""Prefill's routed experts of V4-Flash. `python -m tests.bench.kernels.experts_prefill [--tokens 8192] [--sweep]`
+
+Floor: 6 experts x 3 x 2 D I operations per token at the bf16 rate of the tensor cores (about 790 TFLOP/s on an H200).
+With 256 experts 8,192 tokens are 192 pairs an expert: whole tiles of 128 and half ones of 64 compute about 1.17 times
+the pairs. Prediction: unpacking (about 1.6 integer instructions a weight) overlaps with the other block of the
+multiprocessor, 500 TFLOP/s for full tiles and 430 after padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tests.bench.kernels.linear_prefill import _describe, _ms, _tried, use
+from tests.bench.kernels.timing import Row, copy_bandwidth, report
+from workers.kernels import experts_prefill
+from workers.kernels.expert_layout import ExpertLayout, ExpertSlab
+from workers.kernels.quantise_rows import round_in_place
+from workers.kernels.tiles import Tile
+
+WIDE, INNER, EXPERTS, CHOICES = 4096, 2048, 256, 6
+
+TILES = (
+    Tile(m=128, n=128, k=128, warps=4, stages=3),
+    Tile(m=128, n=128, k=128, warps=4, stages=2),
+    Tile(m=64, n=128, k=128, warps=4, stages=3),
+    Tile(m=128, n=256, k=128, warps=8, stages=3),
+    Tile(m=256, n=128, k=128, warps=8, stages=2),
+    Tile(m=128, n=128, k=128, warps=8, stages=3),
+)
+
+
+@dataclass
+class Groups:
+    num_active: Tensor
+    active_experts: Tensor
+    active_begin: Tensor
+    pair_order: Tensor
+
+
+def routing(tokens: int, skew: float) -> Tensor:
+    """Expert ids `[T, k]`: uniform, or with `skew` some experts many times as popular as others."""
+    popularity = -skew * torch.arange(1, EXPERTS + 1, device="cuda").float().log()
+    gumbel = -torch.empty(tokens, EXPERTS, device="cuda").exponential_().log()
+    return (popularity[torch.randperm(EXPERTS, device="cuda")] + gumbel).topk(CHOICES).indices
+
+
+def group(ids: Tensor) -> Groups:
+    """Pairs by expert, as `routing.route` writes them."""
+    active, counts = ids.flatten().unique(return_counts=True)
+    experts = torch.zeros(EXPERTS, dtype=torch.int32, device="cuda")
+    experts[: len(active)] = active
+    begin = torch.zeros(EXPERTS + 1, dtype=torch.int32, device="cuda")
+    begin[1 : len(active) + 1] = counts.cumsum(0)
+    order = ids.flatten().argsort(stable=True).int()
+    return Groups(torch.tensor([len(active)], dtype=torch.int32, device="cuda"), experts, begin, order)
+
+
+def random_slab() -> ExpertSlab:
+    """A layer's experts: random codes, scales around 2**-8."""
+    layout = ExpertLayout(WIDE, INNER)
+    base = torch.randint(0, 256, (EXPERTS, layout.expert_bytes), dtype=torch.uint8, device="cuda")
+    base[:, 3 * layout.code_bytes :] = 116 + (base[:, 3 * layout.code_bytes :] & 3)
+    return ExpertSlab(base.flatten(), torch.arange(EXPERTS, dtype=torch.int32, device="cuda"))
+
+
+def rows_for(tokens: int, slab: ExpertSlab, skew: float, note: str = "", parts: bool = True) -> list[Row]:
+    """Both products, and the whole mixture without the shared expert."""
+    groups = group(routing(tokens, skew))
+    x = torch.randn(tokens, WIDE, device="cuda").bfloat16()
+    weights = torch.rand(tokens, CHOICES, device="cuda")
+    hidden = torch.zeros(tokens, CHOICES, INNER, dtype=torch.bfloat16, device="cuda")
+    out = torch.empty(tokens, CHOICES + 1, WIDE, dtype=torch.bfloat16, device="cuda")
+    words = experts_prefill.tile_words(tokens * CHOICES, EXPERTS, "cuda")
+    tiles = torch.zeros(words, dtype=torch.int32, device="cuda")
+    flops = 2.0 * tokens * CHOICES * WIDE * INNER
+    size = EXPERTS * WIDE * INNER * 17 // 32
+    pairs = tokens * CHOICES
+
+    def listing() -> None:
+        experts_prefill.list_tiles(groups, hidden, tiles, slab)
+
+    def first() -> None:
+        experts_prefill.gate_up(x, weights, groups, slab, hidden, tiles, 10.0)
+
+    def second() -> None:
+        experts_prefill.down(hidden, groups, slab, out, tiles)
+
+    def everything() -> None:
+        listing()
+        first()
+        round_in_place(hidden.view(pairs, INNER), tiles[1:2])
+        second()
+
+    name = f"T={tokens} skew {skew:g}"
+    whole = Row(f"{name} experts", _ms([everything] * 2), 3 * size + pairs * 2 * (3 * INNER + WIDE), 3 * flops, note)
+    if not parts:
+        return [whole]
+    rounding = _ms([lambda: round_in_place(hidden.view(pairs, INNER), tiles[1:2])] * 2)
+    return [
+        Row(f"{name} tile list", _ms([listing] * 4), 4.0 * words),
+        Row(f"{name} gate_up", _ms([first] * 2), 2 * size + pairs * 2 * INNER, 2 * flops, note),
+        Row(f"{name} rounding", rounding, pairs * 4 * INNER, 0, note),
+        Row(f"{name} down", _ms([second] * 2), size + pairs * 2 * (INNER + WIDE), flops, note),
+        whole,
+    ]
+
+
+def sweep(tokens: int, slab: ExpertSlab) -> list[Row]:
+    found: list[Row] = []
+    for tile in TILES:
+        use("experts_prefill.experts", tile)
+        found += [row for row in _tried(partial(rows_for, tokens, slab, 0.0, _describe(tile)), tile) if row.flops]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--sweep", action="store_true", help="other tiles instead of the table's")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    slab = random_slab()
+    if options.sweep:
+        report(sweep(options.tokens, slab), copy_bandwidth())
+        return
+    rows = rows_for(options.tokens, slab, 0.0) + rows_for(options.tokens, slab, 1.0)
+    for tokens in (1024, 4096, 16384):
+        rows += rows_for(tokens, slab, 0.0, parts=False)
+    report(rows, copy_bandwidth())
+
+
+if __name__ == "__main__":
+    main()
