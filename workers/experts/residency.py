@@ -71,11 +71,14 @@ class Residency:
         return Moves(enter[: num_free + len(leave)], leave)
 
     def _best(self, worth: Values, count: int) -> Ids:
-        """Ascending pairs of the highest worth, each layer's floor first; ties to the lower pair."""
+        """Ascending pairs of the highest worth, each layer's floor first; ties to the lower pair.
+
+        A negative worth is never part of a floor.
+        """
         floor = per_layer_floor(count, self._num_layers, self._top_k)
         table = worth.reshape(self._num_layers, self._num_experts)
         rank = np.empty_like(table, dtype=np.int64)
         order = np.argsort(-table, axis=1, kind="stable")
         np.put_along_axis(rank, order, np.arange(self._num_experts)[None, :], 1)
-        first = (rank.ravel() >= floor).astype(np.int64)
+        first = (rank.ravel() >= floor) | (worth < 0)
         return np.sort(np.lexsort((np.arange(len(worth)), -worth, first))[:count])

@@ -1,0 +1,264 @@
+"""`ExpertCache`: keeps one GPU's slab filled with the experts that its steps use, without ever stopping a step.
+
+Owns: the order of table changes, slot writes and steps; use counters on their way to the host. Does not own: kernels
+(they read the table and count uses), where the bytes of absent experts are (the bank), who deserves a slot
+(`Residency`). One owner: the thread that launches the steps.
+
+Every `interval` steps the thread looks once at what has finished and starts what is next; nothing waits:
+
+    counters -> host      (event)  decide: leavers get their home's code in the table
+    table change          (event)  every step launched before it is over: leaving slots are quiet, newcomers are copied
+    copies into slots     (event)  newcomers get their slot's code in the table
+
+A miss is read in place by the kernels, so all of this is about speed alone: tokens are the same bits at any residency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvstore.errors import IntegrityError
+from workers.experts.residency import Residency
+from workers.experts.slots import Change, SlotState, SlotTable
+
+
+class Mark(Protocol):
+    """A point in the device's work."""
+
+    def passed(self) -> bool:
+        """Whether everything before it is over."""
+
+
+class Lanes(Protocol):
+    """How work reaches the device: `step_*` in order with the steps, `copy` beside them."""
+
+    def step_mark(self) -> Mark:
+        """After every step and table change launched so far."""
+
+    def step_copy(self, target: Tensor, source: Tensor) -> None:
+        """In order with the steps, without waiting for it."""
+
+    def side_copy(self, target: Tensor, source: Tensor) -> None:
+        """Beside the steps, in order with other side copies, without waiting for it."""
+
+    def side_mark(self) -> Mark:
+        """After every side copy so far."""
+
+
+class Bank(Protocol):
+    """Host memory with the experts that may be absent from the slab."""
+
+    def expert(self, pair: int) -> Tensor:
+        """uint8 [expert_bytes] of one (layer, expert) pair, pinned on a GPU host. Raises `OSError` when it is lost."""
+
+
+@dataclass(slots=True)
+class CacheCounters:
+    """Since start. Written by the owner, readable from anywhere."""
+
+    steps: int = 0
+    lookups: int = 0
+    """Uses of pairs (a pair that n tokens chose counts n times)."""
+    hits: int = 0
+    cold_misses: int = 0
+    capacity_misses: int = 0
+    moved_in: int = 0
+    evicted: int = 0
+    moved_bytes: int = 0
+    io_errors: int = 0
+
+
+@dataclass(slots=True)
+class _Filling:
+    pairs: list[int]
+    mark: Mark
+
+
+@dataclass(slots=True)
+class _Leaving:
+    slots: list[int]
+    mark: Mark
+
+
+@dataclass(slots=True)
+class _Work:
+    """What is under way."""
+
+    filling: list[_Filling] = field(default_factory=list)
+    leaving: list[_Leaving] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
+    snapshot: Mark | None = None
+
+
+class ExpertCache:
+    """Residency of one slab. `table` and `heat` are int32 [L * E] on the device; `slab` uint8 [slots, expert_bytes]."""
+
+    def __init__(
+        self,
+        slab: Tensor,
+        table: Tensor,
+        heat: Tensor,
+        bank: Bank,
+        slots: SlotTable,
+        residency: Residency,
+        lanes: Lanes,
+        *,
+        interval: int = 16,
+        moves: int = 16,
+        verify: bool = False,
+    ) -> None:
+        """`moves`: pairs that may come in per interval, which bounds what copying takes from the link.
+
+        `verify`: compare every slot with the bank before its code points at it (slow; for tests and fault hunts).
+
+        Raises:
+            ValueError: table, heat and slots do not describe the same pairs.
+        """
+        if not table.shape == heat.shape == (len(slots.codes),) or slab.shape[0] != slots.num_slots:
+            raise ValueError(f"table {tuple(table.shape)}, heat {tuple(heat.shape)}, slab {tuple(slab.shape)} for "
+                             f"{len(slots.codes)} pairs and {slots.num_slots} slots")  # fmt: skip
+        self.slots, self.residency, self.counters = slots, residency, CacheCounters()
+        self._slab, self._table, self._heat, self._bank, self._lanes = slab, table, heat, bank, lanes
+        self._interval, self._moves, self._verify = interval, moves, verify
+        pinned = table.device.type == "cuda"
+        self._counts = torch.zeros(heat.shape, dtype=torch.int32, pin_memory=pinned)
+        self._codes = torch.zeros(heat.shape, dtype=torch.int32, pin_memory=pinned)
+        self._codes_mark: Mark | None = None
+        self._last = np.zeros(len(slots.codes), np.int64)
+        self._resident_then = np.zeros(len(slots.codes), bool)
+        self._seen = np.zeros(len(slots.codes), bool)
+        self._work = _Work()
+        self._steps_since = 0
+
+    def fill(self, pairs: Sequence[int]) -> None:
+        """Brings pairs in before the first step, waiting for the bytes. Raises ValueError beyond the slots."""
+        if len(pairs) > self.slots.num_free:
+            raise ValueError(f"{len(pairs)} experts for {self.slots.num_free} free slots")
+        for pair in pairs:
+            slot = self.slots.fill(int(pair))
+            assert slot is not None
+            self._lanes.side_copy(self._slab[slot], self._bank.expert(int(pair)))
+        mark = self._lanes.side_mark()
+        while not mark.passed():
+            pass
+        self._apply([self.slots.arrived(int(pair)) for pair in pairs])
+        self._note_residents()
+
+    def before_step(self) -> None:
+        """Call right before each step is launched, on the thread that launches."""
+        self.counters.steps += 1
+        self._steps_since += 1
+        if self._steps_since >= self._interval:
+            self._advance()
+
+    def _advance(self) -> None:
+        """Takes one look at everything under way; starts what follows."""
+        changes = self._arrivals()
+        for leaving in [entry for entry in self._work.leaving if entry.mark.passed()]:
+            self._work.leaving.remove(leaving)
+            for slot in leaving.slots:
+                self.slots.quiet(slot)
+        self._start_copies()
+        left: list[int] = []
+        if self._work.snapshot is not None and self._work.snapshot.passed():
+            self._work.snapshot = None
+            left = self._decide(changes)
+        if self._apply(changes) and left:
+            self._work.leaving.append(_Leaving(left, self._lanes.step_mark()))
+        if self._work.snapshot is None:
+            self._note_residents()
+            self._lanes.step_copy(self._counts, self._heat)
+            self._work.snapshot = self._lanes.step_mark()
+            self._snapshot_steps, self._steps_since = self._steps_since, 0
+
+    def _arrivals(self) -> list[Change]:
+        changes = []
+        for filling in [entry for entry in self._work.filling if entry.mark.passed()]:
+            self._work.filling.remove(filling)
+            for pair in filling.pairs:
+                slot = self.slots.slot_of(pair)
+                if self._verify and not torch.equal(self._slab[slot].cpu(), self._bank.expert(pair).cpu()):
+                    raise IntegrityError(f"slot {slot} does not hold the bytes of pair {pair}")
+                changes.append(self.slots.arrived(pair))
+                self.counters.moved_in += 1
+        return changes
+
+    def _start_copies(self) -> None:
+        started: list[int] = []
+        while self._work.wanted and self.slots.num_free:
+            pair = self._work.wanted.pop(0)
+            if self.slots.slot_of(pair) is not None:
+                continue
+            slot = self.slots.fill(pair)
+            assert slot is not None
+            try:
+                self._lanes.side_copy(self._slab[slot], self._bank.expert(pair))
+            except OSError:
+                self.counters.io_errors += 1
+                self.slots.failed(pair)
+                continue
+            self.counters.moved_bytes += self._slab.shape[1]
+            started.append(pair)
+        if started:
+            self._work.filling.append(_Filling(started, self._lanes.side_mark()))
+
+    def _decide(self, changes: list[Change]) -> list[int]:
+        """Counts uses, chooses moves; slots that leave. Their changes join `changes`."""
+        counts = self._counts.numpy().astype(np.int64)
+        uses = counts - self._last
+        self._last = counts
+        self._count(uses)
+        self.residency.note(uses, max(1, self._snapshot_steps))
+        busy = bool(self._work.filling or self._work.leaving)
+        if busy:
+            return []
+        moves = self.residency.decide(self.slots.held(), self.slots.num_free, self._moves, keep=self._in_flight)
+        self._work.wanted = [int(pair) for pair in moves.enter]
+        left = []
+        for pair in moves.leave:
+            slot, change = self.slots.leave(int(pair))
+            left.append(slot)
+            changes.append(change)
+        self.counters.evicted += len(left)
+        return left
+
+    def _in_flight(self, pairs: np.ndarray) -> np.ndarray:
+        states = [self.slots.state_of(int(pair)) for pair in pairs]
+        return np.array([state is not SlotState.RESIDENT for state in states], bool)
+
+    def _count(self, uses: np.ndarray) -> None:
+        hits = int(uses[self._resident_then].sum())
+        fresh = (uses > 0) & ~self._seen & ~self._resident_then
+        counters = self.counters
+        counters.lookups += int(uses.sum())
+        counters.hits += hits
+        counters.cold_misses += int(fresh.sum())
+        counters.capacity_misses += int(uses.sum()) - hits - int(fresh.sum())
+        self._seen |= uses > 0
+
+    def _note_residents(self) -> None:
+        """Hits of the coming interval are counted against who is resident at its start."""
+        self._resident_then = np.zeros(len(self._seen), bool)
+        self._resident_then[self.slots.residents()] = True
+
+    def _apply(self, changes: list[Change]) -> bool:
+        """The device's table follows `slots.codes`, in order with the steps."""
+        if not changes:
+            return False
+        # The buffer is read by a copy in flight; a change is rare, and the one before is long over.
+        while self._codes_mark is not None and not self._codes_mark.passed():
+            pass
+        self._codes.numpy()[:] = self.slots.codes
+        self._lanes.step_copy(self._table, self._codes)
+        self._codes_mark = self._lanes.step_mark()
+        return True
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` unless slots and codes agree."""
+        self.slots.check_integrity()
