@@ -72,6 +72,7 @@ TILES: dict[str, dict[int, Tile]] = {
         80: Tile(m=128, n=128, k=128, warps=4, stages=2),
         89: Tile(m=64, n=128, k=128, warps=4, stages=2),
         90: Tile(m=128, n=128, k=128, warps=4, stages=3),
+        100: Tile(m=64, n=128, k=128, warps=4, stages=3),  # 128 tokens compile to an empty kernel (Triton 3.6)
     },
     "linear_prefill.bf16_narrow": {
         80: Tile(m=128, n=64, k=64, warps=4, stages=3, group=8),
@@ -97,6 +98,8 @@ TILES: dict[str, dict[int, Tile]] = {
         80: Tile(n=64, k=32, warps=4, stages=1),
         90: Tile(n=64, k=64, warps=4, stages=2),
     },
+    "mhc_prefill.collapse": {90: Tile(n=1024, warps=1)},
+    "mhc_prefill.mix": {90: Tile(m=64, k=32, warps=4, stages=2)},
 }
 """kernel -> architecture -> tile. Kernel names are `module.function`; keep the modules in alphabetical order."""
 
