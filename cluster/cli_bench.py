@@ -31,7 +31,7 @@ app = typer.Typer(
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False)
 
-BATCHES, CONTEXTS, CHUNKS = "1,2,4,8,16,32,64", "1024,8192,65536", "1024,4096,8192,16384"
+BATCHES, CONTEXTS, CHUNKS = "1,2,4,8,16,32,64", "1024,4096,8192,65536", "1024,4096,8192,16384"
 START_LAYERS, START_EXPERTS = 5, 16
 """Enough for every kernel: sliding, C4 and C128 layers, hash and learned routing; few experts, since none is timed."""
 

@@ -46,13 +46,15 @@ def _roofline(axes: Any, results: Results) -> None:
     ceiling = rates.fp8_tflop_s or rates.bf16_tflop_s
     drawn = [row for row in results.kernels if row.tflop_s > 0]
     lowest = min((row.tflop_s for row in drawn), default=0.1) / 2
-    intensities = [10 ** (i / 20) for i in range(-40, 90)]
+    ridge = 1e3 * ceiling / rates.copy_gb_s
+    most = max((10 * ridge, *(2 * (row.bf16_flops + row.fp8_flops) / row.nbytes for row in drawn)))
+    intensities = [most / 10 ** (i / 20) for i in range(120)][::-1]
     for label, top in (("bf16", rates.bf16_tflop_s), ("FP8", ceiling)):
         axes.plot(intensities, [min(top, x * rates.copy_gb_s / 1e3) for x in intensities], color="0.4", lw=1)
         axes.annotate(
             f"{label} product {top:,.0f} TFLOP/s", (intensities[-1], top), ha="right", va="bottom", fontsize=8
         )
-    axes.annotate(f"copy {rates.copy_gb_s:,.0f} GB/s", (0.02, 0.02 * rates.copy_gb_s / 1e3), fontsize=8, va="bottom")
+    axes.annotate(f"copy {rates.copy_gb_s:,.0f} GB/s", (ridge / 3, ceiling / 3), ha="right", va="bottom", fontsize=8)
     for number, (title, rows) in enumerate(_steps(drawn).items()):
         points = [((row.bf16_flops + row.fp8_flops) / row.nbytes, row.tflop_s) for row in rows]
         axes.scatter(*zip(*points, strict=True), s=24, color=f"C{number}", label=title, zorder=3)
@@ -62,6 +64,7 @@ def _roofline(axes: Any, results: Results) -> None:
                 axes.annotate(row.op, point, fontsize=6, xytext=(3, 3), textcoords="offset points")
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="TFLOP/s", title="kernels")
     axes.set_ylim(bottom=lowest, top=2 * ceiling)
+    axes.set_xlim(left=lowest / rates.copy_gb_s * 1e3 / 2, right=most)
     axes.grid(alpha=0.2, which="both")
     if drawn:
         axes.legend(loc="lower right", fontsize=8)

@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[3]
 ARCHITECTURES = (80, 89, 90, 100, 120)
 ACCESS = re.compile(r"\b(ld|st)\.(?:relaxed\.|volatile\.)?global[.\w:]*?((?:\.v[248])?\.b(?:8|16|32|64|128))\b")
+ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[.\w:]* [^;]*?, (0x[0-9a-f]+|\d+)")
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[.\w]*")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
@@ -85,6 +86,7 @@ def compile_case(case: Case) -> Outcome:
     registers, stack = _usage(kernel.asm["cubin"])
     ptx = kernel.asm["ptx"]
     accesses = collections.Counter(f"{op}{width}" for op, width in ACCESS.findall(ptx))
+    accesses.update(f"cp.async.{int(size, 0)}B" for size in ASYNC_COPY.findall(ptx))
     return Outcome(
         module=case.module,
         name=case.name,
