@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[3]
 ARCHITECTURES = (80, 89, 90, 100, 120)
 ACCESS = re.compile(r"\b(ld|st)\.(?:relaxed\.|volatile\.)?global[.\w:]*?((?:\.v[248])?\.b(?:8|16|32|64|128))\b")
 ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[.\w:]* [^;]*?, (0x[0-9a-f]+|\d+)")
+BULK_COPY = re.compile(r"\bcp\.(?:async|reduce\.async)\.bulk(?:\.tensor\.\dd)?\.(shared|global)")
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[.\w]*")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
@@ -87,6 +88,10 @@ def compile_case(case: Case) -> Outcome:
     ptx = kernel.asm["ptx"]
     accesses = collections.Counter(f"{op}{width}" for op, width in ACCESS.findall(ptx))
     accesses.update(f"cp.async.{int(size, 0)}B" for size in ASYNC_COPY.findall(ptx))
+    accesses.update(f"bulk.{kind}" for kind in BULK_COPY.findall(ptx))
+    if not accesses:
+        text = "compiled to a kernel that neither reads nor writes memory"
+        return Outcome(case.module, case.name, case.arch, time.perf_counter() - began, error=text)
     return Outcome(
         module=case.module,
         name=case.name,

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,27 @@ def test_a_fault_would_be_seen() -> None:
     assert _spills(dataclasses.replace(good, stack_bytes=MAX_STACK_BYTES + 1))
     assert _too_large(dataclasses.replace(good, shared_bytes=SHARED_BYTES[90] + 1))
     assert _too_large(dataclasses.replace(good, arch=89))
+
+
+EMPTY = """
+import triton
+from tests.workers.kernels.compiling import Case, compile_case
+
+@triton.jit
+def nothing(x):
+    pass
+
+print(compile_case(Case("module", "nothing", 90, nothing, {"x": "*fp32"}, {}, {})).error)
+"""
+
+
+def test_a_kernel_that_the_compiler_emptied_is_a_failure(tmp_path: Path) -> None:
+    """Triton has compiled a body to `unreachable` without an error."""
+    script = tmp_path / "empty.py"
+    script.write_text(EMPTY)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert "neither reads nor writes memory" in done.stdout, done.stderr[-2000:]
 
 
 def _spills(outcome: Outcome) -> bool:
