@@ -1,0 +1,139 @@
+"""Sparse attention and the window store of V4-Flash in a CUDA graph. `python -m tests.bench.kernels.sparse_attention`.
+
+Every call reads other pages of large pools, so that nothing is found in L2. Floor of decode: the fp8 rows of window and
+entries, raw queries and results once at copy bandwidth; at batch 1 that is 0.12 us at any context of C4 (640 keys,
+374 kB), so decode is bound by latency: two launches, four dependent loads (position, selection, page, row), 8.4 MFLOP a
+chunk and half on one multiprocessor. Prediction 6-8 us. Floor of prefill: 4 * keys * H * hd FLOP a token at the tensor
+cores' bf16 rate (790 TFLOP/s reached by plain products): 8,192 tokens of C4 from the start 0.78 ms, C128 0.22 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tests.bench.kernels.timing import Row, copy_bandwidth, graph_ms, report
+from tests.workers.kernels.attention_steps import EPS, Meta
+from workers.kernels.kv_store import norm_and_store
+from workers.kernels.sparse_attention import sparse_attention, work_floats
+
+HEADS, HEAD_DIM, LATENT, SELECTED, WINDOW, PAGE = 64, 512, 1024, 512, 128, 256
+Q_COLUMNS = HEADS * HEAD_DIM + 64 * 128
+ROW_BYTES = 584
+COLD_BYTES = 160 << 20
+"""Least bytes of rows that the calls of one graph read: three times L2."""
+
+MAX_CALLS = 200
+TENSOR_TFLOPS = 790.0
+STRIDE = {0: 149_760, 4: 37_440, 128: 1_728}
+UNITS = {0: 6_000, 4: 16_000, 128: 60_000}
+
+
+class Pools:
+    """One large pool of each kind, filled with harmless bytes."""
+
+    def __init__(self) -> None:
+        self.of = {ratio: self._filled(UNITS[ratio], STRIDE[ratio]) for ratio in STRIDE}
+        self.rope_table = torch.randn(1 << 20, 64, device="cuda")
+        self.sink = torch.zeros(HEADS, device="cuda")
+
+    @staticmethod
+    def _filled(units: int, stride: int) -> Tensor:
+        return torch.randint(0x38, 0x40, (units, stride), dtype=torch.uint8, device="cuda")
+
+
+def tables(ratio: int, positions: list[int], sequences: list[int], num_pages: int) -> Meta:
+    """Step metadata with random pages."""
+    shape = (max(sequences) + 1, num_pages)
+    full = torch.randint(0, UNITS[ratio], shape, dtype=torch.int32, device="cuda")
+    window = torch.randint(0, UNITS[0], shape, dtype=torch.int32, device="cuda")
+    places = [torch.tensor(values, dtype=torch.int32, device="cuda") for values in (positions, sequences)]
+    return Meta(places[0], places[1], full, window)
+
+
+def selection(meta: Meta) -> Tensor:
+    """Entries of each token: all that it sees, or SELECTED of them."""
+    visible = ((meta.positions + 1) // 4)[:, None]
+    index = torch.arange(SELECTED, device="cuda")[None, :]
+    spread = (index * 2_654_435_761 + meta.positions[:, None].long() * 40_503) % visible.clamp(min=1)
+    return torch.where(visible > SELECTED, spread, torch.where(index < visible, index, -1)).int()
+
+
+def entries_of(ratio: int, positions: list[int]) -> int:
+    """Compressed entries that the tokens read together."""
+    return sum({0: 0, 4: min(SELECTED, (p + 1) // 4), 128: (p + 1) // 128}[ratio] for p in positions)
+
+
+def attention(pools: Pools, name: str, ratio: int, positions: list[int], sequences: list[int], num_pages: int) -> Row:
+    """Time one shape. `name` begins with the mode."""
+    T = len(positions)
+    mode = "decode" if name.startswith("decode") else "prefill"
+    keys = sum(min(WINDOW, p + 1) for p in positions) + entries_of(ratio, positions)
+    num_bytes = keys * ROW_BYTES + T * HEADS * HEAD_DIM * 4
+    num_calls = 2 if mode == "prefill" else min(MAX_CALLS, max(24, COLD_BYTES // num_bytes))
+    q = torch.randn(T, Q_COLUMNS, dtype=torch.bfloat16, device="cuda")
+    out = torch.empty(T, HEADS * HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    floats = work_floats(T, HEADS, HEAD_DIM, num_pages, SELECTED, ratio) if mode == "decode" else 0
+    work = torch.empty(max(floats, 1), device="cuda")
+    entry_pool = pools.of[ratio] if ratio else None
+
+    def make() -> Callable[[], None]:
+        meta = tables(ratio, positions, sequences, num_pages)
+        chosen = selection(meta) if ratio == 4 else None
+        return lambda: sparse_attention(
+            q, meta, pools.of[0], entry_pool, chosen, ratio, pools.sink, pools.rope_table, out, work, EPS, mode=mode
+        )
+
+    ms = graph_ms([make() for _ in range(num_calls)], replays=7 if mode == "prefill" else 15)
+    flops = 4.0 * keys * HEADS * HEAD_DIM
+    return Row(name, ms, num_bytes, flops, f"{flops / ms / 1e9 / TENSOR_TFLOPS:.0%} of {TENSOR_TFLOPS:.0f} TFLOP/s")
+
+
+def decode(pools: Pools, ratio: int, T: int, context: int, num_pages: int = 0) -> Row:
+    """One token of each of T sequences at `context` tokens."""
+    pages = max(num_pages, -(-context // PAGE))
+    name = f"decode C{ratio} T={T} context {context}" + (f" of {pages} pages" if num_pages else "")
+    return attention(pools, name, ratio, [context - 1] * T, list(range(T)), pages)
+
+
+def prefill(pools: Pools, ratio: int, start: int, T: int) -> Row:
+    """T tokens of one sequence after `start`."""
+    positions = list(range(start, start + T))
+    return attention(pools, f"prefill C{ratio} T={T} after {start}", ratio, positions, [0] * T, -(-(start + T) // PAGE))
+
+
+def store(pools: Pools, T: int) -> Row:
+    """Latent norm and window rows of T tokens."""
+    rows = torch.randn(T, LATENT + HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    latent = torch.empty(T, LATENT, dtype=torch.bfloat16, device="cuda")
+    norms = [torch.ones(n, device="cuda") for n in (LATENT, HEAD_DIM)]
+
+    def make() -> Callable[[], None]:
+        meta = tables(0, [4000] * T, list(range(T)), 16)
+        return lambda: norm_and_store(rows, *norms, pools.rope_table, meta, pools.of[0], latent, EPS)
+
+    num_bytes = T * ((LATENT + HEAD_DIM) * 2 + LATENT * 2 + ROW_BYTES)
+    return Row(f"norm_and_store T={T}", graph_ms([make() for _ in range(40)]), num_bytes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few shapes")
+    quick = parser.parse_args().quick
+    pools = Pools()
+    copy_gbps = copy_bandwidth()
+    rows = [store(pools, T) for T in ((1, 64) if quick else (1, 8, 64, 8192))]
+    for ratio, context in ((4, 4096), (128, 4096)) if quick else ((0, 4096), (4, 1024), (4, 4096), (128, 4096)):
+        rows += [decode(pools, ratio, T, context) for T in ((1, 8, 64) if quick else (1, 2, 4, 8, 16, 32, 64))]
+    rows += [decode(pools, 128, T, context) for context in (65536, 1 << 20) for T in ((1, 8) if quick else (1, 8, 64))]
+    rows.append(decode(pools, 128, 1, 4096, num_pages=4096))
+    for ratio, start, T in ((4, 0, 8192), (128, 0, 8192), (0, 0, 8192), (4, 57344, 8192), (128, 57344, 8192)):
+        rows.append(prefill(pools, ratio, start, T))
+    report(rows, copy_gbps)
+
+
+if __name__ == "__main__":
+    main()
