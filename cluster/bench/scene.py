@@ -108,7 +108,6 @@ class Scene:
         )
         self.pools = KVPools(kv_spec(self.config, "fp8"), wanted.sizes, device)
         fill_plausibly(self.pools, self.config, wanted.seed)
-        before = torch.cuda.memory_allocated()
         self.model: Any = GpuModel(
             self.config,
             self.weights,
@@ -117,7 +116,6 @@ class Scene:
             max_context=wanted.max_context,
             **options,
         )
-        self.activation_bytes = torch.cuda.memory_allocated() - before
         self._generator = torch.Generator().manual_seed(wanted.seed)
 
     @property
@@ -137,10 +135,10 @@ class Scene:
 
     @property
     def memory(self) -> Memory:
-        """Device bytes now, and the peak so far."""
-        total = torch.cuda.get_device_properties(0).total_memory
-        peak = torch.cuda.max_memory_allocated()
-        return Memory(self.weights.nbytes, self.pools.nbytes, self.activation_bytes, peak, total)
+        """Device bytes now, and the peak so far; what is neither weights nor pools is the steps' buffers."""
+        total, peak = torch.cuda.get_device_properties(0).total_memory, torch.cuda.max_memory_allocated()
+        weights, pools = self.weights.nbytes, self.pools.nbytes
+        return Memory(weights, pools, max(0, torch.cuda.memory_allocated() - weights - pools), peak, total)
 
     def decode_batch(self, batch: int, context: int, position: int) -> ForwardBatch:
         """One token at `position` for each of `batch` sequences that have pages for `context` tokens."""

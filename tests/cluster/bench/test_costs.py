@@ -28,9 +28,14 @@ def scene() -> Scene:
 
 @pytest.fixture(scope="module")
 def costed(scene: Scene) -> list[tuple[str, Launch, Cost]]:
+    return costs_of(scene, scene.model.launches(scene.decode_batch(BATCH, CONTEXT, CONTEXT - 1)))
+
+
+def costs_of(scene: Scene, launches: list[Launch]) -> list[tuple[str, Launch, Cost]]:
+    """As if every expert had been chosen by some token."""
     model = CostModel(scene.config, scene.weights)
     found = []
-    for launch in scene.model.launches(scene.decode_batch(BATCH, CONTEXT, CONTEXT - 1)):
+    for launch in launches:
         kind = LayerKind.SLIDING if launch.layer is None else scene.weights.layers[launch.layer].kind
         for operand in launch.call.args:
             if hasattr(operand, "num_active"):
@@ -49,6 +54,13 @@ def test_costs_of_a_step_add_up_to_its_floor(scene: Scene, costed: list[tuple[st
     rows = next(launch.call.args[0].shape[0] for name, launch, _ in costed if name == "embed_streams")
     expected = rows * (flops + floors.head_flops(scene.config))
     assert total.bf16_flops + total.fp8_flops == pytest.approx(expected, rel=0.05)
+
+
+def test_costs_of_a_prompt_add_up_to_its_operations(scene: Scene) -> None:
+    tokens = 256
+    costed = costs_of(scene, scene.model.prefill_launches(scene.prompt_batch(tokens, sequences=2)))
+    flops = sum(cost.bf16_flops + cost.fp8_flops for _, _, cost in costed)
+    assert flops == pytest.approx(2 * floors.prompt_flops(scene.config, 0, tokens // 2), rel=0.05)
 
 
 def test_linears_are_told_apart_by_their_operand(costed: list[tuple[str, Launch, Cost]]) -> None:
