@@ -46,7 +46,8 @@ class CompressorTensors(NamedTuple):
 
 
 @triton.jit
-def _decode_token(
+def decode_token(
+    token,
     rows,
     state,
     entries,
@@ -67,8 +68,7 @@ def _decode_token(
     IS_KEY: tl.constexpr,
     HW: tl.constexpr,
 ):
-    """One token of one compressor: its ring row, and its entry when it is the last of one. Token b is sequence b's."""
-    token = tl.program_id(0)
+    """One token of one compressor: its ring row, and its entry if it is the last of one. Token b is sequence b's."""
     position = tl.load(positions + token)
     slot = tl.load(slots + token)
     if position >= 0:
@@ -132,7 +132,8 @@ def compress_c4_decode(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if tl.program_id(1) == 0:
-        _decode_token(
+        decode_token(
+            tl.program_id(0),
             rows,
             state,
             entries,
@@ -154,7 +155,8 @@ def compress_c4_decode(
             HW,
         )
     else:
-        _decode_token(
+        decode_token(
+            tl.program_id(0),
             rows + 4 * HD,
             index_state,
             index_entries,
@@ -202,7 +204,8 @@ def compress_c128_decode(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    _decode_token(
+    decode_token(
+        tl.program_id(0),
         rows,
         state,
         entries,
@@ -231,9 +234,9 @@ PREFILL_TOKENS = {4: 16, 128: 128}
 Mode = Literal["decode", "prefill"]
 """Decode: one token a sequence, token b is sequence b's, one launch. Prefill: chunks of any length, two launches."""
 
-_WARPS = {4: 4, 128: 8}
-_C128_STEP = 16
-"""Rows pooled at a time: 8 iterations, each 64 KiB in flight at Flash's head size."""
+WARPS = 4
+C128_STEP = 8
+"""Rows pooled at a time. Another value, or other warps, would sum in another order: `kv_step.py` takes these."""
 
 
 def _static(rows: Tensor, tensors: CompressorTensors, rope_table: Tensor) -> dict[str, Any]:
@@ -246,7 +249,8 @@ def _static(rows: Tensor, tensors: CompressorTensors, rope_table: Tensor) -> dic
     }
 
 
-def _pointers(tensors: CompressorTensors) -> tuple[Tensor, ...]:
+def pointers(tensors: CompressorTensors) -> tuple[Tensor, ...]:
+    """Arguments of a kernel: ring as fp32, entries, ape, norm."""
     return tensors.state.view(torch.float32), tensors.entries, tensors.ape, tensors.norm
 
 
@@ -268,19 +272,19 @@ def compress_c4(
     """
     num_tokens = rows.shape[0]
     static = _static(rows, main, rope_table) | {"INDEX_STRIDE": index.entries.stride(0), "DI": index.norm.shape[0]}
-    tensors = (*_pointers(main), *_pointers(index), rope_table, eps)
+    tensors = (*pointers(main), *pointers(index), rope_table, eps)
     pages = (meta.full_pages, meta.full_pages.stride(0))
     if not num_tokens:
         return
     if mode == "decode":
         step = (meta.positions, meta.slots, *pages)
         options = pdl_options(rows, pdl)
-        compress_c4_decode[num_tokens, 2](rows, *step, *tensors, **static, num_warps=_WARPS[4], **options)
+        compress_c4_decode[num_tokens, 2](rows, *step, *tensors, **static, num_warps=WARPS, **options)
         return
     step = (meta.positions, meta.sequence_of_token, meta.slots, meta.start, *pages, num_tokens)
     tile = PREFILL_TOKENS[4]
     grid = (triton.cdiv(num_tokens, tile), 2)
-    compress_c4_pool[grid](rows, *step, *tensors, TOKENS=tile, **static, num_warps=_WARPS[4])
+    compress_c4_pool[grid](rows, *step, *tensors, TOKENS=tile, **static, num_warps=WARPS)
     _write_rings(rows, meta, main, index)
 
 
@@ -296,20 +300,20 @@ def compress_c128(
 ) -> None:
     """C128 entries that the step finishes, and the raw rows of the ring. rows: fp32 [T, N2], columns kv | score."""
     num_tokens = rows.shape[0]
-    static = _static(rows, main, rope_table) | {"STEP": _C128_STEP}
-    tensors = (*_pointers(main), rope_table, eps)
+    static = _static(rows, main, rope_table) | {"STEP": C128_STEP}
+    tensors = (*pointers(main), rope_table, eps)
     pages = (meta.full_pages, meta.full_pages.stride(0))
     if not num_tokens:
         return
     if mode == "decode":
         step = (meta.positions, meta.slots, *pages)
         options = pdl_options(rows, pdl)
-        compress_c128_decode[(num_tokens,)](rows, *step, *tensors, **static, num_warps=_WARPS[128], **options)
+        compress_c128_decode[(num_tokens,)](rows, *step, *tensors, **static, num_warps=WARPS, **options)
         return
     step = (meta.positions, meta.sequence_of_token, meta.slots, meta.start, *pages, num_tokens)
     tile = PREFILL_TOKENS[128]
     grid = (triton.cdiv(num_tokens, tile),)
-    compress_c128_pool[grid](rows, *step, *tensors, TOKENS=tile, **static, num_warps=_WARPS[128])
+    compress_c128_pool[grid](rows, *step, *tensors, TOKENS=tile, **static, num_warps=WARPS)
     _write_rings(rows, meta, main, None)
 
 
@@ -339,14 +343,14 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     pointers |= {"entries": "*u8", "index_entries": "*u8", "page_columns": "i32", "num_tokens": "i32", "eps": "fp32"}
     static = {"STRIDE": 37440, "HD": 512, "RD": 64, "HW": arch >= 89}
     c4 = static | {"ROW": 2688, "INDEX_STRIDE": 8448, "DI": 128}
-    c128 = static | {"STRIDE": 1728, "ROW": 1024, "STEP": _C128_STEP}
+    c128 = static | {"STRIDE": 1728, "ROW": 1024, "STEP": C128_STEP}
     pdl = arch >= 90
-    four, eight = {"num_warps": _WARPS[4]}, {"num_warps": _WARPS[128]}
+    four = {"num_warps": WARPS}
     cases = (
         ("compress_c4_decode", compress_c4_decode, c4 | {"PDL": pdl}, four | {"launch_pdl": pdl}),
-        ("compress_c128_decode", compress_c128_decode, c128 | {"PDL": pdl}, eight | {"launch_pdl": pdl}),
+        ("compress_c128_decode", compress_c128_decode, c128 | {"PDL": pdl}, four | {"launch_pdl": pdl}),
         ("compress_c4_pool", compress_c4_pool, c4 | {"TOKENS": PREFILL_TOKENS[4]}, four),
-        ("compress_c128_pool", compress_c128_pool, c128 | {"TOKENS": PREFILL_TOKENS[128]}, eight),
+        ("compress_c128_pool", compress_c128_pool, c128 | {"TOKENS": PREFILL_TOKENS[128]}, four),
     )
     return [
         (name, fn, {arg: pointers[arg] for arg in fn.arg_names if arg in pointers}, constants, options)

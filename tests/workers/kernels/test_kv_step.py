@@ -1,0 +1,59 @@
+"""The one launch that stores a decode step: the same bytes as its parts one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvstore.pools.pool import Pool
+from kvstore.spec import PoolName
+from tests.workers.kernels.test_compressor import EPS, Run, spec_of
+from workers.kernels.compressor import compress_c4, compress_c128
+from workers.kernels.kv_step import store_and_compress
+from workers.kernels.kv_store import norm_and_store
+
+LATENT = 128
+
+
+class Inputs:
+    """Raw rows of one step of every sequence, the step's metadata, and a poisoned window pool."""
+
+    def __init__(self, run: Run, padding: int) -> None:
+        self.counts = dict.fromkeys(range(len(run.rows)), 1)
+        self.meta, self.rows = run.meta(self.counts, padding)
+        self.meta.window_pages = self.meta.full_pages
+        tokens, head_dim = len(self.rows), run.parts[0].head_dim
+        self.out_fp8 = run.normal(tokens, LATENT + head_dim).to(torch.bfloat16)
+        self.q_norm, self.kv_norm = 1 + 0.1 * run.normal(LATENT), 1 + 0.1 * run.normal(head_dim)
+        self.latent = torch.full((tokens, LATENT), 7.0, dtype=torch.bfloat16, device=run.device)
+        pool = spec_of(head_dim).pool(PoolName.WINDOW)
+        self.window = Pool(pool, run.parts[0].entries.num_units, run.device)
+        self.window.data.fill_(0xFF)
+
+
+def bytes_after(run: Run, inputs: Inputs) -> list[Tensor]:
+    """All that a step writes."""
+    pools = [pool.data for part in run.parts for pool in (part.entries, part.state)]
+    return [*pools, inputs.window.data, inputs.latent.view(torch.uint8)]
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("done", [126, 127, 130])
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_one_launch_stores_what_three_store(
+    ratio: int, done: int, padding: int, device: torch.device, seed: int
+) -> None:
+    apart, together = (Run(device, seed, ratio=ratio, head_dim=128, lengths=[140, 140]) for _ in range(2))
+    for run in (apart, together):
+        run.step({0: done, 1: done + 1}, "prefill")
+    one, other = Inputs(apart, padding), Inputs(together, padding)
+    norm_and_store(one.out_fp8, one.q_norm, one.kv_norm, apart.rope, one.meta, one.window.data[0], one.latent, EPS)
+    compress = compress_c4 if ratio == 4 else compress_c128
+    compress(one.rows, one.meta, *[part.tensors for part in apart.parts], apart.rope, EPS)
+    tensors = [part.tensors for part in together.parts]
+    main, index = tensors if ratio == 4 else (tensors[0], None)
+    norms, window = (other.q_norm, other.kv_norm, together.rope), other.window.data[0]
+    store_and_compress(other.out_fp8, *norms, other.meta, window, other.latent, other.rows, main, index, EPS)
+    for x, y in zip(bytes_after(apart, one), bytes_after(together, other), strict=True):
+        assert torch.equal(x, y)
