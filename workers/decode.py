@@ -277,6 +277,8 @@ class DecodeWorker:
         self.retract.take_out_victims(plan.victims)
         if plan.sequences:
             for sequence, sampled in zip(plan.sequences, self.engine.decode(plan), strict=True):
+                if sampled is None:
+                    continue
                 sequence.num_computed += 1
                 if sampled.token_id is None:
                     self._end(sequence, BrokenLogits("the model's logits are not finite"))

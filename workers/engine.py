@@ -7,6 +7,7 @@ not own: who runs (`workers/scheduler`), threads (`workers/loop.py`), the model'
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence as Seq
@@ -24,16 +25,26 @@ from kvstore.spec import KVSpec, RowRange
 from workers.batch import ForwardBatch
 from workers.errors import RequestError
 from workers.messages import GenerateRequest
+from workers.pipeline import AheadModel, DecodePipeline
 from workers.sampler import Sampled, SampleState, request_seed, sample
 from workers.scheduler.plan import Chunk, DecodePlan, PrefillPlan
 from workers.sequence import Sequence, StopRule
 
+logger = logging.getLogger(__name__)
+
 
 class StepModel(Protocol):
-    """What an engine runs; `workers.model.transformer.Transformer` satisfies it."""
+    """What an engine runs; `workers.model.transformer.Transformer` satisfies it.
+
+    A model may have an attribute `ahead`, an `AheadModel` for decode steps that run beside the host (None: it has
+    none), and `batch_device`, where it wants its batches (default: the pools' device).
+    """
 
     def forward(self, batch: ForwardBatch, logits_for: Literal["last", "all"] = "last") -> Tensor:
         """Logits fp32 [B, V] (or [T, V]); writes the new tokens' KV to the pools."""
+
+    def decode(self, batch: ForwardBatch) -> Tensor:
+        """Logits fp32 [B, V] of one new token of each sequence, valid until the next call; as `forward` else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +148,10 @@ class Engine:
             full_pages=sizes.full_pages, window_pages=sizes.window_pages, slots=sizes.slots
         )
         self.times = StepTimes()
-        self._inputs = DecodeInputs(pools.device)
+        self.batch_device: torch.device = getattr(model, "batch_device", pools.device)
+        self._inputs = DecodeInputs(self.batch_device)
+        ahead: AheadModel | None = getattr(model, "ahead", None)
+        self._pipeline = None if ahead is None else DecodePipeline(ahead)
 
     @property
     def spec(self) -> KVSpec:
@@ -171,25 +185,41 @@ class Engine:
                 (sequence.kv.indices(chunk.end), chunk.start, sequence.request.prompt_ids[chunk.start : chunk.end])
             )
         with torch.inference_mode():
-            logits = self.model.forward(ForwardBatch.build(items, self.pools.device), "last")
+            logits = self.model.forward(ForwardBatch.build(items, self.batch_device), "last")
             ends = [i for i, chunk in enumerate(plan.chunks) if chunk.is_last]
             states = [_state_of(plan.chunks[i].sequence) for i in ends]
             first = dict(zip(ends, sample(logits[ends], states), strict=True)) if ends else {}
         self.times.add(began_s)
         return [first.get(i) for i in range(len(plan.chunks))]
 
-    def decode(self, plan: DecodePlan) -> list[Sampled]:
-        """One more token for each sequence of the plan; raises whatever the model raises, with nothing sampled."""
+    def decode(self, plan: DecodePlan) -> list[Sampled | None]:
+        """One more token for each sequence of the plan; raises whatever the model raises, with nothing sampled.
+
+        None for a sequence that joined after the step had been launched (see `DecodePipeline`); never for all.
+        """
         began_s = time.monotonic()
         try:
             with torch.inference_mode():
-                logits = self.model.forward(self._inputs.batch(plan), "last")
-                sampled = sample(logits, self._inputs.states)
+                sampled = self._sampled(plan) if self._pipeline is None else self._pipeline.step(plan)
         except BaseException:
             self._inputs.forget()
+            if self._pipeline is not None:
+                self._pipeline.forget()
             raise
         self.times.add(began_s)
         return sampled
+
+    def _sampled(self, plan: DecodePlan) -> list[Sampled | None]:
+        logits = self.model.decode(self._inputs.batch(plan))
+        return [*sample(logits, self._inputs.states)]
+
+    def warm_up(self, *, decode: bool) -> None:
+        """Before the first request: compiles and captures what the model's steps of one kind need. Writes no KV."""
+        began_s = time.monotonic()
+        warm_up = getattr(self.model, "warm_up", None)
+        if warm_up is not None:
+            warm_up(decode=decode)
+            logger.info("model=%s warm_up_s=%.1f", self.facts.name, time.monotonic() - began_s)
 
     def open_slot(self, kv: SequenceKV) -> None:
         """Clears what the slot's previous owner left in its rings."""

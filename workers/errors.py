@@ -3,6 +3,7 @@
 WorkerError
 +-- BadConfig            config.json has an unknown, missing or contradictory key
 +-- BadCheckpoint        a tensor or file of the checkpoint is not what the config implies
++-- InexactWeights       a tensor would have to be rounded to become an operand of the GPU kernels
 +-- RequestError         one request cannot be served; carries the HTTP status the router should give
 |   +-- RequestTooLong       can never fit (400)
 |   +-- WorkerFull           come back later (429)
@@ -36,6 +37,10 @@ class BadCheckpoint(WorkerError):
         where = f"{file}: tensor {tensor!r}" if tensor else file
         super().__init__(f"{where}: expected {expected}, found {found}")
         self.file, self.tensor, self.expected, self.found = file, tensor, expected, found
+
+
+class InexactWeights(WorkerError):
+    """A tensor holds values that the kernels' operand cannot hold without rounding."""
 
 
 class RequestError(WorkerError):

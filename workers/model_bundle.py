@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvstore.checksum import checksum
 from kvstore.pools.aggregate import KVPools, PoolSizes
-from workers.checkpoint.load import load_named
+from workers import ops
+from workers.checkpoint.check import check_directory
+from workers.checkpoint.load import HEAD_BYTES, TensorHead, load_named
 from workers.checkpoint.progress import OnProgress
 from workers.config import WorkerConfig
 from workers.engine import Engine, ModelFacts
-from workers.errors import BadConfig
+from workers.errors import BadConfig, InexactWeights
 from workers.messages import WorkerRole
 from workers.model.config import ModelConfig
 from workers.model.kv_layout import kv_spec
@@ -29,10 +33,10 @@ from workers.model.transformer import Transformer
 from workers.model.weights import ModelWeights
 from workers.sizing import plan_pools
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from workers.gpu.weights import GpuWeights
 
-IDENTITY_BYTES = 4096
-"""Bytes of each tensor that enter the model's identity: enough to tell two trainings of one shape apart."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +44,11 @@ class ModelBundle:
     """One loaded model; engines of one process may share it."""
 
     config: ModelConfig
-    weights: ModelWeights
+    weights: ModelWeights | GpuWeights
+    """fp32 in host memory, or operands of the GPU kernels on their device."""
     name: str
     model_hash: str
-    """Identity of the weights: KV images of another model are refused."""
+    """Identity of the weights, however they are held: KV images of another model are refused."""
 
     @classmethod
     def from_named(cls, config: ModelConfig, tensors: dict[str, Tensor], name: str) -> ModelBundle:
@@ -53,21 +58,57 @@ class ModelBundle:
 
     @classmethod
     def load(cls, directory: str | Path, *, name: str = "", on_progress: OnProgress | None = None) -> ModelBundle:
-        """Reads a checkpoint folder. Raises `BadCheckpoint` or `BadConfig`."""
+        """Reads a checkpoint folder into fp32. Raises `BadCheckpoint` or `BadConfig`."""
         began = time.perf_counter()
         config, tensors = load_named(directory, draft_blocks=False, on_progress=on_progress)
         bundle = cls.from_named(config, tensors, name or Path(directory).resolve().name)
         logger.info("model=%s hash=%s load_s=%.1f", bundle.name, bundle.model_hash, time.perf_counter() - began)
         return bundle
 
+    @classmethod
+    def load_for(
+        cls,
+        directory: str | Path,
+        device: torch.device | str,
+        precision: Precision,
+        *,
+        name: str = "",
+        on_progress: OnProgress | None = None,
+    ) -> ModelBundle:
+        """As `load`, but where the Triton kernels will run the model, straight into their operands on `device`.
+
+        Host memory then holds one stored tensor at a time, and no fp32 form of a matrix exists anywhere.
+        """
+        if torch.device(device).type == "cuda":
+            from workers.gpu.loading import load_checkpoint
+
+            reason = ops.no_triton_reason(check_directory(directory).require_sound().config, precision)
+            if reason is None:
+                try:
+                    config, weights, heads = load_checkpoint(directory, device, on_progress=on_progress)
+                    name = name or Path(directory).resolve().name
+                    return cls(config, weights, name, identity_of_heads(heads))
+                except InexactWeights as error:
+                    reason = str(error)
+            logger.info("model=%s is loaded in fp32: %s", directory, reason)
+        return cls.load(directory, name=name, on_progress=on_progress)
+
 
 def identity_of(tensors: dict[str, Tensor]) -> str:
     """Hex digest of names, shapes and the first bytes of every tensor."""
+    heads = {}
+    for key, tensor in tensors.items():
+        head = tensor.reshape(-1)[: HEAD_BYTES // tensor.element_size()].contiguous()
+        heads[key] = TensorHead(tuple(tensor.shape), head.cpu())
+    return identity_of_heads(heads)
+
+
+def identity_of_heads(heads: Mapping[str, TensorHead]) -> str:
+    """`identity_of` the tensors that begin so."""
     parts = []
-    for key in sorted(tensors):
-        tensor = tensors[key]
-        head = tensor.reshape(-1)[: IDENTITY_BYTES // tensor.element_size()].contiguous()
-        parts.append(f"{key} {tuple(tensor.shape)} {checksum(head.cpu().view(torch.uint8).numpy().data):x}")
+    for key in sorted(heads):
+        head = heads[key]
+        parts.append(f"{key} {head.shape} {checksum(head.values.view(torch.uint8).numpy().data):x}")
     return f"{checksum(chr(10).join(parts).encode()):016x}"
 
 
@@ -81,14 +122,21 @@ def precision_of(mode: str) -> Precision:
 
 
 def make_engine(
-    bundle: ModelBundle, precision: Precision, sizes: PoolSizes, *, device: str = "cpu", num_threads: int = 1
+    bundle: ModelBundle,
+    precision: Precision,
+    sizes: PoolSizes,
+    *,
+    device: str = "cpu",
+    num_threads: int = 1,
+    max_context: int | None = None,
 ) -> Engine:
-    """An engine with pools of these sizes."""
+    """An engine with pools of these sizes, for sequences of up to `max_context` tokens (default: what fits)."""
     spec = kv_spec(bundle.config, "fp8" if precision.kv_fp8 else "fp32")
     pools = KVPools(spec, sizes, device, model_hash=bundle.model_hash)
     facts = ModelFacts(bundle.name, bundle.config.vocab_size, bundle.config.eos_token_id)
-    weights = bundle.weights if pools.device.type == "cpu" else bundle.weights.to(bundle.config, pools.device)
-    model = Transformer(bundle.config, weights, precision, pools, num_threads=num_threads)
+    model = Transformer(
+        bundle.config, bundle.weights, precision, pools, num_threads=num_threads, max_context=max_context
+    )
     return Engine(model, pools, facts)
 
 
@@ -100,11 +148,13 @@ def build_engine(
     Raises `BadCheckpoint`, or `BadConfig` when the budget or the context cannot be had.
     """
     torch.set_num_threads(config.num_threads)
-    bundle = bundle or ModelBundle.load(config.model_dir, name=config.model_name, on_progress=on_progress)
+    precision = precision_of(config.precision)
+    bundle = bundle or ModelBundle.load_for(
+        config.model_dir, config.device, precision, name=config.model_name, on_progress=on_progress
+    )
     longest = bundle.config.max_position_embeddings
     if config.max_context > longest:
         raise BadConfig("max_context", config.max_context, f"at most {longest}, the model's own limit", "worker config")
-    precision = precision_of(config.precision)
     plan = plan_pools(
         kv_spec(bundle.config, "fp8" if precision.kv_fp8 else "fp32"),
         budget_bytes=config.kv_budget_bytes,
@@ -116,4 +166,13 @@ def build_engine(
         config.full_pages or plan.full_pages, config.window_pages or plan.window_pages, config.slots or plan.slots
     )
     logger.info("worker=%s pools=%s kv_bytes=%d", config.name, sizes, plan.total_bytes)
-    return make_engine(bundle, precision, sizes, device=config.device, num_threads=config.num_threads)
+    engine = make_engine(
+        bundle,
+        precision,
+        sizes,
+        device=config.device,
+        num_threads=config.num_threads,
+        max_context=config.max_context,
+    )
+    engine.warm_up(decode=config.role is WorkerRole.DECODE)
+    return engine

@@ -11,6 +11,7 @@ is read once, shard by shard, front to back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,28 @@ class RawTensor:
     form: StoredForm
     weight: Tensor
     scale: Tensor | None
+
+
+HEAD_BYTES = 4096
+"""Bytes of each tensor that enter a model's identity: enough to tell two trainings of one shape apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHead:
+    """Shape of a tensor and its first `HEAD_BYTES` as `load_named` would hold them (fp32, or int64 tables)."""
+
+    shape: tuple[int, ...]
+    values: Tensor
+
+
+def head_of(raw: RawTensor) -> TensorHead:
+    """The beginning of a stored tensor, decoded; no larger part of it is."""
+    spec, form, scale = raw.spec, raw.form, raw.scale
+    wanted = HEAD_BYTES // (8 if form.dtype in ("I32", "I64") else 4)
+    rows = min(spec.shape[0], -(-wanted // max(1, math.prod(spec.shape[1:]))))
+    if scale is not None:
+        scale = scale[: -(-rows // row_granularity(form))]
+    return TensorHead(spec.shape, decode(form, raw.weight[:rows], scale).reshape(-1)[:wanted].clone())
 
 
 def load_named(

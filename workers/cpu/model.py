@@ -222,6 +222,10 @@ class CpuModel:
         del kept
         return logits[:, : self.config.vocab_size]
 
+    def decode(self, batch: ForwardBatch) -> torch.Tensor:
+        """As `Transformer.decode`."""
+        return self.forward(batch)
+
     def _run(self, scratch: np.ndarray, stage: int, first: int, last: int, lo: int, hi: int) -> None:
         steps.run(self._table, self._real, self.packed.layers, scratch, stage, first, last, lo, hi)
 

@@ -217,22 +217,36 @@ class PrefillMeta:
     """Metadata of one prefill step; built anew for each, padded to `padded` tokens."""
 
     def __init__(self, batch: ForwardBatch, padded: int, device: torch.device) -> None:
-        tokens, sequences = batch.num_tokens, batch.num_sequences
-        sizes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "positions", "sequence"), (padded,))
-        sizes |= dict.fromkeys(("slots", "start", "rows"), (sequences,)) | {"cu_starts": (sequences + 1,)}
-        pages = -(-batch.full_pages.shape[1] // PAGE_STEP) * PAGE_STEP
-        sizes |= dict.fromkeys(("full_pages", "window_pages"), (sequences, pages))
-        self._packed = PackedMeta(sizes, device)
-        host, d = self._packed.host, self._packed.device
-        host["token_ids"][tokens:], host["positions"][tokens:], host["sequence"][tokens:] = PADDING, PADDING, 0
+        """`batch` is in host memory."""
+        self._allocate(padded, batch.num_sequences, batch.full_pages.shape[1], device)
+        host, tokens = self._packed.host, batch.num_tokens
         host["token_ids"][:tokens], host["positions"][:tokens] = batch.token_ids.numpy(), batch.positions.numpy()
-        host["sequence"][:tokens] = batch.sequence_of_token.numpy()
-        host["rows"][:] = batch.last_token_rows.numpy()
+        host["sequence"][:tokens], host["rows"][:] = batch.sequence_of_token.numpy(), batch.last_token_rows.numpy()
         for name in ("slots", "start", "cu_starts"):
             host[name][...] = getattr(batch, name).numpy()
         for name, table in (("full_pages", batch.full_pages), ("window_pages", batch.window_pages)):
-            host[name][:, : table.shape[1]], host[name][:, table.shape[1] :] = table.numpy(), NO_PAGE
+            host[name][:, : table.shape[1]] = table.numpy()
         self._packed.send()
+
+    @classmethod
+    def padding(cls, padded: int, device: torch.device) -> PrefillMeta:
+        """A step of one sequence without any token."""
+        meta = cls.__new__(cls)
+        meta._allocate(padded, 1, 1, device)
+        meta._packed.send()
+        return meta
+
+    def _allocate(self, padded: int, sequences: int, num_pages: int, device: torch.device) -> None:
+        """Device and host memory; the host side describes padding alone."""
+        pages = -(-num_pages // PAGE_STEP) * PAGE_STEP
+        sizes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_ids", "positions", "sequence"), (padded,))
+        sizes |= dict.fromkeys(("slots", "start", "rows"), (sequences,)) | {"cu_starts": (sequences + 1,)}
+        sizes |= dict.fromkeys(("full_pages", "window_pages"), (sequences, pages))
+        self._packed = PackedMeta(sizes, device)
+        fill = {"token_ids": PADDING, "positions": PADDING, "full_pages": NO_PAGE, "window_pages": NO_PAGE}
+        for name, values in self._packed.host.items():
+            values[...] = fill.get(name, 0)
+        d = self._packed.device
         self.rows = d["rows"]
         """Row of each sequence's last token."""
         self.step = StepMeta(

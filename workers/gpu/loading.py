@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint.check import check_directory
-from workers.checkpoint.load import iter_tensors
+from workers.checkpoint.load import TensorHead, head_of, iter_tensors
 from workers.checkpoint.names import Encoding, StoredForm, TensorSpec, tensor_table
 from workers.checkpoint.progress import OnProgress, Progress
-from workers.checkpoint.quant import decode
+from workers.errors import InexactWeights
 from workers.gpu.weights import (
     ExpertShape,
     Fp8Weight,
@@ -37,23 +37,8 @@ from workers.reference.quant import e8m0_decode, fp4_dequant, fp4_quant, fp8_blo
 
 logger = logging.getLogger(__name__)
 
-HEAD_BYTES = 4096
-"""Bytes of each decoded tensor that are kept for the model's identity."""
-
 LOG_EVERY = 0.1
 """Share of the bytes between two lines of the log."""
-
-
-class InexactWeights(ValueError):
-    """A tensor holds values that the kernels' operand cannot hold without rounding."""
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """Shape of a tensor and its first `HEAD_BYTES` as the reference path would hold them (fp32, or int64 tables)."""
-
-    shape: tuple[int, ...]
-    values: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +101,7 @@ def _require_exact(spec: TensorSpec, found: Tensor, expected: Tensor) -> None:
 
 def load_checkpoint(
     directory: str | Path, device: torch.device | str, *, on_progress: OnProgress | None = None
-) -> tuple[ModelConfig, GpuWeights, dict[str, Head]]:
+) -> tuple[ModelConfig, GpuWeights, dict[str, TensorHead]]:
     """Config, weights on `device`, and the head of every trunk tensor by official name.
 
     Raises `BadCheckpoint`, `InexactWeights`, and `ValueError` for a shape without kernels.
@@ -125,10 +110,10 @@ def load_checkpoint(
     config = check_directory(directory).require_sound().config
     weights = GpuWeights.allocate(config, device)
     targets = dict(_targets(config, weights))
-    heads: dict[str, Head] = {}
+    heads: dict[str, TensorHead] = {}
     for raw in iter_tensors(directory, draft_blocks=False, on_progress=_logged(directory, on_progress)):
         targets.pop(raw.spec.name).put(raw.spec, raw.form, raw.weight, raw.scale)
-        heads[raw.spec.name] = Head(raw.spec.shape, _head(raw.form, raw.spec, raw.weight, raw.scale))
+        heads[raw.spec.name] = head_of(raw)
     assert not targets, f"no tensor filled {min(targets)}"
     seconds = time.perf_counter() - began
     logger.info("weights=%s device=%s bytes=%d load_s=%.1f", directory, device, weights.nbytes, seconds)
@@ -152,18 +137,6 @@ def convert(config: ModelConfig, weights: ModelWeights, device: torch.device | s
     seconds = time.perf_counter() - began
     logger.info("weights converted from fp32: device=%s bytes=%d seconds=%.1f", device, converted.nbytes, seconds)
     return converted
-
-
-def _head(form: StoredForm, spec: TensorSpec, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """The first `HEAD_BYTES` of the decoded tensor."""
-    wanted = HEAD_BYTES // (8 if form.dtype in ("I32", "I64") else 4)
-    width = 1
-    for n in spec.shape[1:]:
-        width *= n
-    rows = min(spec.shape[0], -(-wanted // width))
-    if scale is not None:
-        scale = scale[: -(-rows // WEIGHT_BLOCK)] if form.dtype == "F8_E4M3" else scale[:rows]
-    return decode(form, weight[:rows], scale).reshape(-1)[:wanted].clone()
 
 
 def _logged(directory: str | Path, on_progress: OnProgress | None) -> OnProgress:

@@ -83,30 +83,16 @@ class GpuModel:
         self.max_running = max_running or pools.sizes.slots
         longest = min(max_context or config.max_position_embeddings, pools.sizes.full_pages * PAGE_TOKENS)
         self.num_pages = -(-longest // PAGE_TOKENS)
-        make_decode, self._make_prefill = kernels
+        self._make_decode, self._make_prefill = kernels
+        self._use_graphs = use_graphs
         ropes = RopeTables.build(config, self.num_pages * PAGE_TOKENS, self.device)
         self._parts = StepParts.of(config, weights, ropes, pools)
-        self._meta = DecodeMeta(self.max_running, self.num_pages, self.device)
-        buffers = Activations(
-            config,
-            num_tokens=self.max_running,
-            block=self.max_running,
-            num_rows=self.max_running,
-            device=self.device,
-        )
-        sizes = StepSizes(self.max_running, self.max_running, self.num_pages, self.device)
-        self._decode = Step(self._parts, make_decode(config, sizes), buffers)
-        self._graphs = DecodeGraphs(self._launch_bucket, self.max_running, self.device, enabled=use_graphs)
+        self._lazy_decode: _Decode | None = None
         self._prefill: Step | None = None
-        self._running = 0
-        pinned = self.device.type == "cuda"
-        self._results = torch.empty(2, self.max_running, dtype=torch.int32, pin_memory=pinned)
-        self._ready = torch.cuda.Event() if pinned else None
         logger.info(
-            "model on %s: weights_bytes=%d decode_buffers_bytes=%d pool_bytes=%d max_running=%d max_context=%d",
+            "model on %s: weights_bytes=%d pool_bytes=%d max_running=%d max_context=%d",
             self.device,
             weights.nbytes,
-            buffers.nbytes,
             pools.nbytes,
             self.max_running,
             self.num_pages * PAGE_TOKENS,
@@ -116,8 +102,9 @@ class GpuModel:
 
     def warm_up(self) -> None:
         """Compile the decode kernels and capture every bucket. Writes no KV."""
-        self._meta.clear()
-        self._graphs.capture_all()
+        decode = self._decode
+        decode.meta.clear()
+        decode.graphs.capture_all()
 
     def decode(self, batch: ForwardBatch) -> Tensor:
         """One token of each sequence: fp32 logits [B, V] on the device, valid until the next step."""
@@ -126,60 +113,72 @@ class GpuModel:
 
     def start(self, batch: ForwardBatch) -> None:
         """Enqueue a decode step of any composition. Raises ValueError for ids, pages or slots that do not exist."""
-        batch = _on_cpu(batch)
+        batch, decode = _on_cpu(batch), self._decode
         if int(batch.num_new.max()) != 1 or batch.num_sequences > self.max_running:
             raise ValueError(f"decode takes one token of each of at most {self.max_running} sequences")
         check_batch(batch, self.config, self.pools.sizes, self.num_pages)
-        self._meta.load(batch)
-        self._running = batch.num_sequences
-        self._replay()
+        decode.meta.load(batch)
+        decode.running = batch.num_sequences
+        decode.replay()
 
     def start_next(self, token_ids: np.ndarray | None = None) -> None:
         """Enqueue the step after the last one, same sequences and pages.
 
         `token_ids` int [B]: the tokens to run; None takes the last step's greedy choice, which is on the device.
         """
+        decode = self._decode
         if token_ids is not None:
-            if len(token_ids) != self._running or token_ids.min() < 0 or token_ids.max() >= self.config.vocab_size:
-                raise ValueError(f"{len(token_ids)} token ids of a batch of {self._running}, in [0, vocabulary)")
-            self._meta.load_tokens(token_ids)
-        self._replay()
+            if len(token_ids) != decode.running or token_ids.min() < 0 or token_ids.max() >= self.config.vocab_size:
+                raise ValueError(f"{len(token_ids)} token ids of a batch of {decode.running}, in [0, vocabulary)")
+            decode.meta.load_tokens(token_ids)
+        decode.replay()
 
     def logits(self) -> Tensor:
         """fp32 [B, V] of the last step, valid until the next one is started."""
-        return self._decode.buffers.view("logits", self._running, self.config.vocab_size)
+        decode = self._decode
+        return decode.step.buffers.view("logits", decode.running, self.config.vocab_size)
 
     def greedy(self) -> tuple[list[int], list[bool]]:
         """The best id of each row of the last step, lowest among equals, and whether its logits are finite. Waits."""
-        if self._ready is not None:
-            self._ready.synchronize()
-        ids, finite = self._results[:, : self._running].tolist()
-        return ids, [bool(flag) for flag in finite]
-
-    def _replay(self) -> None:
-        bucket = self._graphs.bucket_of(self._running)
-        self._graphs.replay(bucket)
-        count = self._running
-        self._results[0, :count].copy_(self._meta.bucket(bucket).token_ids[:count], non_blocking=True)
-        self._results[1, :count].copy_(self._decode.buffers.view("finite", count), non_blocking=True)
-        if self._ready is not None:
-            self._ready.record()
-
-    def _launch_bucket(self, bucket: int) -> None:
-        """What a graph holds: the step, the greedy ids as the next step's tokens, the positions moved on."""
-        meta = self._meta.bucket(bucket)
-        logits = self._decode.run(meta)
-        finite = self._decode.buffers.view("finite", bucket)
-        self._decode.kernels.sample_greedy(logits, meta.token_ids, finite, positions=meta.positions)
+        return self._decode.greedy()
 
     def launches(self, batch: ForwardBatch) -> list[Launch]:
         """Every launch of the decode step of `batch`, in order, to be called one by one (for benchmarks)."""
-        batch, recorder = _on_cpu(batch), Recorder()
+        batch, recorder, decode = _on_cpu(batch), Recorder(), self._decode
         check_batch(batch, self.config, self.pools.sizes, self.num_pages)
-        self._meta.load(batch)
-        step = Step(self._parts, recorded(self._decode.kernels, recorder), self._decode.buffers, recorder)
-        step.run(self._meta.bucket(self._graphs.bucket_of(batch.num_sequences)))
+        decode.meta.load(batch)
+        decode.running = batch.num_sequences
+        step = Step(self._parts, recorded(decode.step.kernels, recorder), decode.step.buffers, recorder)
+        step.run(decode.meta.bucket(decode.graphs.bucket_of(decode.running)))
         return recorder.launches
+
+    @property
+    def _decode(self) -> _Decode:
+        """Buffers and graphs of decode, made at first use: a prefill worker needs none."""
+        if self._lazy_decode is None:
+            with torch.inference_mode(False):
+                sizes = StepSizes(self.max_running, self.max_running, self.num_pages, self.device)
+                step = self._make_step(self._make_decode, sizes, self.max_running, "decode")
+                self._lazy_decode = _Decode(step, sizes, use_graphs=self._use_graphs)
+        return self._lazy_decode
+
+    def _make_step(self, make: MakeKernels, sizes: StepSizes, num_rows: int, name: str) -> Step:
+        """Buffers and scratch for steps of these sizes; logged, because they are device memory."""
+        began, before = time.perf_counter(), _allocated_bytes(self.device)
+        buffers = Activations(
+            self.config, num_tokens=sizes.num_tokens, block=sizes.block, num_rows=num_rows, device=self.device
+        )
+        step = Step(self._parts, make(self.config, sizes), buffers)
+        logger.info(
+            "%s buffers: tokens=%d rows=%d bytes=%d with_scratch_MiB=%.1f seconds=%.2f",
+            name,
+            sizes.num_tokens,
+            num_rows,
+            buffers.nbytes,
+            (_allocated_bytes(self.device) - before) / 2**20,
+            time.perf_counter() - began,
+        )
+        return step
 
     # -- prefill ------------------------------------------------------------------------------------------------------
 
@@ -209,29 +208,71 @@ class GpuModel:
         entries = int((batch.start + batch.num_new).max()) // LayerKind.C4.value
         return step, meta, {"rows": None if every else meta.rows, "max_entries": entries}
 
+    def warm_up_prefill(self) -> None:
+        """Compile the prefill kernels with a step of padding alone. Writes no KV."""
+        began = time.perf_counter()
+        with torch.inference_mode(False):
+            meta = PrefillMeta.padding(PREFILL_STEP, self.device)
+            self._prefill_step(PREFILL_STEP, 1).run(meta.step, rows=meta.rows, max_entries=1)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        logger.info("prefill kernels ready_s=%.1f", time.perf_counter() - began)
+
     def _prefill_step(self, num_tokens: int, num_rows: int) -> Step:
         """Buffers for a step of this size; they grow and stay."""
         step = self._prefill
-        if step is not None and step.buffers.num_tokens >= num_tokens and step.buffers.num_rows >= num_rows:
-            return step
         if step is not None:
-            num_tokens = max(num_tokens, step.buffers.num_tokens)
-            num_rows = max(num_rows, step.buffers.num_rows)
+            had = step.buffers
+            if had.num_tokens >= num_tokens and had.num_rows >= num_rows:
+                return step
+            num_tokens, num_rows = max(num_tokens, had.num_tokens), max(num_rows, had.num_rows)
+        # The old buffers go before the new ones come.
         self._prefill = step = None
-        began = time.perf_counter()
-        block = min(num_tokens, ATTENTION_BLOCK)
-        buffers = Activations(self.config, num_tokens=num_tokens, block=block, num_rows=num_rows, device=self.device)
-        kernels = self._make_prefill(self.config, StepSizes(num_tokens, block, self.num_pages, self.device))
-        step = Step(self._parts, kernels, buffers)
-        logger.info(
-            "prefill buffers: tokens=%d rows=%d bytes=%d seconds=%.2f",
-            num_tokens,
-            num_rows,
-            buffers.nbytes,
-            time.perf_counter() - began,
-        )
-        self._prefill = step
-        return step
+        sizes = StepSizes(num_tokens, min(num_tokens, ATTENTION_BLOCK), self.num_pages, self.device)
+        self._prefill = self._make_step(self._make_prefill, sizes, num_rows, "prefill")
+        return self._prefill
+
+
+class _Decode:
+    """Decode on the device: metadata, step, graphs, and the results on their way to the host."""
+
+    def __init__(self, step: Step, sizes: StepSizes, *, use_graphs: bool | None) -> None:
+        self.step = step
+        self.meta = DecodeMeta(sizes.num_tokens, sizes.num_pages, sizes.device)
+        self.graphs = DecodeGraphs(self._launch, sizes.num_tokens, sizes.device, enabled=use_graphs)
+        self.running = 0
+        """Sequences of the last step."""
+        pinned = sizes.device.type == "cuda"
+        self._results = torch.empty(2, sizes.num_tokens, dtype=torch.int32, pin_memory=pinned)
+        self._ready = torch.cuda.Event() if pinned else None
+
+    def _launch(self, bucket: int) -> None:
+        """What a graph holds: the step, the greedy ids as the next step's tokens, the positions moved on."""
+        meta, finite = self.meta.bucket(bucket), self.step.buffers.view("finite", bucket)
+        logits = self.step.run(meta)
+        self.step.kernels.sample_greedy(logits, meta.token_ids, finite, positions=meta.positions)
+
+    def replay(self) -> None:
+        """Enqueue the step that the metadata describes, and its results' way to the host."""
+        count = self.running
+        bucket = self.graphs.bucket_of(count)
+        self.graphs.replay(bucket)
+        self._results[0, :count].copy_(self.meta.bucket(bucket).token_ids[:count], non_blocking=True)
+        self._results[1, :count].copy_(self.step.buffers.view("finite", count), non_blocking=True)
+        if self._ready is not None:
+            self._ready.record()
+
+    def greedy(self) -> tuple[list[int], list[bool]]:
+        """As `GpuModel.greedy`."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        ids, finite = self._results[:, : self.running].tolist()
+        return ids, [bool(flag) for flag in finite]
+
+
+def _allocated_bytes(device: torch.device) -> int:
+    """Device memory of live tensors; 0 on the CPU, where nobody counts."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _on_cpu(batch: ForwardBatch) -> ForwardBatch:

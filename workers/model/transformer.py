@@ -8,6 +8,7 @@ the reference path, bit for bit on the CPU path). Differentiable full-sequence f
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from kvstore.pools.aggregate import KVPools
 from workers import ops
 from workers.batch import ForwardBatch
+from workers.errors import InexactWeights
 from workers.model import layers as parts
 from workers.model.config import ModelConfig
 from workers.model.paged_attention import PagedAttention
@@ -25,34 +27,59 @@ from workers.reference.mhc import hc_post
 from workers.reference.moe import moe
 from workers.reference.norm_rope import rms_norm
 
+if TYPE_CHECKING:
+    from workers.gpu.model import GpuModel
+    from workers.gpu.weights import GpuWeights
+
 logger = logging.getLogger(__name__)
 
 
 class Transformer:
     """The trunk over one set of pools, on the fastest backend that covers the model.
 
-    `backend` forces one (`reference` for checks); `num_threads` bounds the threads of the CPU path, by default torch's.
-    Runs on the thread that owns the pools. Raises ValueError when the pools were laid out for another precision.
+    `weights` are fp32, or already the GPU path's operands. `backend` forces one (`reference` for checks); `num_threads`
+    bounds the threads of the CPU path, by default torch's; `max_context` bounds the sequences of the GPU path, by
+    default the model's own limit. Runs on the thread that owns the pools. Raises ValueError when the pools were laid
+    out for another precision.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        weights: ModelWeights,
+        weights: ModelWeights | GpuWeights,
         precision: Precision,
         pools: KVPools,
         *,
         backend: ops.Backend | None = None,
         num_threads: int | None = None,
+        max_context: int | None = None,
     ) -> None:
         chosen, reason = (backend, "asked for") if backend else ops.choose_backend(config, precision, pools)
+        gpu: GpuModel | None = None
+        if chosen == "triton":
+            try:
+                gpu = ops.build_gpu_model(config, weights, pools, max_context=max_context)
+            except InexactWeights as error:
+                if backend == "triton":
+                    raise
+                chosen, reason = "reference", str(error)
         logger.info("model runs on backend %s: %s", chosen, reason)
         self.backend: ops.Backend = chosen
-        self._model: ops.PagedModel = (
-            ops.build_cpu_model(config, weights, precision, pools, num_threads)
-            if chosen == "cpu"
-            else ReferenceTransformer(config, weights, precision, pools)
-        )
+        self.ahead = gpu
+        """The model as the decode pipeline drives it, where steps run beside the host."""
+        self.batch_device = torch.device("cpu") if gpu is not None else pools.device
+        """Where `forward` and `decode` want their batches."""
+        if gpu is not None:
+            self._model: ops.PagedModel = gpu
+            return
+        if not isinstance(weights, ModelWeights):
+            raise ValueError(f"backend {chosen} needs fp32 weights")
+        if chosen == "cpu":
+            self._model = ops.build_cpu_model(config, weights, precision, pools, num_threads)
+        else:
+            # On a GPU the reference holds fp32 weights; the Triton path above never does.
+            here = weights if pools.device.type == "cpu" else weights.to(config, pools.device)
+            self._model = ReferenceTransformer(config, here, precision, pools)
 
     def forward(self, batch: ForwardBatch, logits_for: ops.LogitsFor = "last") -> Tensor:
         """Run every new token of `batch`, write its KV, and return fp32 logits ([B, V] for "last", [T, V] for "all").
@@ -60,6 +87,18 @@ class Transformer:
         The slots of sequences that start at 0 must have been reset, and pages must reach each last new token.
         """
         return self._model.forward(batch, logits_for)
+
+    def decode(self, batch: ForwardBatch) -> Tensor:
+        """`forward` for one new token of each sequence: fp32 logits [B, V], valid until the next call."""
+        return self._model.decode(batch)
+
+    def warm_up(self, *, decode: bool) -> None:
+        """Compile what decode or prefill steps need, and capture graphs, where that takes time. Writes no KV."""
+        if self.ahead is not None:
+            if decode:
+                self.ahead.warm_up()
+            else:
+                self.ahead.warm_up_prefill()
 
 
 class ReferenceTransformer:
@@ -80,6 +119,10 @@ class ReferenceTransformer:
             streams = self._block(index, layer, streams, batch)
         rows = streams if logits_for == "all" else streams[batch.last_token_rows]
         return parts.head_logits(self.weights, self.config, rows)
+
+    def decode(self, batch: ForwardBatch) -> Tensor:
+        """As `Transformer.decode`."""
+        return self.forward(batch)
 
     def _block(self, index: int, layer: LayerWeights, streams: Tensor, batch: ForwardBatch) -> Tensor:
         config = self.config

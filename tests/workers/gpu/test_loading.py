@@ -10,11 +10,13 @@ from torch import Tensor
 
 from workers.checkpoint.load import load_named
 from workers.checkpoint.synth import synthesise
-from workers.gpu.loading import InexactWeights, convert, load_checkpoint
+from workers.errors import InexactWeights
+from workers.gpu.loading import convert, load_checkpoint
 from workers.gpu.weights import ExpertShape, Fp8Weight, GpuWeights, unsupported_shape, x_bf16_columns
 from workers.model.config import LayerKind, ModelConfig
 from workers.model.presets import NANO, PRESETS
 from workers.model.weights import ModelWeights, random_named_weights
+from workers.model_bundle import ModelBundle, identity_of_heads
 from workers.reference.quant import fp4_dequant, fp8_block_dequant
 
 BUNDLED = Path(__file__).resolve().parents[3] / "deploy" / "demo" / "dsv4-nano"
@@ -69,6 +71,11 @@ def test_both_ways_of_loading_hold_the_checkpoints_values() -> None:
         wanted = 4096 // tensor.element_size()
         assert heads[name].shape == tuple(tensor.shape)
         assert torch.equal(heads[name].values, tensor.reshape(-1)[:wanted])
+
+
+def test_the_model_hash_does_not_depend_on_how_weights_are_held() -> None:
+    _, _, heads = load_checkpoint(BUNDLED, "cpu")
+    assert identity_of_heads(heads) == ModelBundle.load(BUNDLED).model_hash
 
 
 def test_a_random_checkpoint_of_every_layer_kind_is_loaded(tmp_path: Path) -> None:

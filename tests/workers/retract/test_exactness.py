@@ -12,6 +12,8 @@ from tests.workers.runtime.fake_model import fake_engine
 from tests.workers.runtime.pair import make_request
 
 HARSH = {"poison_freed": True, "other_pages": True}
+both = pytest.mark.parametrize("ahead", [False, True], ids=["in_turn", "ahead"])
+"""Also with a step on its way whenever a request is taken out."""
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 126, 127, 128, 129, 254, 255, 256, 257, 383])
@@ -27,9 +29,10 @@ def test_a_retract_after_every_token_changes_nothing(length: int) -> None:
         assert report.bytes_out == report.bytes_in > 0 and report.fallbacks == {}
 
 
-def test_a_request_is_retracted_at_every_residue_of_the_page() -> None:
+@both
+def test_a_request_is_retracted_at_every_residue_of_the_page(ahead: bool) -> None:
     requests = [make_request("a", prompt(100), max_tokens=258), make_request("b", prompt(3), max_tokens=90)]
-    with RetractPair() as pair:
+    with RetractPair(decode_engine=fake_engine(ahead=ahead)) as pair:
         pair.control(interval=1, **HARSH)
         for request in requests:
             pair.start(request)
@@ -38,14 +41,15 @@ def test_a_request_is_retracted_at_every_residue_of_the_page() -> None:
         assert {n % 256 for n in report.contexts} == set(range(256))
 
 
-def test_retracted_and_other_requests_mix_in_every_batch(seed: int) -> None:
+@both
+def test_retracted_and_other_requests_mix_in_every_batch(ahead: bool, seed: int) -> None:
     rng = random.Random(seed)
     requests = [
         make_request(f"r{i}", prompt(rng.choice([2, 60, 127, 130, 255]), i), max_tokens=rng.randint(1, 50), seed=i,
                      temperature=i % 2, frequency_penalty=0.3 * (i % 3), min_tokens=1)
         for i in range(10)
     ]  # fmt: skip
-    with RetractPair() as pair:
+    with RetractPair(decode_engine=fake_engine(ahead=ahead)) as pair:
         pair.control(interval=rng.randint(2, 9), seed=seed % 1000, **HARSH)
         for request in requests:
             pair.start(request)

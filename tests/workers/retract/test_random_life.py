@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
+
 from tests.workers.retract.harness import RetractPair, prompt, retract_config
 from tests.workers.runtime.fake_model import fake_engine, oracle_tokens
 from tests.workers.runtime.pair import make_request, tokens_of
@@ -21,7 +23,9 @@ CONTROLS = (
 )
 
 
-def test_random_life_loses_nothing_and_leaks_nothing(seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True], ids=["in_turn", "ahead"])
+def test_random_life_loses_nothing_and_leaks_nothing(ahead: bool, seed: int, tmp_path: Path) -> None:
+    """`ahead`: each step is launched before the tokens of the last one are taken."""
     rng = random.Random(seed)
     config = retract_config(
         host=96 << 10, disk=str(tmp_path), admission="predicted", forecast_initial=3, extra_requests=4,
@@ -30,7 +34,9 @@ def test_random_life_loses_nothing_and_leaks_nothing(seed: int, tmp_path: Path) 
     live: list[GenerateRequest] = []
     done = aborted = 0
     with RetractPair(
-        decode_engine=fake_engine(full_pages=5, window_pages=5, slots=3), retract=config, admit_wait_s=1e6
+        decode_engine=fake_engine(full_pages=5, window_pages=5, slots=3, ahead=ahead),
+        retract=config,
+        admit_wait_s=1e6,
     ) as pair:
         waiting = {}
         for number in range(160):

@@ -6,6 +6,7 @@ another request's changes the tokens. `oracle_tokens` computes the same function
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,6 +68,7 @@ class FakeModel:
         self.fail_on: int | None = None
         self.nan_on: int | None = None
         self.steps: list[tuple[int, ...]] = []
+        self.ahead: FakeAhead | None = None
 
     def forward(self, batch: ForwardBatch, logits_for: str = "last") -> torch.Tensor:
         self.steps.append(tuple(batch.num_new.tolist()))
@@ -91,6 +93,9 @@ class FakeModel:
         logits = logits_of(hashes)
         logits[broken] = torch.nan
         return logits
+
+    def decode(self, batch: ForwardBatch) -> torch.Tensor:
+        return self.forward(batch)
 
     def _append(self, indices: SequenceIndices, token: int, position: int) -> None:
         for name in (PoolName.WINDOW, *STATES):
@@ -156,9 +161,43 @@ def oracle_tokens(prompt: Sequence[int], params: SamplingParams, request_id: str
     return output
 
 
-def fake_engine(*, full_pages: int = 24, window_pages: int = 24, slots: int = 6) -> Engine:
-    """An engine over poisoned pools: whatever is read before it was written is NaN, not zero."""
+class FakeAhead:
+    """An `AheadModel` on a fake: a started step has run at once, as early as a device could run it."""
+
+    def __init__(self, model: FakeModel) -> None:
+        self._model = model
+        self._batch: ForwardBatch | None = None
+        self._logits = torch.empty(0)
+        self.num_next = 0
+
+    def start(self, batch: ForwardBatch) -> None:
+        self._batch = batch
+        self._logits = self._model.forward(batch)
+
+    def start_next(self, token_ids: np.ndarray | None) -> None:
+        assert self._batch is not None
+        batch = self._batch
+        ids = self._logits.argmax(-1) if token_ids is None else torch.from_numpy(token_ids).long()
+        self.num_next += 1
+        self.start(dataclasses.replace(batch, token_ids=ids, positions=batch.positions + 1, start=batch.start + 1))
+
+    def greedy(self) -> tuple[list[int], list[bool]]:
+        best, ids = self._logits.max(-1)
+        return ids.tolist(), (best - best == 0).tolist()
+
+    def logits(self) -> torch.Tensor:
+        return self._logits
+
+
+def fake_engine(*, full_pages: int = 24, window_pages: int = 24, slots: int = 6, ahead: bool = False) -> Engine:
+    """An engine over poisoned pools: whatever is read before it was written is NaN, not zero.
+
+    `ahead`: its decode steps are launched before the last one's tokens are taken.
+    """
     pools = KVPools(tiny_spec(), PoolSizes(full_pages, window_pages, slots))
     for pool in pools.pools:
         pool.data.fill_(0xFF)
-    return Engine(FakeModel(pools), pools, ModelFacts("fake", VOCAB, EOS))
+    model = FakeModel(pools)
+    if ahead:
+        model.ahead = FakeAhead(model)
+    return Engine(model, pools, ModelFacts("fake", VOCAB, EOS))
