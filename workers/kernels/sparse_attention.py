@@ -155,7 +155,7 @@ def sparse_attention(
         ENTRY_STRIDE=entries.shape[1],
         BH=shape.n,
         DIRECT=parts == 1,
-        STREAM=mode == "prefill",
+        LOOP=2 if mode == "prefill" else int(span > 1),
         HW=hardware_formats(q.device),
         **sizes,
         **shape.options,
@@ -197,9 +197,9 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     sizes = {"HEADS": 64, "NOPE": 448, "WINDOW": 128, "RATIO": 4, "SELECTED": 512, "WIDEN": False, "PDL": arch >= 90}
     strides = {"Q_STRIDE": 40960, "WINDOW_STRIDE": 149_760, "ENTRY_STRIDE": 37_440, "HW": arch >= 89}
     cases = []
-    for mode, direct in (("decode", False), ("decode", True), ("prefill", True)):
+    for mode, loop, direct in (("decode", 0, False), ("decode", 1, True), ("prefill", 2, True)):
         shape = tile(f"sparse_attention.{mode}", arch)
-        constants = sizes | strides | {"KEYS": shape.k, "BH": shape.n, "DIRECT": direct, "STREAM": mode == "prefill"}
+        constants = sizes | strides | {"KEYS": shape.k, "BH": shape.n, "LOOP": loop, "DIRECT": direct}
         name = f"{mode}{'' if direct else '_split'}"
         cases.append((name, device_code.attend, signature, constants, shape.options | launch))
     shape = tile("sparse_attention.decode", arch)

@@ -156,9 +156,23 @@ def _keys(codes, scales, words, live, NOPE: tl.constexpr, HW: tl.constexpr):
 
 
 @triton.jit
-def _added(o, kept, p, values, added, STREAM: tl.constexpr, WIDEN: tl.constexpr):
+def _scores(q, k, live, scale, NOPE: tl.constexpr, WIDEN: tl.constexpr):
+    """fp32 [BH, KEYS] in powers of two; -inf for keys that do not exist. q, k: the five parts."""
+    if NOPE == 448:
+        s = _dot(q[0], tl.trans(k[0]), None, WIDEN)
+        s = _dot(q[1], tl.trans(k[1]), s, WIDEN)
+        s = _dot(q[2], tl.trans(k[2]), s, WIDEN)
+        s = _dot(q[3], tl.trans(k[3]), s, WIDEN)
+    else:
+        s = _dot(q[3], tl.trans(k[3]), None, WIDEN)
+    s = _dot(q[4], tl.trans(k[4]), s, WIDEN) * scale
+    return tl.where(live[None, :], s, -float("inf"))
+
+
+@triton.jit
+def _added(o, kept, p, values, added, LOOP: tl.constexpr, WIDEN: tl.constexpr):
     """Weighted values so far and those of one more chunk."""
-    if STREAM:
+    if LOOP == 2:
         return _dot(p, values, o * kept, WIDEN)
     return _merged(o, kept, _dot(p, values, None, WIDEN), added)
 
@@ -192,8 +206,8 @@ def _attend(
     STRIDES: tl.constexpr,
     KEYS: tl.constexpr,
     HALF: tl.constexpr,  # value columns: 0: below 256, 1: the others, 2: all (64 nope dims)
+    LOOP: tl.constexpr,
     DIRECT: tl.constexpr,
-    STREAM: tl.constexpr,
     HW: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
@@ -201,51 +215,65 @@ def _attend(
     BH: tl.constexpr = live_head.shape[0]
     cos = tl.load(angle + tl.arange(0, 32)[None, :])
     sin = tl.load(angle + 32 + tl.arange(0, 32)[None, :])
-    q0, q1, q2, q3, q4, norm = _queries(q, live_head, cos, sin, eps, NOPE, WIDEN)
-    scale = (norm * ((NOPE + 64) ** -0.5 * _LOG2E))[:, None]
-    maximum = tl.full((BH,), -float("inf"), tl.float32)
-    total = tl.zeros((BH,), tl.float32)
-    if HALF == 0:
-        o0 = tl.zeros((BH, 128), tl.float32)
-        o1 = tl.zeros((BH, 128), tl.float32)
-    else:
-        o2 = tl.zeros((BH, 128), tl.float32)
-        o3 = tl.zeros((BH, 64), tl.float32)
-        o4 = tl.zeros((BH, 64), tl.float32)
-    for chunk in range(first, last):
-        codes, scales, words, live = _chunk_pointers(
-            chunk, position, num_entries, selected, sources, tables, NOPE, WINDOW, RATIO, STRIDES, KEYS
+    if LOOP == 0:
+        rows = _chunk_pointers(
+            first, position, num_entries, selected, sources, tables, NOPE, WINDOW, RATIO, STRIDES, KEYS
         )
-        k0, k1, k2, k3, k4 = _keys(codes, scales, words, live, NOPE, HW)
-        if NOPE == 448:
-            s = _dot(q0, tl.trans(k0), None, WIDEN)
-            s = _dot(q1, tl.trans(k1), s, WIDEN)
-            s = _dot(q2, tl.trans(k2), s, WIDEN)
-            s = _dot(q3, tl.trans(k3), s, WIDEN)
-        else:
-            s = _dot(q3, tl.trans(k3), None, WIDEN)
-        s = _dot(q4, tl.trans(k4), s, WIDEN) * scale
-        s = tl.where(live[None, :], s, -float("inf"))  # [BH, KEYS]
-        top = tl.max(s, 1)
-        new_maximum = tl.maximum(maximum, top)
-        kept = tl.exp2(maximum - _finite(new_maximum))
-        if STREAM:
-            top = new_maximum
-        added = tl.exp2(top - _finite(new_maximum))
-        p = tl.exp2(s - _finite(top)[:, None])
-        total = _merged(total, kept, tl.sum(p, 1), added)
-        maximum = new_maximum
+        q0, q1, q2, q3, q4, norm = _queries(q, live_head, cos, sin, eps, NOPE, WIDEN)
+        scale = (norm * ((NOPE + 64) ** -0.5 * _LOG2E))[:, None]
+        k0, k1, k2, k3, k4 = _keys(rows[0], rows[1], rows[2], rows[3], NOPE, HW)
+        s = _scores((q0, q1, q2, q3, q4), (k0, k1, k2, k3, k4), rows[3], scale, NOPE, WIDEN)
+        maximum = tl.max(s, 1)
+        p = tl.exp2(s - _finite(maximum)[:, None])
+        total = tl.sum(p, 1)
         p = as_bf16(p, WIDEN)
-        kept = kept[:, None]
-        added = added[:, None]
         if HALF == 0:
-            o0 = _added(o0, kept, p, k0, added, STREAM, WIDEN)
-            o1 = _added(o1, kept, p, k1, added, STREAM, WIDEN)
+            o0 = _dot(p, k0, None, WIDEN)
+            o1 = _dot(p, k1, None, WIDEN)
         else:
             if HALF == 1:
-                o2 = _added(o2, kept, p, k2, added, STREAM, WIDEN)
-            o3 = _added(o3, kept, p, k3, added, STREAM, WIDEN)
-            o4 = _added(o4, kept, p, k4, added, STREAM, WIDEN)
+                o2 = _dot(p, k2, None, WIDEN)
+            o3 = _dot(p, k3, None, WIDEN)
+            o4 = _dot(p, k4, None, WIDEN)
+    else:
+        q0, q1, q2, q3, q4, norm = _queries(q, live_head, cos, sin, eps, NOPE, WIDEN)
+        scale = (norm * ((NOPE + 64) ** -0.5 * _LOG2E))[:, None]
+        maximum = tl.full((BH,), -float("inf"), tl.float32)
+        total = tl.zeros((BH,), tl.float32)
+        if HALF == 0:
+            o0 = tl.zeros((BH, 128), tl.float32)
+            o1 = tl.zeros((BH, 128), tl.float32)
+        else:
+            o2 = tl.zeros((BH, 128), tl.float32)
+            o3 = tl.zeros((BH, 64), tl.float32)
+            o4 = tl.zeros((BH, 64), tl.float32)
+        # NOTE: hoisted, the addresses of all tiles in shared memory would not fit the registers.
+        for chunk in tl.range(first, last, disable_licm=True):
+            rows = _chunk_pointers(
+                chunk, position, num_entries, selected, sources, tables, NOPE, WINDOW, RATIO, STRIDES, KEYS
+            )
+            k0, k1, k2, k3, k4 = _keys(rows[0], rows[1], rows[2], rows[3], NOPE, HW)
+            s = _scores((q0, q1, q2, q3, q4), (k0, k1, k2, k3, k4), rows[3], scale, NOPE, WIDEN)
+            top = tl.max(s, 1)
+            new_maximum = tl.maximum(maximum, top)
+            kept = tl.exp2(maximum - _finite(new_maximum))
+            if LOOP == 2:
+                top = new_maximum
+            added = tl.exp2(top - _finite(new_maximum))
+            p = tl.exp2(s - _finite(top)[:, None])
+            total = _merged(total, kept, tl.sum(p, 1), added)
+            maximum = new_maximum
+            p = as_bf16(p, WIDEN)
+            kept = kept[:, None]
+            added = added[:, None]
+            if HALF == 0:
+                o0 = _added(o0, kept, p, k0, added, LOOP, WIDEN)
+                o1 = _added(o1, kept, p, k1, added, LOOP, WIDEN)
+            else:
+                if HALF == 1:
+                    o2 = _added(o2, kept, p, k2, added, LOOP, WIDEN)
+                o3 = _added(o3, kept, p, k3, added, LOOP, WIDEN)
+                o4 = _added(o4, kept, p, k4, added, LOOP, WIDEN)
 
     factor = 1.0
     if DIRECT:
@@ -295,8 +323,8 @@ def attend(
     ENTRY_STRIDE: tl.constexpr,
     BH: tl.constexpr,
     KEYS: tl.constexpr,
+    LOOP: tl.constexpr,  # 0: one chunk a program, 1: merged like parts, 2: one running maximum (faster, other bits)
     DIRECT: tl.constexpr,  # write `out`; else a part of `work`
-    STREAM: tl.constexpr,  # one running maximum: faster, but the bits depend on where programs begin
     HW: tl.constexpr,
     WIDEN: tl.constexpr,
     PDL: tl.constexpr,
@@ -337,13 +365,13 @@ def attend(
         statistics = work + (tl.num_programs(1).to(tl.int64) * HEADS * num_parts) * HD + at * 2
     if HALVES == 1:
         _attend(q, position, num_entries, first, last, selected, sources, tables, sink + head, angle, to, statistics,
-                eps, live_head, NOPE, WINDOW, RATIO, STRIDES, KEYS, 2, DIRECT, STREAM, HW, WIDEN)  # fmt: skip
+                eps, live_head, NOPE, WINDOW, RATIO, STRIDES, KEYS, 2, LOOP, DIRECT, HW, WIDEN)  # fmt: skip
     elif tl.program_id(0) % 2 == 0:
         _attend(q, position, num_entries, first, last, selected, sources, tables, sink + head, angle, to, statistics,
-                eps, live_head, NOPE, WINDOW, RATIO, STRIDES, KEYS, 0, DIRECT, STREAM, HW, WIDEN)  # fmt: skip
+                eps, live_head, NOPE, WINDOW, RATIO, STRIDES, KEYS, 0, LOOP, DIRECT, HW, WIDEN)  # fmt: skip
     else:
         _attend(q, position, num_entries, first, last, selected, sources, tables, sink + head, angle, to, statistics,
-                eps, live_head, NOPE, WINDOW, RATIO, STRIDES, KEYS, 1, DIRECT, STREAM, HW, WIDEN)  # fmt: skip
+                eps, live_head, NOPE, WINDOW, RATIO, STRIDES, KEYS, 1, LOOP, DIRECT, HW, WIDEN)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_parts"])
