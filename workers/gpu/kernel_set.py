@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from workers.model.config import PAGE_TOKENS, LayerKind, ModelConfig
 
@@ -22,16 +23,14 @@ Op = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class KernelSet:
-    """Ops by the names of `workers/kernels`, their scratch bound."""
+    """Ops of one kind of step, their scratch bound; arguments as in `step.py`."""
 
     embed_streams: Op
     hc_pre: Op
     hc_post_pre: Op
     hc_post_head: Op
     project_x: Op
-    norm_and_store: Op
-    compress_c4: Op
-    compress_c128: Op
+    store_and_compress: Op
     linear: Op
     select_entries: Op
     sparse_attention: Op
@@ -64,7 +63,7 @@ class MakeKernels(Protocol):
 
 def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     """Triton's ops for steps of one token a sequence; batch invariant bit for bit."""
-    from workers.kernels import compressor, experts_decode, indexer, kv_store, linear_decode, mhc, routing, sampling
+    from workers.kernels import experts_decode, indexer, kv_step, kv_store, linear_decode, mhc, routing, sampling
     from workers.kernels import sparse_attention as attention
 
     c, tokens, device = config, sizes.num_tokens, sizes.device
@@ -77,26 +76,34 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     )
     streams = torch.empty(mhc.work_floats(tokens, c.hidden_size), device=device)
     counts = experts_decode.num_counters(tokens, c.num_experts_per_tok, c.n_routed_experts, c.moe_intermediate_size)
+    counters = torch.zeros(counts, dtype=torch.int32, device=device)
+    attention_work = torch.empty(max(1, floats), device=device)
+
+    def hc_post_pre(*tensors: Tensor, x_experts: Tensor | None = None, **more: Any) -> None:
+        mhc.hc_post_pre(*tensors, work=streams, **more)
+        if x_experts is not None:
+            experts_decode.quantise_rows(tensors[-1], x_experts)
+
+    def store_and_compress(*tensors: Any, rows: Tensor | None, main: Any, index: Any, eps: float) -> None:
+        if rows is None:
+            kv_store.norm_and_store(*tensors, eps)
+        else:
+            kv_step.store_and_compress(*tensors, rows, main, index, eps)
+
     return KernelSet(
         embed_streams=mhc.embed_streams,
         hc_pre=partial(mhc.hc_pre, work=streams),
-        hc_post_pre=partial(mhc.hc_post_pre, work=streams),
+        hc_post_pre=hc_post_pre,
         hc_post_head=partial(mhc.hc_post_head, work=streams),
         project_x=linear_decode.project_x,
-        norm_and_store=kv_store.norm_and_store,
-        compress_c4=partial(compressor.compress_c4, mode="decode"),
-        compress_c128=partial(compressor.compress_c128, mode="decode"),
+        store_and_compress=store_and_compress,
         linear=linear_decode.linear,
         select_entries=partial(indexer.select_entries, work=_index_work(config, sizes, prefill=False), mode="decode"),
-        sparse_attention=partial(
-            attention.sparse_attention, work=torch.empty(max(1, floats), device=device), mode="decode"
-        ),
+        sparse_attention=partial(attention.sparse_attention, work=attention_work, mode="decode"),
         grouped_linear=linear_decode.grouped_linear,
         gate_and_shared=linear_decode.gate_and_shared,
-        route=routing.route,
-        expert_gate_up=partial(
-            experts_decode.expert_gate_up, counters=torch.zeros(counts, dtype=torch.int32, device=device)
-        ),
+        route=partial(routing.route, work=_route_work(config, sizes)),
+        expert_gate_up=partial(experts_decode.expert_gate_up, counters=counters),
         expert_down=experts_decode.expert_down,
         head=linear_decode.head,
         sample_greedy=sampling.sample_greedy,
@@ -105,39 +112,88 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
 
 def prefill_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     """Triton's ops for steps of many tokens."""
-    from workers.kernels import compressor, experts_prefill, indexer, kv_store, linear_prefill, mhc, routing, sampling
+    from workers.kernels import (
+        compressor,
+        experts_prefill,
+        indexer,
+        kv_store,
+        linear_prefill,
+        mhc,
+        mhc_prefill,
+        routing,
+        sampling,
+    )
     from workers.kernels import sparse_attention as attention
+    from workers.kernels.quantise_rows import quantise_rows, round_in_place
 
     c, tokens, device = config, sizes.num_tokens, sizes.device
-    width = c.num_attention_heads * c.head_dim
-    rows = linear_prefill.PrefillWork.empty(
+    width, index = c.num_attention_heads * c.head_dim, c.index_n_heads * c.index_head_dim
+    linears = (c.o_lora_rank * width, (width + index) * c.q_lora_rank, c.hidden_size * c.o_groups * c.o_lora_rank)
+    work = linear_prefill.PrefillWork.empty(
         tokens,
         columns=max(c.hidden_size, c.q_lora_rank, c.o_groups * c.o_lora_rank, c.moe_intermediate_size),
-        weight_elements=c.o_lora_rank * width,
+        weight_elements=max(*linears, 2 * c.moe_intermediate_size * c.hidden_size),
         inner=c.moe_intermediate_size,
         device=device,
     )
-    streams = torch.empty(mhc.work_floats(tokens, c.hidden_size), device=device)
+    pairs = tokens * c.num_experts_per_tok
+    tiles = torch.empty(experts_prefill.tile_words(pairs, c.n_routed_experts, device), dtype=torch.int32, device=device)
+    streams = torch.empty(mhc_prefill.work_floats(tokens), device=device)
+
+    def hc_post_pre(*tensors: Tensor, x_experts: Tensor | None = None, **more: Any) -> None:
+        mhc_prefill.hc_post_pre(*tensors, work=streams, **more)
+        if x_experts is not None:
+            quantise_rows(tensors[-1], None, x_experts, reorder=True)
+
+    def store_and_compress(
+        out_fp8: Tensor, q_norm: Tensor, kv_norm: Tensor, rope: Tensor, meta: Any, window: Tensor, latent: Tensor, *,
+        rows: Tensor | None, main: Any, index: Any, eps: float,
+    ) -> None:  # fmt: skip
+        kv_store.norm_and_store(out_fp8, q_norm, kv_norm, rope, meta, window, latent, eps)
+        if rows is not None and index is not None:
+            compressor.compress_c4(rows, meta, main, index, rope, eps, mode="prefill")
+        elif rows is not None:
+            compressor.compress_c128(rows, meta, main, rope, eps, mode="prefill")
+
+    def expert_gate_up(
+        x: Tensor, ids: Tensor, weights: Tensor, groups: Any, slab: Any, hidden: Tensor, limit: float, *,
+        shared_hidden: Tensor,
+    ) -> None:  # fmt: skip
+        experts_prefill.list_tiles(groups, hidden, tiles, slab)
+        experts_prefill.gate_up(x, weights, groups, slab, hidden, tiles, limit)
+        round_in_place(hidden.flatten(0, 1), tiles[1:2])
+
+    def expert_down(
+        hidden: Tensor, shared_hidden: Tensor, shared_w2: Any, ids: Tensor, groups: Any, slab: Any, out: Tensor
+    ) -> None:
+        experts_prefill.down(hidden, groups, slab, out, tiles)
+        linear_prefill.linear(shared_hidden, shared_w2, out[:, -1], work=work)
+
     return KernelSet(
         embed_streams=mhc.embed_streams,
-        hc_pre=partial(mhc.hc_pre, work=streams),
-        hc_post_pre=partial(mhc.hc_post_pre, work=streams),
-        hc_post_head=partial(mhc.hc_post_head, work=streams),
-        project_x=partial(linear_prefill.project_x, work=rows),
-        norm_and_store=kv_store.norm_and_store,
-        compress_c4=partial(compressor.compress_c4, mode="prefill"),
-        compress_c128=partial(compressor.compress_c128, mode="prefill"),
-        linear=partial(linear_prefill.linear, work=rows),
+        hc_pre=partial(mhc_prefill.hc_pre, work=streams),
+        hc_post_pre=hc_post_pre,
+        hc_post_head=partial(mhc_prefill.hc_post_head, work=streams),
+        project_x=partial(linear_prefill.project_x, work=work),
+        store_and_compress=store_and_compress,
+        linear=partial(linear_prefill.linear, work=work),
         select_entries=partial(indexer.select_entries, work=_index_work(config, sizes, prefill=True), mode="prefill"),
         sparse_attention=partial(attention.sparse_attention, work=None, mode="prefill"),
-        grouped_linear=partial(linear_prefill.grouped_linear, work=rows),
-        gate_and_shared=partial(linear_prefill.gate_and_shared, work=rows),
-        route=routing.route,
-        expert_gate_up=experts_prefill.expert_gate_up,
-        expert_down=experts_prefill.expert_down,
+        grouped_linear=partial(linear_prefill.grouped_linear, work=work),
+        gate_and_shared=partial(linear_prefill.gate_and_shared, work=work),
+        route=partial(routing.route, work=_route_work(config, sizes)),
+        expert_gate_up=expert_gate_up,
+        expert_down=expert_down,
         head=linear_prefill.head,
         sample_greedy=sampling.sample_greedy,
     )
+
+
+def _route_work(config: ModelConfig, sizes: StepSizes) -> Tensor:
+    from workers.kernels import routing
+
+    words = routing.work_words(sizes.num_tokens, config.n_routed_experts)
+    return torch.empty(words, dtype=torch.int32, device=sizes.device)
 
 
 def _index_work(config: ModelConfig, sizes: StepSizes, *, prefill: bool) -> Any:

@@ -8,8 +8,7 @@ token is treated by itself there, so blocks change nothing but memory; a decode 
     embed_streams, hc_pre
     per layer
         project_x           wq_a | wkv and the compressors' raw rows
-        norm_and_store      latent norm; window rows to their pages
-        compress            C4 main and indexer together / C128
+        store_and_compress  latent norm; window rows, finished entries and compressor states to their pools
         linear              wq_b | indexer.wq_b
         select_entries      C4: index queries and scores, then top-k
         sparse_attention
@@ -31,7 +30,7 @@ from workers.gpu.buffers import Activations, LayerPools, StepMeta
 from workers.gpu.kernel_set import KernelSet, Recorder
 from workers.gpu.rope_tables import RopeTables
 from workers.gpu.weights import GpuLayer, GpuWeights, x_bf16_columns
-from workers.model.config import LayerKind, ModelConfig
+from workers.model.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class Step:
         c, k, a, weights = self.parts.config, self.kernels, self.buffers, self.parts.weights
         tokens = meta.token_ids.shape[0]
         streams = a.view("streams", tokens, c.hc_mult, c.hidden_size)
-        x, rounded = a.view("x", tokens, c.hidden_size), a.view("x_quantised", tokens, c.hidden_size)
+        x, experts_x = a.view("x", tokens, c.hidden_size), a.view("x_experts", tokens, c.hidden_size)
         post, comb = a.view("post", tokens, c.hc_mult), a.view("comb", tokens, c.hc_mult**2)
         attn_out = a.view("sub_out", tokens, 1, c.hidden_size)
         moe_out = a.view("sub_out", tokens, c.num_experts_per_tok + 1, c.hidden_size)
@@ -78,8 +77,8 @@ class Step:
         for index, layer in enumerate(weights.layers):
             self._at(index)
             self._attention(index, layer, meta, x, attn_out, max_entries)
-            k.hc_post_pre(attn_out, streams, post, comb, layer.hc_ffn, layer.ffn_norm, x, x_quantised=rounded)
-            self._moe(layer, meta, x, rounded, moe_out)
+            k.hc_post_pre(attn_out, streams, post, comb, layer.hc_ffn, layer.ffn_norm, x, x_experts=experts_x)
+            self._moe(layer, meta, x, experts_x, moe_out)
             if index + 1 < len(weights.layers):
                 after = weights.layers[index + 1]
                 k.hc_post_pre(moe_out, streams, post, comb, after.hc_attn, after.attn_norm, x)
@@ -104,11 +103,19 @@ class Step:
         rows = None if layer.x_bf16 is None else a.view("out_bf16", tokens, layer.x_bf16.shape[0])
         latent = a.view("latent", tokens, c.q_lora_rank)
         k.project_x(x, layer.x_fp8, layer.x_bf16, out_fp8, rows)
-        k.norm_and_store(out_fp8, layer.q_norm, layer.kv_norm, rope, meta, pools.window, latent, eps)
-        if layer.kind is LayerKind.C4:
-            k.compress_c4(rows, meta, pools.main, pools.index, rope, eps)
-        elif layer.kind is LayerKind.C128:
-            k.compress_c128(rows, meta, pools.main, rope, eps)
+        k.store_and_compress(
+            out_fp8,
+            layer.q_norm,
+            layer.kv_norm,
+            rope,
+            meta,
+            pools.window,
+            latent,
+            rows=rows,
+            main=pools.main,
+            index=pools.index,
+            eps=eps,
+        )
         for lo in range(0, tokens, a.block):
             hi = min(tokens, lo + a.block)
             part = meta if hi - lo == tokens else meta.tokens(lo, hi)
@@ -144,10 +151,10 @@ class Step:
             k.grouped_linear(heads.view(hi - lo, c.o_groups, -1), layer.wo_a, o_latent)
             k.linear(o_latent, layer.wo_b, out[lo:hi, 0])
 
-    def _moe(self, layer: GpuLayer, meta: StepMeta, x: Tensor, rounded: Tensor, out: Tensor) -> None:
+    def _moe(self, layer: GpuLayer, meta: StepMeta, x: Tensor, experts_x: Tensor, out: Tensor) -> None:
         """Normed hidden state [T, D] to k routed parts and the shared one [T, k + 1, D].
 
-        `rounded`: x through e4m3, as the routed experts read it.
+        `experts_x`: x through e4m3, its columns in the order in which expert kernels unpack weights.
         """
         c, k, a, tokens = self.parts.config, self.kernels, self.buffers, x.shape[0]
         chosen, inner, limit = c.num_experts_per_tok, c.moe_intermediate_size, c.swiglu_limit
@@ -158,5 +165,5 @@ class Step:
         k.gate_and_shared(x, layer.gate, layer.shared_w13, limit, gate_logits, shared_hidden)
         chooser = layer.bias if layer.tid2eid is None else layer.tid2eid
         k.route(gate_logits, chooser, meta.token_ids, c.routed_scaling_factor, ids, routing, groups)
-        k.expert_gate_up(rounded, ids, routing, groups, layer.experts, hidden, limit, shared_hidden=shared_hidden)
+        k.expert_gate_up(experts_x, ids, routing, groups, layer.experts, hidden, limit, shared_hidden=shared_hidden)
         k.expert_down(hidden, shared_hidden, layer.shared_w2, ids, groups, layer.experts, out)

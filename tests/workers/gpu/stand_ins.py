@@ -77,17 +77,17 @@ def _pre(streams: Tensor, hc: HyperConnection, norm: Tensor, x: Tensor, post: Te
         rounded.copy_(_rounded(x))
 
 
-def hc_pre(streams, hc, norm_weight, x, post, comb, *, x_quantised=None) -> None:
-    _pre(streams, hc, norm_weight, x, post, comb, x_quantised)
+def hc_pre(streams, hc, norm_weight, x, post, comb, *, x_experts=None) -> None:
+    _pre(streams, hc, norm_weight, x, post, comb, x_experts)
 
 
 def _post(sub_out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return mhc.hc_post(sub_out.float().sum(1), streams.float(), post, comb.unflatten(-1, (4, 4)))
 
 
-def hc_post_pre(sub_out, streams, post, comb, hc, norm_weight, x, *, x_quantised=None) -> None:
+def hc_post_pre(sub_out, streams, post, comb, hc, norm_weight, x, *, x_experts=None) -> None:
     streams.copy_(_post(sub_out, streams, post, comb))
-    _pre(streams, hc, norm_weight, x, post, comb, x_quantised)
+    _pre(streams, hc, norm_weight, x, post, comb, x_experts)
 
 
 def hc_post_head(sub_out, streams, post, comb, hc, norm_weight, rows, x) -> None:
@@ -116,7 +116,17 @@ def head(x, weight, out) -> None:
     out.copy_(x.float() @ weight.float().T)
 
 
-def norm_and_store(out_fp8, q_norm, kv_norm, rope_table, meta: StepMeta, window_pool, latent, eps) -> None:
+def store_and_compress(
+    out_fp8, q_norm, kv_norm, rope_table, meta: StepMeta, window_pool, latent, *, rows, main, index, eps
+) -> None:
+    _store_window(out_fp8, q_norm, kv_norm, rope_table, meta, window_pool, latent, eps)
+    if rows is not None:
+        _compress(rows, meta, main, rope_table, eps, 4 if index is not None else 128, False)
+    if index is not None:
+        _compress(rows[:, 4 * main.norm.shape[0] :], meta, index, rope_table, eps, 4, True)
+
+
+def _store_window(out_fp8, q_norm, kv_norm, rope_table, meta: StepMeta, window_pool, latent, eps) -> None:
     lora, head_dim = q_norm.shape[0], kv_norm.shape[0]
     latent.copy_(rms_norm(out_fp8[:, :lora].float(), q_norm, eps))
     live = meta.positions >= 0
@@ -153,16 +163,6 @@ def _compress(rows: Tensor, meta: StepMeta, c: CompressorTensors, table, eps, ra
         row = position // ratio
         page = meta.full_pages[sequence, row // every].reshape(1)
         _store(c.entries, page, torch.tensor([row % every]), every, planes, stored)
-
-
-def compress_c4(rows, meta, main, index, rope_table, eps) -> None:
-    width = 4 * main.norm.shape[0]
-    _compress(rows, meta, main, rope_table, eps, 4, False)
-    _compress(rows[:, width:], meta, index, rope_table, eps, 4, True)
-
-
-def compress_c128(rows, meta, main, rope_table, eps) -> None:
-    _compress(rows, meta, main, rope_table, eps, 128, False)
 
 
 def select_entries(q, head_weights, meta, rope_table, pool, selected, *, max_entries=None) -> None:
@@ -299,9 +299,7 @@ def stand_ins(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         hc_post_pre=hc_post_pre,
         hc_post_head=hc_post_head,
         project_x=project_x,
-        norm_and_store=norm_and_store,
-        compress_c4=compress_c4,
-        compress_c128=compress_c128,
+        store_and_compress=store_and_compress,
         linear=linear,
         select_entries=select_entries,
         sparse_attention=sparse_attention,
