@@ -24,13 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.expert_layout import ExpertLayout, ExpertSlab
-from workers.kernels.experts_decode import UNSCALE, _column, _dot, _scales, _slot, _times
+from workers.kernels.experts_decode import UNSCALE, _dot, _slot
 from workers.kernels.linear_prefill import Fp8Weight, PrefillWork, linear
 from workers.kernels.quantise_rows import round_in_place, swiglu
 from workers.kernels.tiles import tile
 
-STEP = 128
-"""Columns of one step of the loop: the block inside which the expert order permutes."""
+HEADER = tl.constexpr(6)
+"""Words before the tiles of a tile list: number of tiles, number of pairs, the shifts 0, 4, 8, 12."""
 
 
 class Groups(Protocol):
@@ -49,16 +49,18 @@ def max_tiles(num_pairs: int, num_experts: int, tokens: int) -> int:
 
 def tile_words(num_pairs: int, num_experts: int, device: Any) -> int:
     """int32 elements of the tile list."""
-    return 2 + 3 * max_tiles(num_pairs, num_experts, tile("experts_prefill.experts", device).m)
+    return HEADER.value + 3 * max_tiles(num_pairs, num_experts, tile("experts_prefill.experts", device).m)
 
 
 @triton.jit
 def tile_list_kernel(tiles, num_active, active_experts, active_begin, E: tl.constexpr, M: tl.constexpr):
     """One program per possible group: writes its tiles (expert, first place, pairs) behind those of earlier groups.
 
-    `tiles` int32: number of tiles, number of pairs, then three per tile. E: a power of two above the groups.
+    `tiles` int32: `HEADER`, then three per tile. E: a power of two above the groups.
     """
     member = tl.program_id(0)
+    if member == 0:
+        tl.store(tiles + 2 + tl.arange(0, 4), 4 * tl.arange(0, 4))
     active = tl.load(num_active)
     if member < active:
         at = tl.arange(0, E)
@@ -70,9 +72,9 @@ def tile_list_kernel(tiles, num_active, active_experts, active_begin, E: tl.cons
         begin = tl.load(active_begin + member)
         end = tl.load(active_begin + member + 1)
         while begin < end:
-            tl.store(tiles + 2 + 3 * place, expert)
-            tl.store(tiles + 3 + 3 * place, begin)
-            tl.store(tiles + 4 + 3 * place, tl.minimum(end - begin, M))
+            tl.store(tiles + HEADER + 3 * place, expert)
+            tl.store(tiles + HEADER + 1 + 3 * place, begin)
+            tl.store(tiles + HEADER + 2 + 3 * place, tl.minimum(end - begin, M))
             place += 1
             begin += M
         if member == active - 1:
@@ -84,22 +86,59 @@ def tile_list_kernel(tiles, num_active, active_experts, active_begin, E: tl.cons
 
 
 @triton.jit
-def _product(words, scales, inputs, K: tl.constexpr, PACKED: tl.constexpr):
+def _unpacked(codes, shift, factor, PACKED: tl.constexpr):
+    """bf16 (exact): nibble `shift / 4` of uint16 `codes`, an e2m1 code, times `factor` bf16 and 2**-126."""
+    if PACKED:
+        # The product by 0x1040 puts the sign to bit 15 and exponent and mantissa to bits 8..6 of each half.
+        value = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, z;
+            mov.b32 z, 0x80008000;
+            shr.b32 t, $1, $2;
+            and.b32 t, t, 0x000f000f;
+            mul.lo.u32 t, t, 0x1040;
+            and.b32 t, t, 0x81c081c0;
+            fma.rn.bf16x2 $0, t, $4, z; // one shift serves both: not $3
+            }""",
+            "=r,r,r,r,r",
+            [codes, shift, factor],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        code = (codes.to(tl.int32) >> shift) & 0xF
+        value = (((code & 0x8) << 28) | ((code & 0x7) << 22)).to(tl.float32, bitcast=True)
+        value = (value * factor.to(tl.float32)).to(tl.bfloat16)
+    return value
+
+
+@triton.jit
+def _product(words, scales, inputs, shifts, K: tl.constexpr, PACKED: tl.constexpr):
     """fp32 `[N, M]`, times 2**-32: weight rows behind `words` uint16 `[N, 32]` and `scales` u8 `[N, 4]` times
-    activations behind `inputs` bf16 `[M, 32]`, all pointers at the first 128 columns."""
-    total = tl.zeros((words.shape[0], inputs.shape[0]), tl.float32)
+    activations behind `inputs` bf16 `[M, 128]`, all pointers at the first 128 columns.
+
+    The operand is one block in expert order, made by views and elementwise steps alone: so the compiler loads codes
+    and scales straight into the registers of the tensor-core operand and keeps products in flight while it unpacks the
+    next. That is why the shifts 0, 4, 8, 12 are loaded (`shifts` int32 `[4]`): a range would break the chain.
+    """
+    N: tl.constexpr = words.shape[0]
+    shift = tl.load(shifts + tl.arange(0, 4))
+    shift = tl.reshape(tl.broadcast_to(shift[None, :, None], (N, 4, 32)), (N, 128))
+    total = tl.zeros((N, inputs.shape[0]), tl.float32)
     for step in tl.range(0, K // 128):
         codes = tl.load(words + step * 32)
-        factor = _scales(tl.load(scales + step * 4), 4)
-        for j in tl.static_range(4):
-            part = tl.load(inputs + step * 128 + j * 32)
-            total = _dot(_times(_column(codes, j, PACKED), factor, PACKED), part.T, total, PACKED)
+        codes = tl.reshape(tl.broadcast_to(codes[:, None, :], (N, 4, 32)), (N, 128))
+        # 2 ** (s - 33) of a scale byte s: with 2**-126 of the codes every product carries 2**-32.
+        factor = ((tl.load(scales + step * 4).to(tl.uint16) + 94) << 7).to(tl.bfloat16, bitcast=True)
+        factor = tl.reshape(tl.broadcast_to(factor[:, None, :, None], (N, 4, 4, 8)), (N, 128))
+        total = _dot(_unpacked(codes, shift, factor, PACKED), tl.load(inputs + step * 128).T, total, PACKED)
     return total
 
 
 @triton.jit
 def _gate_up_tile(
-    x, routing, hidden, pair_order, slot, block, begin, count, limit,
+    x, routing, hidden, pair_order, shifts, slot, block, begin, count, limit,
     D: tl.constexpr, INNER: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +146,7 @@ def _gate_up_tile(
     H: tl.constexpr = ROWS // 2
     pair_at = tl.minimum(tl.arange(0, M), count - 1) + begin
     pair = tl.load(pair_order + pair_at)
-    inputs = x + (pair // CHOICES).to(tl.int64)[:, None] * D + tl.arange(0, 32)[None, :]
+    inputs = x + (pair // CHOICES).to(tl.int64)[:, None] * D + tl.arange(0, 128)[None, :]
     # Tile rows 16a + b (b < 8) are rows of w1, 16a + 8 + b the same rows of w3: a gate and its up share a thread.
     # Column `place` of `hidden` is row `natural` of the weights: expert order for the second product.
     tile_row = tl.arange(0, ROWS)
@@ -116,7 +155,7 @@ def _gate_up_tile(
     row = natural + ((tile_row // 8) % 2) * INNER
     words = slot.to(tl.pointer_type(tl.uint16)) + row[:, None] * (D // 4) + tl.arange(0, 32)[None, :]
     scales = slot + 3 * (D * INNER // 2) + row[:, None] * (D // 32) + tl.arange(0, 4)[None, :]
-    total = _product(words, scales, inputs, D, PACKED) * UNSCALE
+    total = _product(words, scales, inputs, shifts, D, PACKED) * UNSCALE
     gate, up = tl.split(tl.permute(tl.reshape(total, (H // 8, 2, 8, M)), (0, 2, 3, 1)))
     weight = tl.load(routing + pair)
     value = swiglu(tl.reshape(gate, (H, M)), tl.reshape(up, (H, M)), limit) * weight[None, :]
@@ -127,19 +166,19 @@ def _gate_up_tile(
 
 @triton.jit
 def _down_tile(
-    hidden, out, pair_order, slot, block, begin, count,
+    hidden, out, pair_order, shifts, slot, block, begin, count,
     D: tl.constexpr, INNER: tl.constexpr, CHOICES: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
     """`out[token, choice, ROWS columns at block]` of up to M pairs of one expert."""
     pair_at = tl.minimum(tl.arange(0, M), count - 1) + begin
-    inputs = hidden + pair_at.to(tl.int64)[:, None] * INNER + tl.arange(0, 32)[None, :]
+    inputs = hidden + pair_at.to(tl.int64)[:, None] * INNER + tl.arange(0, 128)[None, :]
     row = block * ROWS + tl.arange(0, ROWS)
     code_start: tl.constexpr = D * INNER
     words = (slot + code_start).to(tl.pointer_type(tl.uint16)) + row[:, None] * (INNER // 4) + tl.arange(0, 32)[None, :]
     scale_start: tl.constexpr = 3 * (D * INNER // 2) + 2 * (D * INNER // 32)
     scales = slot + scale_start + row[:, None] * (INNER // 32) + tl.arange(0, 4)[None, :]
-    total = _product(words, scales, inputs, INNER, PACKED) * UNSCALE
+    total = _product(words, scales, inputs, shifts, INNER, PACKED) * UNSCALE
     pair = tl.load(pair_order + pair_at)
     target = out + (pair + pair // CHOICES).to(tl.int64)[:, None] * D + row[None, :]
     tl.store(target, tl.trans(total.to(tl.bfloat16)), mask=(tl.arange(0, M) < count)[:, None])
@@ -157,17 +196,20 @@ def gate_up_kernel(
     if number >= tl.load(tiles):
         return
     block = tl.program_id(0) % blocks
-    expert = tl.load(tiles + 2 + 3 * number)
-    begin = tl.load(tiles + 3 + 3 * number)
-    count = tl.load(tiles + 4 + 3 * number)
+    expert = tl.load(tiles + HEADER + 3 * number)
+    begin = tl.load(tiles + HEADER + 1 + 3 * number)
+    count = tl.load(tiles + HEADER + 2 + 3 * number)
     slot = _slot(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
+    shifts = tiles + 2
     if count > M // 2:
         _gate_up_tile(
-            x, routing, hidden, pair_order, slot, block, begin, count, limit, D, INNER, CHOICES, ROWS, M, PACKED
+            x, routing, hidden, pair_order, shifts, slot, block, begin, count, limit,
+            D, INNER, CHOICES, ROWS, M, PACKED,
         )  # fmt: skip
     else:
         _gate_up_tile(
-            x, routing, hidden, pair_order, slot, block, begin, count, limit, D, INNER, CHOICES, ROWS, M // 2, PACKED
+            x, routing, hidden, pair_order, shifts, slot, block, begin, count, limit,
+            D, INNER, CHOICES, ROWS, M // 2, PACKED,
         )  # fmt: skip
 
 
@@ -183,14 +225,15 @@ def down_kernel(
     if number >= tl.load(tiles):
         return
     block = tl.program_id(0) % blocks
-    expert = tl.load(tiles + 2 + 3 * number)
-    begin = tl.load(tiles + 3 + 3 * number)
-    count = tl.load(tiles + 4 + 3 * number)
+    expert = tl.load(tiles + HEADER + 3 * number)
+    begin = tl.load(tiles + HEADER + 1 + 3 * number)
+    count = tl.load(tiles + HEADER + 2 + 3 * number)
     slot = _slot(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
+    shifts = tiles + 2
     if count > M // 2:
-        _down_tile(hidden, out, pair_order, slot, block, begin, count, D, INNER, CHOICES, ROWS, M, PACKED)
+        _down_tile(hidden, out, pair_order, shifts, slot, block, begin, count, D, INNER, CHOICES, ROWS, M, PACKED)
     else:
-        _down_tile(hidden, out, pair_order, slot, block, begin, count, D, INNER, CHOICES, ROWS, M // 2, PACKED)
+        _down_tile(hidden, out, pair_order, shifts, slot, block, begin, count, D, INNER, CHOICES, ROWS, M // 2, PACKED)
 
 
 def experts(

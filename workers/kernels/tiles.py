@@ -84,7 +84,7 @@ TILES: dict[str, dict[int, Tile]] = {
     },
     "linear_prefill.fp8_product": {
         89: Tile(m=128, n=128, k=128, warps=8, stages=2, group=8),
-        90: Tile(m=128, n=128, k=128, warps=8, stages=4, group=8),
+        90: Tile(m=64, n=128, k=128, warps=4, stages=3, group=16),
     },
     "quantise_rows.quantise": {
         80: Tile(m=16, n=512, warps=4, stages=1),

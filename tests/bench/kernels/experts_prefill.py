@@ -29,6 +29,7 @@ TILES = (
     Tile(m=128, n=128, k=128, warps=4, stages=2),
     Tile(m=64, n=128, k=128, warps=4, stages=3),
     Tile(m=128, n=256, k=128, warps=8, stages=3),
+    Tile(m=128, n=256, k=128, warps=8, stages=4),
     Tile(m=256, n=128, k=128, warps=8, stages=2),
     Tile(m=128, n=128, k=128, warps=8, stages=3),
 )

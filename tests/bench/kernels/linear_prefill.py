@@ -35,16 +35,15 @@ COPIES = 3
 """Different weights per graph: a product of 8,192 tokens moves several times the L2 by itself."""
 
 FP8_TILES = (
-    Tile(m=128, n=128, warps=8, stages=4, group=8),
-    Tile(m=128, n=128, warps=8, stages=3, group=8),
-    Tile(m=128, n=128, warps=8, stages=4, group=16),
-    Tile(m=128, n=128, warps=8, stages=3, group=8, registers=128),
-    Tile(m=128, n=128, warps=4, stages=3, group=8),
-    Tile(m=256, n=128, warps=8, stages=3, group=8),
-    Tile(m=256, n=128, warps=16, stages=3, group=8),
-    Tile(m=256, n=64, warps=8, stages=4, group=4),
-    Tile(m=128, n=64, warps=4, stages=3, group=8),
     Tile(m=64, n=128, warps=4, stages=3, group=16),
+    Tile(m=64, n=128, warps=4, stages=3, group=8),
+    Tile(m=64, n=128, warps=4, stages=3, group=32),
+    Tile(m=64, n=128, warps=4, stages=2, group=16),
+    Tile(m=64, n=128, warps=4, stages=4, group=16),
+    Tile(m=64, n=64, warps=4, stages=3, group=16),
+    Tile(m=128, n=64, warps=4, stages=3, group=16),
+    Tile(m=128, n=64, warps=4, stages=2, group=8),
+    Tile(m=128, n=128, warps=8, stages=4, group=8),
 )
 BF16_TILES = (
     Tile(m=128, n=256, k=64, warps=8, stages=4, group=8),

@@ -210,6 +210,6 @@ def test_the_tile_list_covers_every_pair_once(device: torch.device) -> None:
     experts_prefill.list_tiles(group(ids, EXPERTS, device), hidden, tiles, slab)
     number, pairs = tiles[:2].tolist()
     assert pairs == ids.numel()
-    assert tiles[2 : 2 + 3 * number].view(-1, 3).tolist() == [
+    assert tiles[6 : 6 + 3 * number].view(-1, 3).tolist() == [
         [0, 0, 128], [0, 128, 67], [1, 195, 128], [3, 323, 64], [4, 387, 3],
     ]  # fmt: skip
