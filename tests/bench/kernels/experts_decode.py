@@ -10,7 +10,6 @@ multiprocessors can issue at full bandwidth. Result: tests/bench/RESULTS.md.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -19,9 +18,8 @@ import torch
 from torch import Tensor
 
 from tests.bench.kernels.timing import Row, copy_bandwidth, graph_ms, report
-from workers.kernels import experts_decode, tiles
+from workers.kernels import experts_decode
 from workers.kernels.expert_layout import ExpertLayout, ExpertSlab
-from workers.kernels.tiles import Tile
 
 WIDE, INNER, CHOICES, EXPERTS = 4096, 2048, 6, 256
 LAYOUT = ExpertLayout(WIDE, INNER)
@@ -62,7 +60,7 @@ class Step:
         self.slab, self.ids, self.groups, self.shared_w2 = slab, ids.int().cuda(), grouped(ids), shared_w2
         self.num_active = len(ids.unique())
         self.x = torch.randn(tokens, WIDE, device="cuda").bfloat16()
-        experts_decode.quantise_rows(self.x, self.x)
+        experts_decode.quantise_rows(self.x.clone(), self.x)
         self.weights = torch.rand(tokens, CHOICES, device="cuda")
         self.hidden = torch.zeros(tokens, CHOICES, INNER, dtype=torch.bfloat16, device="cuda")
         self.shared_hidden = torch.randn(tokens, INNER, device="cuda").bfloat16()
@@ -70,15 +68,15 @@ class Step:
         count = experts_decode.num_counters(tokens, CHOICES, EXPERTS, INNER)
         self.counters = torch.zeros(count, dtype=torch.int32, device="cuda")
 
-    def gate_up(self) -> None:
+    def gate_up(self, pdl: bool | None = None) -> None:
         experts_decode.expert_gate_up(
             self.x, self.ids, self.weights, self.groups, self.slab, self.hidden, 10.0,
-            shared_hidden=self.shared_hidden, counters=self.counters,
+            shared_hidden=self.shared_hidden, counters=self.counters, pdl=pdl,
         )  # fmt: skip
 
-    def down(self) -> None:
+    def down(self, pdl: bool | None = None) -> None:
         experts_decode.expert_down(
-            self.hidden, self.shared_hidden, self.shared_w2, self.ids, self.groups, self.slab, self.out
+            self.hidden, self.shared_hidden, self.shared_w2, self.ids, self.groups, self.slab, self.out, pdl=pdl
         )
 
     @property
@@ -125,49 +123,30 @@ def both(name: str, steps: list[Step], *, parts: bool = False) -> list[Row]:
     return rows
 
 
-SWEEP = {
-    "gate_up": [
-        Tile(n=n, k=k, m=8, warps=warps, stages=stages, registers=registers)
-        for n, k, warps, stages, registers in (
-            (32, 512, 4, 3, None), (32, 512, 4, 4, None), (32, 256, 4, 3, None), (32, 256, 4, 4, None),
-            (32, 256, 4, 5, None), (32, 256, 4, 4, 128), (32, 256, 2, 4, None), (16, 256, 2, 4, None),
-            (16, 512, 2, 3, None), (64, 256, 4, 4, None), (64, 256, 8, 4, None), (16, 256, 1, 4, None),
-        )
-    ],
-    "down": [
-        Tile(n=n, k=k, m=8, warps=warps, stages=stages, registers=registers)
-        for n, k, warps, stages, registers in (
-            (64, 512, 4, 3, None), (64, 512, 4, 4, None), (64, 256, 4, 3, None), (64, 256, 4, 4, None),
-            (64, 256, 4, 4, 128), (64, 256, 2, 4, None), (32, 512, 2, 3, None), (32, 256, 2, 4, None),
-            (128, 256, 4, 4, None), (128, 256, 8, 4, None),
-        )
-    ],
-}  # fmt: skip
+SWEEP = [{"num_warps": 1, "num_stages": 1, **extra} for extra in ({}, {"maxnreg": 96}, {"maxnreg": 128})]
 
 
 def sweep(slab: ExpertSlab, tokens: int) -> list[Row]:
-    """Every tile of `SWEEP` at one batch size, alone."""
+    """Launch options at one batch size, each launch alone and with or without programmatic dependent launch."""
     steps, rows = steps_of(slab, partial(random_ids, tokens), LAYERS if tokens <= 4 else 6), []
-    for kernel, shapes in SWEEP.items():
-        kept = tiles.TILES[f"experts_decode.{kernel}"]
-        for shape in shapes:
-            tiles.TILES[f"experts_decode.{kernel}"] = {90: shape}
-            tiles.tile_for.cache_clear()
-            note = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(shape).items() if k not in ("m", "group"))
-            try:
-                ms = graph_ms([getattr(s, kernel) for s in steps])
-            except Exception as error:  # a tile that does not fit is a row of the table
-                print(f"{kernel} {note}: {type(error).__name__} {str(error)[:100]}")
-                continue
-            rows.append(Row(f"{kernel} T={tokens}", ms, getattr(steps[0], f"{kernel}_bytes"), note=note))
-        tiles.TILES[f"experts_decode.{kernel}"] = kept
-        tiles.tile_for.cache_clear()
+    kept = experts_decode.OPTIONS
+    for options in SWEEP:
+        for pdl in (True, False):
+            experts_decode.OPTIONS = options
+            note = f"registers {options.get('maxnreg')}, pdl {pdl}"
+            for kernel in ("gate_up", "down"):
+                ms = graph_ms([partial(getattr(s, kernel), pdl=pdl) for s in steps])
+                rows.append(Row(f"{kernel} T={tokens}", ms, getattr(steps[0], f"{kernel}_bytes"), note=note))
+            calls = [partial(call, pdl=pdl) for s in steps for call in (s.gate_up, s.down)]
+            num_bytes = steps[0].gate_up_bytes + steps[0].down_bytes
+            rows.append(Row(f"both T={tokens}", 2 * graph_ms(calls), num_bytes, note=note))
+    experts_decode.OPTIONS = kept
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="every tile shape, each launch alone")
+    parser.add_argument("--sweep", action="store_true", help="launch options, each launch alone")
     options = parser.parse_args()
     torch.manual_seed(0)
     gbps, slab = copy_bandwidth(), random_slab()

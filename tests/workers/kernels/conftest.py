@@ -12,6 +12,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from tests.support.triton_interpreter import allow_loaded_bounds
+
+    allow_loaded_bounds()
 
 
 @pytest.fixture
