@@ -51,6 +51,7 @@ class Part(enum.StrEnum):
     PREFILL = "prefill"
     LONG = "long"
     PEER = "peer"
+    START = "start"
 
 
 @app.callback()
@@ -72,7 +73,7 @@ def model(
     kernels_at: Annotated[str, typer.Option(help="BATCH:CONTEXT of decode kernel tables, by commas.")] = "1:4096",
     kernel_chunk: Annotated[int, typer.Option(min=16, help="Tokens of the prefill kernel table.")] = 8192,
     long_prompt: Annotated[int, typer.Option(min=256, help="Tokens of the prompt of the part `long`.")] = 65536,
-    parts: Annotated[str, typer.Option(help="Any of kernels, decode, prefill, long, peer.")] = ",".join(Part),
+    parts: Annotated[str, typer.Option(help=f"Any of {', '.join(Part)}.")] = ",".join(Part),
     seed: Annotated[int, typer.Option(help="Same seed, same weights and tokens.")] = 0,
     experts_held: Annotated[int | None, typer.Option(min=2, help="Different experts a layer, with folded.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
@@ -121,7 +122,7 @@ def start(
 ) -> None:
     """Time the first start of a model on this GPU, with an empty kernel cache, and the second one."""
     command = [sys.executable, "-m", "cluster", "bench", "model", "--preset", preset, "--experts", "folded"]
-    command += ["--layers", str(min(START_LAYERS, PRESETS[preset].num_hidden_layers)), "--parts", "", "--quiet"]
+    command += ["--layers", str(min(START_LAYERS, PRESETS[preset].num_hidden_layers)), "--parts", "start", "--quiet"]
     held = min(START_EXPERTS, PRESETS[preset].n_routed_experts)
     command += ["--experts-held", str(held), "--batches", str(max_batch), "--contexts", "4096", "--chunks", "4096"]
     with tempfile.TemporaryDirectory(prefix="dsv4-triton-cache-") as cache:

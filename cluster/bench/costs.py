@@ -98,9 +98,7 @@ class CostModel:
                 self._names[tensor.data_ptr()] = name
         self._special: dict[str, Callable[[Launch, LayerKind], Cost]] = {
             "embed_streams": self._embed,
-            "norm_and_store": self._norm_and_store,
-            "compress_c4": self._compress,
-            "compress_c128": self._compress,
+            "store_and_compress": self._store_and_compress,
             "select_entries": self._select,
             "sparse_attention": self._attention,
             "expert_gate_up": partial(self._experts, parts=2),
@@ -160,10 +158,11 @@ class CostModel:
         streams = [t for t in tensors_in(launch.call) if t.dim() == 3][0]
         return Cost(streams.nbytes * (1 + 1 / self.config.hc_mult))
 
-    def _norm_and_store(self, launch: Launch, kind: LayerKind) -> Cost:
+    def _store_and_compress(self, launch: Launch, kind: LayerKind) -> Cost:
+        """Latent and KV rows in, latent and window rows out; compressor rows where the layer has them."""
         c, rows = self.config, self._rows(launch)
-        row = 2 * (2 * c.q_lora_rank + c.head_dim) + floors.kv_row_bytes(c)
-        return Cost(rows * row)
+        stored = Cost(rows * (2.0 * (2 * c.q_lora_rank + c.head_dim) + floors.kv_row_bytes(c)))
+        return stored if kind is LayerKind.SLIDING else stored + self._compress(launch, kind)
 
     def _compress(self, launch: Launch, kind: LayerKind) -> Cost:
         """Raw rows in, rings out, the rows of windows that close back in, finished entries out."""

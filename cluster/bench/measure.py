@@ -51,17 +51,22 @@ def machine() -> Machine:
     return Machine(gpu.name, gpu.total_memory, datetime.now(UTC).strftime("%Y-%m-%d"), found)
 
 
-def start_model(scene: Scene) -> Start:
-    """Compile what decode needs and capture all its graphs; then one small prefill step."""
+def start_decode(scene: Scene) -> Start:
+    """Compile what decode needs and capture all its graphs."""
+    return _timed_start(scene.model.warm_up)
+
+
+def start_prefill(scene: Scene) -> Start:
+    """Compile what prefill needs, by one small step."""
+    return _timed_start(partial(scene.model.forward, scene.prompt_batch(PAGE_TOKENS)))
+
+
+def _timed_start(action: Callable[[], Any]) -> Start:
     from workers.kernels.compile_clock import CompileClock
 
-    began = time.perf_counter()
     with CompileClock() as clock:
-        scene.model.warm_up()
-        if scene.wanted.chunks:
-            scene.model.forward(scene.prompt_batch(PAGE_TOKENS))
-        torch.cuda.synchronize()
-    return Start(time.perf_counter() - began, clock.kernels, clock.compiled, clock.seconds)
+        seconds = _wall_ms(action) / 1e3
+    return Start(seconds, clock.kernels, clock.compiled, clock.seconds)
 
 
 def decode_rows(scene: Scene, rates: Rates, say: Say) -> Iterable[DecodeRow]:

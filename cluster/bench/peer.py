@@ -1,8 +1,8 @@
 """transformers' DeepseekV4 in the same process on the same GPU: what anyone gets who installs it. Imports it lazily.
 
 Owns: a model of a few real-shape layers with random bf16 weights, timed per layer. It has a small vocabulary, so that
-embedding and head take next to nothing; ours are counted. Every expert implementation that runs is tried and the
-fastest kept. A host without transformers gets a `Peer` that says so.
+embedding and head take next to nothing; ours are counted. Every expert implementation that runs is measured. A host
+without transformers gets a `Peer` that says so.
 """
 
 from __future__ import annotations
@@ -68,10 +68,12 @@ def measure_peer(config: ModelConfig, *, context: int, prefill_tokens: int, seed
     layers = [i for i in LAYERS if i < config.num_hidden_layers]
     kinds = [config.layer_kinds[i].value for i in layers]
     torch.cuda.reset_peak_memory_stats()
-    model, failure, decode, prefill = None, "", 0.0, 0.0
+    model, failure = None, ""
+    decode: dict[str, float] = {}
+    prefill: dict[str, float] = {}
     try:
         model = _model(cut_layers(trunk(config), layers), seed)
-        decode, prefill = _fastest(model, context, prefill_tokens)
+        decode, prefill = _variants(model, context, prefill_tokens)
     except Exception as exc:  # any error of the library ends the comparison, not the benchmark
         failure = f"{type(exc).__name__}: {exc}"[:400]
     peak = torch.cuda.max_memory_allocated()
@@ -84,9 +86,9 @@ def measure_peer(config: ModelConfig, *, context: int, prefill_tokens: int, seed
         version=transformers.__version__,
         layer_kinds=kinds,
         context=context,
-        decode_ms_per_layer=decode / len(layers),
+        decode_ms={name: ms / len(layers) for name, ms in decode.items()},
         prefill_tokens=prefill_tokens,
-        prefill_ms_per_layer=prefill / len(layers),
+        prefill_ms={name: ms / len(layers) for name, ms in prefill.items()},
         peak_bytes=peak,
     )
 
@@ -144,14 +146,13 @@ def _restore_rotary(model: Any, config: ModelConfig, device: str) -> None:
             buffer.data.copy_(values[leaf].to(device))
 
 
-def _fastest(model: Any, context: int, prefill_tokens: int) -> tuple[float, float]:
-    """(decode, prefill) milliseconds of the whole small model, each with its fastest expert implementation."""
+def _variants(model: Any, context: int, prefill_tokens: int) -> tuple[dict[str, float], dict[str, float]]:
+    """(decode, prefill) milliseconds of the whole small model with each expert implementation that can run."""
     prefill = _by_variant(model, lambda: _prefill_ms(model, prefill_tokens))
     model.set_experts_implementation(min(prefill, key=lambda name: prefill[name]))
     with torch.inference_mode():
         cache = model(_ids(model, context), use_cache=True, logits_to_keep=1).past_key_values
-    decode = _by_variant(model, lambda: _decode_ms(model, cache))
-    return min(decode.values()), min(prefill.values())
+    return _by_variant(model, lambda: _decode_ms(model, cache)), prefill
 
 
 def _by_variant(model: Any, measure: Callable[[], float]) -> dict[str, float]:

@@ -159,16 +159,24 @@ class LongPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """transformers' model of a few layers in bf16 with eager attention, in the same process; or why it did not run."""
+    """transformers' model of a few layers in bf16 with eager attention, in the same process; or why it did not run.
+
+    Milliseconds a layer are by expert implementation ("eager" is the library's default).
+    """
 
     version: str
     layer_kinds: list[int] = field(default_factory=list)
     context: int = 0
-    decode_ms_per_layer: float | None = None
+    decode_ms: dict[str, float] = field(default_factory=dict)
     prefill_tokens: int = 0
-    prefill_ms_per_layer: float | None = None
+    prefill_ms: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
     failure: str = ""
+
+    @property
+    def ran(self) -> bool:
+        """Both steps were measured with some implementation."""
+        return bool(self.decode_ms and self.prefill_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +200,15 @@ class Start:
     compiled: int
     """Those that were not in Triton's cache on disk."""
     compile_s: float
+
+    def __add__(self, other: Start) -> Start:
+        """One after the other."""
+        return Start(
+            self.seconds + other.seconds,
+            self.kernels + other.kernels,
+            self.compiled + other.compiled,
+            self.compile_s + other.compile_s,
+        )
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.bench.results import Results
+from cluster.bench.results import Results, Start
 from cluster.bench.scene import Scene, Wanted
 from cluster.errors import ClusterError
 
@@ -66,40 +66,46 @@ def run(wanted: Wanted, plan: Plan, say: Say) -> Results:
     say(f"ceilings: {rates}")
     scene = Scene(wanted, plan.experts_held)
     results = Results(measure.machine(), scene.setup, rates, memory=scene.memory, peer=peer)
-    results.start = measure.start_model(scene)
-    say(f"start: {results.start}")
-    parts: dict[str, Callable[[], None]] = {
-        "decode": lambda: results.decode.extend(measure.decode_rows(scene, rates, say)),
-        "prefill": lambda: results.prefill.extend(measure.prefill_rows(scene, rates, say)),
-        "kernels": lambda: _kernels(scene, results, plan, say),
-        "long": lambda: _long(scene, results),
-    }
     peak = 0
-    for name, part in parts.items():
-        if name in plan.parts:
-            try:
-                part()
-            except Exception:  # the other parts, and what this one has found, are still worth having
-                say(f"{name} failed:\n{traceback.format_exc()}")
-                torch.cuda.synchronize()
-            peak = max(peak, torch.cuda.max_memory_allocated())
+    for part, action in _parts(scene, results, plan, say):
+        if part not in plan.parts:
+            continue
+        try:
+            action()
+        except Exception:  # the other parts, and what this one has found, are still worth having
+            say(f"{part} failed:\n{traceback.format_exc()}")
+        peak = max(peak, torch.cuda.max_memory_allocated())
         if plan.json_file is not None:
-            results.memory = dataclasses.replace(scene.memory, peak=max(peak, scene.memory.peak))
+            results.memory = dataclasses.replace(scene.memory, peak=peak)
             results.write(plan.json_file)
-    results.memory = dataclasses.replace(scene.memory, peak=max(peak, scene.memory.peak))
+    results.memory = dataclasses.replace(scene.memory, peak=peak)
     return results
 
 
-def _kernels(scene: Scene, results: Results, plan: Plan, say: Say) -> None:
+def _parts(scene: Scene, results: Results, plan: Plan, say: Say) -> list[tuple[str, Callable[[], None]]]:
+    """(part of the command, measurement) in order: decode before prefill, which takes the most memory."""
     from cluster.bench import measure
 
-    for batch, context in plan.kernels_at:
-        results.kernels += measure.decode_kernels(scene, results.rates, batch, context, say)
-    results.kernels += measure.prefill_kernels(scene, results.rates, plan.kernel_chunk, say)
+    rates, wanted = results.rates, scene.wanted
 
+    def start(measured: Callable[[Scene], Start]) -> None:
+        found = measured(scene)
+        results.start = found if results.start is None else results.start + found
+        say(f"start: {found}")
 
-def _long(scene: Scene, results: Results) -> None:
-    from cluster.bench import measure
+    def decode_kernels() -> None:
+        for batch, context in plan.kernels_at:
+            results.kernels += measure.decode_kernels(scene, rates, batch, context, say)
 
-    wanted = scene.wanted
-    results.long_prompt = measure.long_prompt(scene, wanted.long_prompt, 256, min(8192, wanted.chunk_tokens))
+    def long() -> None:
+        results.long_prompt = measure.long_prompt(scene, wanted.long_prompt, 256, min(8192, wanted.chunk_tokens))
+
+    return [
+        ("start", lambda: start(measure.start_decode)),
+        ("decode", lambda: results.decode.extend(measure.decode_rows(scene, rates, say))),
+        ("kernels", decode_kernels),
+        ("start", lambda: start(measure.start_prefill)),
+        ("prefill", lambda: results.prefill.extend(measure.prefill_rows(scene, rates, say))),
+        ("kernels", lambda: results.kernels.extend(measure.prefill_kernels(scene, rates, plan.kernel_chunk, say))),
+        ("long", long),
+    ]

@@ -121,20 +121,31 @@ def _peer_line(results: Results) -> str:
     peer = results.peer
     if peer is None:
         return "not measured"
-    if peer.failure or peer.decode_ms_per_layer is None or peer.prefill_ms_per_layer is None:
+    if peer.failure or not peer.ran:
         return f"transformers {peer.version}: {peer.failure}"
-    layers = results.setup.all_layers
-    text = (
-        f"transformers {peer.version}, bf16, {len(peer.layer_kinds)} layers, ms a layer: decode at {peer.context:,} "
-        f"{peer.decode_ms_per_layer:.2f}, prefill of {peer.prefill_tokens:,} {peer.prefill_ms_per_layer:.1f}"
+    decode, prefill = (
+        ", ".join(f"{name} {ms:.1f}" for name, ms in sorted(found.items(), key=lambda item: item[1]))
+        for found in (peer.decode_ms, peer.prefill_ms)
     )
+    text = (
+        f"transformers {peer.version}, bf16, {len(peer.layer_kinds)} layers, ms a layer: "
+        f"decode at {peer.context:,} tokens {decode}; prefill of {peer.prefill_tokens:,} {prefill}"
+    )
+    layers = results.setup.all_layers
     own = [row for row in results.decode if row.batch == 1 and row.context == peer.context]
     if own:
-        text += f"; decode here is {peer.decode_ms_per_layer * layers / own[0].full_ms:.0f}x as fast"
+        text += f"; decode here is {_times(peer.decode_ms, layers, own[0].full_ms)}"
     prompts = [r for r in results.prefill if (r.tokens, r.sequences, r.start) == (peer.prefill_tokens, 1, 0)]
     if prompts:
-        text += f", prefill {peer.prefill_ms_per_layer * layers / prompts[0].full_ms:.0f}x"
+        text += f", prefill {_times(peer.prefill_ms, layers, prompts[0].full_ms)}"
     return text
+
+
+def _times(found: dict[str, float], layers: int, own_ms: float) -> str:
+    """How many times as fast as the fastest implementation, and as the default one."""
+    text = f"{min(found.values()) * layers / own_ms:.0f}x as fast"
+    eager = found.get("eager", 0.0)
+    return f"{text} ({eager * layers / own_ms:.0f}x as eager)" if eager > min(found.values()) else text
 
 
 def _table(title: str, *headings: str, left: int = 0) -> Table:

@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 @pytest.mark.timeout(300)
 def test_a_run_of_nano_has_every_figure(tmp_path: Path) -> None:
     wanted = Wanted("nano", NANO, NANO.num_hidden_layers, False, (1, 3), (512, 1024), (256, 512), long_prompt=1024)
-    parts = frozenset({"kernels", "decode", "prefill", "long"})
+    parts = frozenset({"start", "kernels", "decode", "prefill", "long"})
     said: list[str] = []
     results = run(wanted, Plan(parts, ((3, 1024),), 512, json_file=tmp_path / "r.json"), said.append)
     assert not [line for line in said if "failed" in line], said
