@@ -20,11 +20,16 @@ from torch import Tensor
 
 from workers.kernels.formats import hardware_formats
 from workers.kernels.launch import pdl_options
-from workers.kernels.mhc_decode import collapse_kernel, embed_streams_kernel, partial_sums_kernel
+from workers.kernels.mhc_gates import collapse_kernel
+from workers.kernels.mhc_mix import embed_streams_kernel, mix_decode_kernel
+from workers.kernels.tiles import tile
 
 STREAMS = 4
 MIXES = STREAMS * (2 + STREAMS)
 """Rows of `fn`: 4 pre, 4 post, 16 comb (row-major)."""
+
+TOKENS = 16
+"""Tokens of one program of the first launch."""
 
 TILE_CHANNELS = 32
 """Channels of one program of the first launch. Changes the order of every sum, so the same for all batches."""
@@ -137,11 +142,6 @@ def hc_post_head(
     _collapsed(streams, rows, hc, norm_weight, work, x, None, post, comb, pdl)
 
 
-def _rows_each(num_rows: int) -> int:
-    """Rows that one program walks through: with one, `fn` would be read from L2 once per token."""
-    return 1 if num_rows <= 8 else min(8, triton.next_power_of_2(triton.cdiv(num_rows, 8)))
-
-
 def _sums(
     sub_out: Tensor | None,
     streams: Tensor,
@@ -157,8 +157,8 @@ def _sums(
     assert hidden % TILE_CHANNELS == 0 and work.numel() >= work_floats(num_rows, hidden)
     if num_rows == 0:
         return
-    each = _rows_each(num_rows)
-    partial_sums_kernel[(hidden // TILE_CHANNELS, triton.cdiv(num_rows, each))](
+    shape = tile("mhc.mix", streams.device)
+    mix_decode_kernel[(hidden // TILE_CHANNELS, triton.cdiv(num_rows, TOKENS))](
         streams if sub_out is None else sub_out,
         streams,
         post,
@@ -167,14 +167,14 @@ def _sums(
         fn if rows is None else rows,
         work,
         num_rows,
-        each,
         D=hidden,
         R=0 if sub_out is None else sub_out.shape[1],
         NUM_FN=fn.shape[0],
-        TILE=TILE_CHANNELS,
-        NUM_TILES=hidden // TILE_CHANNELS,
+        TM=TOKENS,
+        C=TILE_CHANNELS,
         HAS_ROWS=rows is not None,
-        num_warps=4,
+        WIDEN=streams.device.type == "cpu",
+        **shape.options,
         **pdl_options(streams, pdl),
     )
 
@@ -228,65 +228,35 @@ def _collapsed(
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """V4-Flash, for the check that every architecture compiles."""
     pdl = {"PDL": arch >= 90}
-    hidden = 4096
-    tensors = {
-        "sub_out": "*bf16",
-        "streams": "*bf16",
-        "post": "*fp32",
-        "comb": "*fp32",
-        "fn": "*fp32",
-        "rows": "*i32",
-        "work": "*fp32",
-        "num_rows": "i32",
-        "rows_each": "i32",
-    }
-    sums = {
-        "D": hidden,
-        "NUM_FN": 24,
-        "TILE": TILE_CHANNELS,
-        "NUM_TILES": hidden // TILE_CHANNELS,
-        "HAS_ROWS": False,
-        **pdl,
-    }
-    collapse_tensors = {
-        **{name: tensors[name] for name in ("streams", "rows", "work", "post", "comb")},
-        "base": "*fp32",
-        "scale": "*fp32",
-        "norm_weight": "*fp32",
-        "x": "*bf16",
-        "x_quantised": "*bf16",
-    }
-    num_tiles = hidden // TILE_CHANNELS
-    collapse = {
-        "D": hidden,
-        "NUM_TILES": num_tiles,
-        "TILES_POW2": num_tiles,
-        "BLOCK": COLLAPSE_CHANNELS,
-        "W": 1,
-        "HEAD": False,
-        "HAS_ROWS": False,
-        "QUANTISE": True,
-        "HW": arch >= 89,
-        "ITERS": 20,
-        "EPS": 1e-6,
-        "NORM_EPS": 1e-6,
-        **pdl,
-    }
-    embed = {"token_ids": "*i32", "embed": "*bf16", "streams": "*bf16", "vocab": "i32"}
-    head = {"HEAD": True, "HAS_ROWS": True, "QUANTISE": False}
+    hidden, num_tiles = 4096, 4096 // TILE_CHANNELS
+    floats = ("post", "comb", "fn", "work", "base", "scale", "norm_weight")
+    halves = ("sub_out", "streams", "x", "x_quantised", "embed")
+    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(halves, "*bf16")
+    types |= {"rows": "*i32", "token_ids": "*i32", "num_rows": "i32", "vocab": "i32"}
+
+    def case(name: str, kernel: Any, options: dict[str, Any], **constexprs: Any) -> Any:
+        names = [name for name in kernel.arg_names if name in types]
+        return name, kernel, {name: types[name] for name in names}, {"D": hidden, **constexprs, **pdl}, options
+
+    mix = {"NUM_FN": 24, "TM": TOKENS, "C": TILE_CHANNELS, "HAS_ROWS": False, "WIDEN": False}
+    sums = {"NUM_TILES": num_tiles, "TILES_POW2": num_tiles, "BLOCK": COLLAPSE_CHANNELS, "W": 1, "HW": arch >= 89}
+    gates = {"ITERS": 20, "EPS": 1e-6, "NORM_EPS": 1e-6}
+    options = tile("mhc.mix", arch).options
     return [
-        ("embed_streams", embed_streams_kernel, embed, {"D": hidden, "BLOCK": 1024, **pdl}, {"num_warps": 4}),
-        *(
-            (f"partial_sums R={parts}", partial_sums_kernel, tensors, {**sums, "R": parts}, {"num_warps": 4})
-            for parts in (0, 1, 7)
+        case("embed_streams", embed_streams_kernel, {"num_warps": 4}, BLOCK=1024),
+        case("mix R=0", mix_decode_kernel, options, **mix, R=0),
+        case("mix R=1", mix_decode_kernel, options, **mix, R=1),
+        case("mix R=7", mix_decode_kernel, options, **mix, R=7),
+        case("mix head", mix_decode_kernel, options, **{**mix, "NUM_FN": 4, "HAS_ROWS": True}, R=7),
+        case("collapse", collapse_kernel, {"num_warps": 1}, **sums, **gates, HEAD=False, HAS_ROWS=False, QUANTISE=True),
+        case(
+            "collapse head",
+            collapse_kernel,
+            {"num_warps": 1},
+            **sums,
+            **gates,
+            HEAD=True,
+            HAS_ROWS=True,
+            QUANTISE=False,
         ),
-        (
-            "partial_sums head",
-            partial_sums_kernel,
-            tensors,
-            {**sums, "R": 7, "NUM_FN": 4, "HAS_ROWS": True},
-            {"num_warps": 4},
-        ),
-        ("collapse", collapse_kernel, collapse_tensors, collapse, {"num_warps": 1}),
-        ("collapse head", collapse_kernel, collapse_tensors, {**collapse, **head}, {"num_warps": 1}),
     ]

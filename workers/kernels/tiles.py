@@ -98,6 +98,7 @@ TILES: dict[str, dict[int, Tile]] = {
         80: Tile(n=64, k=32, warps=4, stages=1),
         90: Tile(n=64, k=64, warps=4, stages=2),
     },
+    "mhc.mix": {90: Tile(warps=4, stages=1)},
     "mhc_prefill.collapse": {90: Tile(n=1024, warps=1)},
     "mhc_prefill.mix": {90: Tile(m=64, k=32, warps=8, stages=1)},
 }

@@ -1,4 +1,7 @@
-"""Device code of mHC at decode; `workers/kernels/mhc.py` says what it computes and launches it."""
+"""Device code of mHC after the partial sums: gates, Sinkhorn matrices and the next sublayer's input.
+
+`workers/kernels/mhc.py` says what it computes and launches it for decode, `mhc_prefill.py` for prefill.
+"""
 
 from __future__ import annotations
 
@@ -9,174 +12,9 @@ from workers.kernels.formats import e4m3_to_f32, round_fp8_groups
 
 
 @triton.jit
-def embed_streams_kernel(token_ids, embed, streams, vocab, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Grid (T, D / BLOCK)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    token = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = channel < D
-    token_id = tl.load(token_ids + token)
-    known = tl.minimum(tl.maximum(token_id, 0), vocab - 1).to(tl.int64)
-    row = tl.load(embed + known * D + channel, mask=inside & (token_id >= 0), other=0.0)
-    for stream in tl.static_range(4):
-        tl.store(streams + (token * 4 + stream) * D + channel, row, mask=inside)
-
-
-@triton.jit
-def pick(index, v0, v1, v2, v3):
-    """Element `index` (a block of 0..3) of four scalars."""
-    return tl.where(index == 0, v0, tl.where(index == 1, v1, tl.where(index == 2, v2, v3)))
-
-
-@triton.jit
-def _mixed(gates, stream, r0, r1, r2, r3, out):
-    """`post[k] * out + sum_j comb[j, k] * R[j]` for k = `stream`, rounded to bf16 and widened again."""
-    p0, p1, p2, p3, c00, c01, c02, c03, c10, c11, c12, c13, c20, c21, c22, c23, c30, c31, c32, c33 = gates
-    new = pick(stream, p0, p1, p2, p3) * out
-    new = tl.fma(pick(stream, c00, c01, c02, c03), r0, new)
-    new = tl.fma(pick(stream, c10, c11, c12, c13), r1, new)
-    new = tl.fma(pick(stream, c20, c21, c22, c23), r2, new)
-    new = tl.fma(pick(stream, c30, c31, c32, c33), r3, new)
-    return new.to(tl.bfloat16).to(tl.float32)
-
-
-@triton.jit
-def _loaded_gates(post, comb, token):
-    """The 4 post and 16 comb gates of a token as scalars."""
-    p = post + token * 4
-    c = comb + token * 16
-    return (
-        tl.load(p),
-        tl.load(p + 1),
-        tl.load(p + 2),
-        tl.load(p + 3),
-        tl.load(c),
-        tl.load(c + 1),
-        tl.load(c + 2),
-        tl.load(c + 3),
-        tl.load(c + 4),
-        tl.load(c + 5),
-        tl.load(c + 6),
-        tl.load(c + 7),
-        tl.load(c + 8),
-        tl.load(c + 9),
-        tl.load(c + 10),
-        tl.load(c + 11),
-        tl.load(c + 12),
-        tl.load(c + 13),
-        tl.load(c + 14),
-        tl.load(c + 15),
-    )
-
-
-@triton.jit
-def _fn_tile(fn, tile, D: tl.constexpr, NUM_FN: tl.constexpr, TILE: tl.constexpr):
-    """Three blocks `[8, 4 * TILE]` of the rows of `fn`; one block of 4 rows for the head."""
-    flat = tl.arange(0, 4 * TILE)
-    column = (flat // TILE) * D + tile * TILE + flat % TILE
-    row = tl.arange(0, 8)[:, None]
-    weight = fn + row * (4 * D) + column[None, :]
-    if NUM_FN == 24:
-        return tl.load(weight), tl.load(weight + 8 * 4 * D), tl.load(weight + 16 * 4 * D)
-    else:
-        return (tl.load(weight, mask=row < NUM_FN, other=0.0),)
-
-
-@triton.jit
-def _row_sums(
-    sub_out,
-    streams,
-    post,
-    comb,
-    weights,
-    target,
-    token,
-    tile,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    NUM_FN: tl.constexpr,
-    TILE: tl.constexpr,
-    NUM_TILES: tl.constexpr,
-):
-    """Write back `TILE` channels of one token and store their partial sums, one per row of `target [40, tiles]`."""
-    stream = tl.arange(0, 4)[:, None]
-    channel = tile * TILE + tl.arange(0, TILE)[None, :] + 0 * stream  # [4, TILE]
-    base = streams + token * (4 * D) + channel
-    if R > 0:
-        r0 = tl.load(base).to(tl.float32)
-        r1 = tl.load(base + D).to(tl.float32)
-        r2 = tl.load(base + 2 * D).to(tl.float32)
-        r3 = tl.load(base + 3 * D).to(tl.float32)
-        out = tl.load(sub_out + token * (R * D) + channel).to(tl.float32)
-        for part in tl.static_range(1, R):
-            out += tl.load(sub_out + token * (R * D) + part * D + channel).to(tl.float32)
-        gates = _loaded_gates(post, comb, token)
-        x = _mixed(gates, stream, r0, r1, r2, r3, out)
-        x1 = _mixed(gates, (stream + 1) & 3, r0, r1, r2, r3, out)
-        x2 = _mixed(gates, (stream + 2) & 3, r0, r1, r2, r3, out)
-        # Warps read each other's streams: all must have read before one writes.
-        tl.debug_barrier()
-        tl.store(base + stream * D, x.to(tl.bfloat16))
-    else:
-        x = tl.load(base + stream * D).to(tl.float32)
-        x1 = tl.load(base + ((stream + 1) & 3) * D).to(tl.float32)
-        x2 = tl.load(base + ((stream + 2) & 3) * D).to(tl.float32)
-    pair = tl.arange(0, 4)
-    tl.store(target + (24 + pair) * NUM_TILES, tl.sum(x * x, axis=1))
-    tl.store(target + (28 + pair) * NUM_TILES, tl.sum(x * x1, axis=1))
-    tl.store(target + (32 + pair) * NUM_TILES, tl.sum(x * x2, axis=1), mask=pair < 2)
-    flat_x = tl.reshape(x, (4 * TILE,))[None, :]
-    row = tl.arange(0, 8)
-    if NUM_FN == 24:
-        for i in tl.static_range(3):
-            tl.store(target + (8 * i + row) * NUM_TILES, tl.sum(weights[i] * flat_x, axis=1))
-    else:
-        tl.store(target + row * NUM_TILES, tl.sum(weights[0] * flat_x, axis=1), mask=row < NUM_FN)
-
-
-@triton.jit
 def token_work(index, NUM_TILES: tl.constexpr):
     """Offset of a token's partial sums `[40, tiles]`."""
     return index.to(tl.int64) * (40 * NUM_TILES)
-
-
-@triton.jit(do_not_specialize=["num_rows", "rows_each"])
-def partial_sums_kernel(
-    sub_out,
-    streams,
-    post,
-    comb,
-    fn,
-    rows,
-    work,
-    num_rows,
-    rows_each,
-    D: tl.constexpr,
-    R: tl.constexpr,
-    NUM_FN: tl.constexpr,
-    TILE: tl.constexpr,
-    NUM_TILES: tl.constexpr,
-    HAS_ROWS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Grid (D / TILE, row groups). R = 0: nothing to write back, only sums of the streams as they are."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    tile = tl.program_id(0)
-    weights = _fn_tile(fn, tile, D, NUM_FN, TILE)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    index = tl.program_id(1) * rows_each
-    end = tl.minimum(index + rows_each, num_rows)
-    while index < end:
-        token = index.to(tl.int64)
-        if HAS_ROWS:
-            token = tl.maximum(tl.load(rows + index), 0).to(tl.int64)
-        target = work + token_work(index, NUM_TILES) + tile
-        _row_sums(sub_out, streams, post, comb, weights, target, token, tile, D, R, NUM_FN, TILE, NUM_TILES)
-        index += 1
 
 
 @triton.jit
@@ -212,16 +50,23 @@ def sinkhorn_rows(c, ITERS: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
+def _reciprocal(x):
+    """1 / x of a positive number within 2 units in the last place: a third of the latency of a division."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
 def _softmax4(a, b, c, d, EPS: tl.constexpr):
     top = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
     a, b, c, d = tl.exp(a - top), tl.exp(b - top), tl.exp(c - top), tl.exp(d - top)
-    scale = 1.0 / ((a + b) + (c + d))
+    scale = _reciprocal((a + b) + (c + d))
     return a * scale + EPS, b * scale + EPS, c * scale + EPS, d * scale + EPS
 
 
 @triton.jit
 def _normalised4(a, b, c, d, EPS: tl.constexpr):
-    scale = 1.0 / ((a + b) + (c + (d + EPS)))
+    scale = _reciprocal((a + b) + (c + (d + EPS)))
     return a * scale, b * scale, c * scale, d * scale
 
 
@@ -389,3 +234,51 @@ def collapse_kernel(
         )
     elif not HEAD:
         _write_gates(base, scale, sums, post, comb, index, D, NUM_TILES, TILES_POW2, W, ITERS, EPS, NORM_EPS)
+
+
+@triton.jit
+def _token_totals(sums, row: tl.constexpr, inside, SPLIT: tl.constexpr):
+    """Sum of one row of partial sums for every token of a block."""
+    total = tl.load(sums + row * SPLIT, mask=inside, other=0.0)
+    for split in tl.static_range(1, SPLIT):
+        total += tl.load(sums + row * SPLIT + split, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def gates_kernel(
+    base,
+    scale,
+    work,
+    post,
+    comb,
+    num_rows,
+    D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ITERS: tl.constexpr,
+    EPS: tl.constexpr,
+    NORM_EPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (T / TOKENS): post gates and Sinkhorn matrices, one thread a token."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    inside = token < num_rows
+    sums = work + token * (40 * SPLIT)
+    trace = _token_totals(sums, 24, inside, SPLIT) + _token_totals(sums, 25, inside, SPLIT)
+    trace += _token_totals(sums, 26, inside, SPLIT) + _token_totals(sums, 27, inside, SPLIT)
+    inverse_rms = tl.rsqrt(trace / (4 * D) + NORM_EPS)
+    post_scale = tl.load(scale + 1) * inverse_rms
+    comb_scale = tl.load(scale + 2) * inverse_rms
+    for k in tl.static_range(4):
+        gate = tl.sigmoid(_token_totals(sums, 4 + k, inside, SPLIT) * post_scale + tl.load(base + 4 + k))
+        tl.store(post + token * 4 + k, 2.0 * gate, mask=inside)
+    logits = ()
+    for i in tl.static_range(16):
+        logits = logits + (_token_totals(sums, 8 + i, inside, SPLIT) * comb_scale + tl.load(base + 8 + i),)
+    matrix = sinkhorn_rows(logits, ITERS, EPS)
+    for i in tl.static_range(16):
+        tl.store(comb + token * 16 + i, matrix[i], mask=inside)
