@@ -287,6 +287,11 @@ class Flat:
     def nbytes(self) -> int:
         return self._flat.numel() * self._flat.element_size()
 
+    @property
+    def every(self) -> Tensor:
+        """All of it, one axis."""
+        return self._flat
+
     def view(self, *shape: int) -> Tensor:
         """The first elements as `shape`."""
         count = 1
@@ -333,16 +338,16 @@ class Activations:
             "logits": (num_rows * c.vocab_size, fp32),
             "finite": (num_rows, i32),
         }
-        self._flats = {name: Flat(count, dtype, device) for name, (count, dtype) in sizes.items()}
+        self.flats = {name: Flat(count, dtype, device) for name, (count, dtype) in sizes.items()}
 
     @property
     def nbytes(self) -> int:
         """Device bytes held."""
-        return sum(flat.nbytes for flat in self._flats.values())
+        return sum(flat.nbytes for flat in self.flats.values())
 
     def view(self, name: str, *shape: int) -> Tensor:
         """The start of one buffer as a contiguous tensor."""
-        return self._flats[name].view(*shape)
+        return self.flats[name].view(*shape)
 
     def groups(self, num_tokens: int) -> Groups:
         """Routing groups of T tokens."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,7 @@ class GpuModel:
         max_context: int | None = None,
         kernels: tuple[MakeKernels, MakeKernels] = (decode_kernels, prefill_kernels),
         use_graphs: bool | None = None,
+        before_decode: Callable[[], None] | None = None,
     ) -> None:
         """Allocates decode buffers; kernels are compiled and graphs captured at `warm_up` or at first use.
 
@@ -78,6 +80,7 @@ class GpuModel:
             max_context: tokens of the longest sequence, by default what the model and the pools can hold.
             kernels: what makes the ops of decode and of prefill.
             use_graphs: capture decode steps; by default on CUDA.
+            before_decode: called on the engine thread right before each decode step is enqueued.
         """
         self.config, self.weights, self.pools, self.device = config, weights, pools, pools.device
         self.max_running = max_running or pools.sizes.slots
@@ -85,6 +88,7 @@ class GpuModel:
         self.num_pages = -(-longest // PAGE_TOKENS)
         self._make_decode, self._make_prefill = kernels
         self._use_graphs = use_graphs
+        self._before_decode = before_decode
         ropes = RopeTables.build(config, self.num_pages * PAGE_TOKENS, self.device)
         self._parts = StepParts.of(config, weights, ropes, pools)
         self._lazy_decode: _Decode | None = None
@@ -159,7 +163,7 @@ class GpuModel:
             with torch.inference_mode(False):
                 sizes = StepSizes(self.max_running, self.max_running, self.num_pages, self.device)
                 step = self._make_step(self._make_decode, sizes, self.max_running, "decode")
-                self._lazy_decode = _Decode(step, sizes, use_graphs=self._use_graphs)
+                self._lazy_decode = _Decode(step, sizes, use_graphs=self._use_graphs, before=self._before_decode)
         return self._lazy_decode
 
     def _make_step(self, make: MakeKernels, sizes: StepSizes, num_rows: int, name: str) -> Step:
@@ -236,8 +240,11 @@ class GpuModel:
 class _Decode:
     """Decode on the device: metadata, step, graphs, and the results on their way to the host."""
 
-    def __init__(self, step: Step, sizes: StepSizes, *, use_graphs: bool | None) -> None:
+    def __init__(
+        self, step: Step, sizes: StepSizes, *, use_graphs: bool | None, before: Callable[[], None] | None
+    ) -> None:
         self.step = step
+        self._before = before
         self.meta = DecodeMeta(sizes.num_tokens, sizes.num_pages, sizes.device)
         self.graphs = DecodeGraphs(self._launch, sizes.num_tokens, sizes.device, enabled=use_graphs)
         self.running = 0
@@ -256,6 +263,8 @@ class _Decode:
         """Enqueue the step that the metadata describes, and its results' way to the host."""
         count = self.running
         bucket = self.graphs.bucket_of(count)
+        if self._before is not None:
+            self._before()
         self.graphs.replay(bucket)
         self._results[0, :count].copy_(self.meta.bucket(bucket).token_ids[:count], non_blocking=True)
         self._results[1, :count].copy_(self.step.buffers.view("finite", count), non_blocking=True)

@@ -262,7 +262,6 @@ def expert_gate_up(x, ids, weights, groups: Groups, slab, hidden, limit, *, shar
     """`x` and what comes out are already through e4m3; also rounds the shared expert's hidden state."""
     tokens, chosen, inner = hidden.shape
     shape, flat = ExpertShape(x.shape[1], inner), hidden.view(tokens * chosen, inner)
-    flat.fill_(float("nan"))
     for expert, pairs in _members(groups):
         rows = x[[pair // chosen for pair in pairs]].float()
         gate, up = (rows @ _expert(slab, shape, expert, name).T for name in ("w1", "w3"))
@@ -274,7 +273,6 @@ def expert_gate_up(x, ids, weights, groups: Groups, slab, hidden, limit, *, shar
 def expert_down(hidden, shared_hidden, shared_w2, ids, groups: Groups, slab, out) -> None:
     tokens, chosen, inner = hidden.shape
     shape, flat = ExpertShape(out.shape[2], inner), hidden.view(tokens * chosen, inner)
-    out.fill_(0.0)
     for expert, pairs in _members(groups):
         found = flat[pairs].float() @ _expert(slab, shape, expert, "w2").T
         for pair, row in zip(pairs, found, strict=True):
