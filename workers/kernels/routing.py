@@ -3,8 +3,8 @@
 Owns: `route` after the gate product, for decode (one launch, one program) and prefill (three launches). Definitions:
 `workers/reference/moe.py` (`router_scores`, `route_learned`, `route_hash`). Ties go to the lower expert id.
 
-Groups are counted, never sorted: a tile `[tokens, experts]` of uses gives, by sums along its two axes, every pair its
-place. Only integers are added across tokens, so a token's ids and weights cannot depend on the batch.
+Decode sorts the pairs by (expert, pair); prefill counts them: a tile `[tokens, experts]` of uses gives, by sums along
+its two axes, every pair its place. Only integers meet across tokens, so ids and weights cannot depend on the batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from workers.kernels.launch import pdl_options
 DECODE_TOKENS = 64
 """Most tokens of the one-program form."""
 
-DECODE_TILES = ((1, 1), (8, 8), (DECODE_TOKENS, 16))
+DECODE_TILES = ((1, 1), (8, 4), (DECODE_TOKENS, 16))
 """(tokens, warps) of that program: the smallest that holds the step. Changes no result."""
 
 TILE_TOKENS = 32
@@ -54,6 +54,10 @@ def work_words(num_tokens: int, num_experts: int) -> int:
 # -- kernels ------------------------------------------------------------------------------------------------------
 
 
+TAKEN = tl.constexpr(-0x80000000)
+"""Order key of an expert that is none, or was picked."""
+
+
 @triton.jit
 def router_score(z):
     """`sqrt(softplus(z))` in fp32; softplus(z) = z above 20, as in torch."""
@@ -63,6 +67,13 @@ def router_score(z):
     lost = one_e == 1.0
     log1p = tl.where(lost, e, tl.log(one_e) * (e / tl.where(lost, 1.0, one_e - 1.0)))
     return tl.sqrt_rn(tl.where(z > 20.0, z, log1p))
+
+
+@triton.jit
+def _order_key(x):
+    """int32 in the order of fp32 `x` (no NaN, no -0); above `TAKEN` for all of them."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -76,16 +87,32 @@ def _chosen(logits, chooser, token_ids, token, inside, vocab, E: tl.constexpr, E
             expert = tl.load(chooser + known * K + c, mask=inside, other=0)
             chosen = chosen + (tl.minimum(tl.maximum(expert, 0), E - 1),)
     else:
-        expert = tl.arange(0, EP)[None, :]
-        real = expert < E
-        z = tl.load(logits + token.to(tl.int64)[:, None] * E + expert, mask=inside[:, None] & real, other=0.0)
-        biased = router_score(z) + tl.load(chooser + expert, mask=real, other=0.0)
-        # NaN and -inf become a finite floor, so that every pick is a real expert and none is picked twice.
-        left = tl.where(real, tl.maximum(biased, -3.0e38), float("-inf"))
+        # Blocks of 128 experts: a row then fits one warp, and a round of the search is two warp instructions.
+        WIDTH: tl.constexpr = min(EP, 128)
+        lane = tl.arange(0, WIDTH)[None, :]
+        row = logits + token.to(tl.int64)[:, None] * E
+        keys = ()
+        for b in tl.static_range((E + WIDTH - 1) // WIDTH):
+            expert = lane + b * WIDTH
+            real = expert < E
+            z = tl.load(row + expert, mask=inside[:, None] & real, other=0.0)
+            biased = router_score(z) + tl.load(chooser + expert, mask=real, other=0.0)
+            # NaN becomes a finite floor: every pick is a real expert.
+            keys = keys + (tl.where(real, _order_key(tl.maximum(biased, -3.0e38)), TAKEN),)
         for _ in tl.static_range(K):
-            best = tl.argmax(left, axis=1, tie_break_left=True)
-            left = tl.where(expert == best[:, None], float("-inf"), left)
-            chosen = chosen + (best,)
+            best = keys[0]
+            for b in tl.static_range(1, len(keys)):
+                best = tl.maximum(best, keys[b])
+            top = tl.max(best, 1)[:, None]
+            expert = tl.where(keys[0] == top, lane, E)
+            for b in tl.static_range(1, len(keys)):
+                expert = tl.minimum(expert, tl.where(keys[b] == top, lane + b * WIDTH, E))
+            pick = tl.min(expert, 1)
+            left = ()
+            for b in tl.static_range(len(keys)):
+                left = left + (tl.where(lane + b * WIDTH == pick[:, None], TAKEN, keys[b]),)
+            keys = left
+            chosen = chosen + (pick,)
     return chosen
 
 
@@ -135,6 +162,29 @@ def _store_order(pair_order, chosen, expert, counted, place, token, K: tl.conste
         place += hit.to(tl.int32)
 
 
+@triton.jit
+def _group_by_sorting(
+    experts, counted, pair, num_active, active_experts, active_begin, pair_order, heat, PAIRS: tl.constexpr, HEAT
+):
+    """Groups of at most PAIRS pairs: `experts`, `counted`, `pair` `[PAIRS]`, pairs ascending where they count."""
+    key = tl.sort(tl.where(counted, experts * PAIRS + pair, 0x7FFFFFFF))
+    place = tl.arange(0, PAIRS)
+    real = key != 0x7FFFFFFF
+    expert = key // PAIRS
+    before = tl.gather(expert, tl.maximum(place - 1, 0), 0)
+    first = real & ((place == 0) | (expert != before))
+    flags = first.to(tl.int32)
+    slot = tl.cumsum(flags, 0) - 1
+    tl.store(pair_order + place, key % PAIRS, mask=real)
+    tl.store(active_experts + slot, expert, mask=first)
+    tl.store(active_begin + slot, place, mask=first)
+    total = tl.sum(flags, 0)
+    tl.store(num_active, total)
+    tl.store(active_begin + total, tl.sum(real.to(tl.int32), 0))
+    if HEAT:
+        tl.atomic_add(heat + expert, 1, mask=real, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["num_tokens", "vocab"])
 def route_decode_kernel(
     logits,
@@ -153,6 +203,7 @@ def route_decode_kernel(
     E: tl.constexpr,
     EP: tl.constexpr,
     K: tl.constexpr,
+    KP: tl.constexpr,
     TILE: tl.constexpr,
     HASH: tl.constexpr,
     HEAT: tl.constexpr,
@@ -165,18 +216,33 @@ def route_decode_kernel(
     token = tl.arange(0, TILE)
     inside = token < num_tokens
     chosen = _chosen(logits, chooser, token_ids, token, inside, vocab, E, EP, K, HASH)
-    _store_choice(logits, ids, weights, chosen, token, inside, scaling, E, K)
-    counted = tl.load(token_ids + token, mask=inside, other=-1) >= 0
-    expert = tl.arange(0, EP)
-    uses = _uses(chosen, expert[None, :], counted, K)
-    counts = tl.sum(uses, 0)
-    begin = tl.cumsum(counts, 0) - counts
-    _store_groups(num_active, active_experts, active_begin, expert, counts, begin)
-    place = tl.cumsum(uses, 0) - uses + begin[None, :]
-    _store_order(pair_order, chosen, expert[None, :], counted, place, token, K)
-    if HEAT:
-        used = counts > 0
-        tl.store(heat + expert, tl.load(heat + expert, mask=used, other=0) + counts, mask=used)
+    choice = tl.arange(0, KP)[None, :]
+    experts = tl.broadcast_to(chosen[0][:, None], (TILE, KP))
+    for c in tl.static_range(1, K):
+        experts = tl.where(choice == c, chosen[c][:, None], experts)
+    wanted = inside[:, None] & (choice < K)
+    pair = token[:, None] * K + choice
+    score = router_score(tl.load(logits + token[:, None] * E + experts, mask=wanted, other=0.0))
+    # Column by column: the order of a reduction over a block depends on its layout, and so on TILE.
+    total = tl.sum(tl.where(choice == 0, score, 0.0), 1)
+    for c in tl.static_range(1, K):
+        total += tl.sum(tl.where(choice == c, score, 0.0), 1)
+    tl.store(ids + pair, experts, mask=wanted)
+    tl.store(weights + pair, score / total[:, None] * scaling, mask=wanted)
+    counted = wanted & (tl.load(token_ids + token, mask=inside, other=-1) >= 0)[:, None]
+    PAIRS: tl.constexpr = TILE * KP
+    _group_by_sorting(
+        tl.reshape(experts, (PAIRS,)),
+        tl.reshape(counted, (PAIRS,)),
+        tl.reshape(pair, (PAIRS,)),
+        num_active,
+        active_experts,
+        active_begin,
+        pair_order,
+        heat,
+        PAIRS,
+        HEAT,
+    )
 
 
 @triton.jit(do_not_specialize=["num_tokens", "vocab"])
@@ -325,7 +391,7 @@ def route(
     if num_tokens <= DECODE_TOKENS:
         tile, warps = next(choice for choice in DECODE_TILES if num_tokens <= choice[0])
         operands = (logits, chooser, token_ids, ids, weights, *lists, heat_or_any, num_tokens, vocab, scaling)
-        flags = {"HASH": hashed, "HEAT": heat is not None}
+        flags = {"KP": triton.next_power_of_2(ids.shape[1]), "HASH": hashed, "HEAT": heat is not None}
         route_decode_kernel[(1,)](*operands, **shape, TILE=tile, **flags, num_warps=warps, **options)
         return
     if work is None:
@@ -352,7 +418,7 @@ def route(
 
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """V4-Flash, for the check that every architecture compiles."""
-    shape = {"E": 256, "EP": 256, "K": 6, "PDL": arch >= 90}
+    shape = {"E": 256, "EP": 256, "K": 6, "KP": 8, "PDL": arch >= 90}
     ints = ("chooser", "token_ids", "ids", "num_active", "active_experts", "active_begin", "pair_order", "heat")
     types = dict.fromkeys((*ints, "tile_counts", "totals"), "*i32")
     types |= {"logits": "*fp32", "weights": "*fp32", "scaling": "fp32"}
