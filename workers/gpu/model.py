@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,8 @@ class GpuModel:
         """Compile the decode kernels and capture every bucket. Writes no KV."""
         decode = self._decode
         decode.meta.clear()
-        decode.graphs.capture_all()
+        with self._compilation("decode"):
+            decode.graphs.capture_all()
 
     def decode(self, batch: ForwardBatch) -> Tensor:
         """One token of each sequence: fp32 logits [B, V] on the device, valid until the next step."""
@@ -214,13 +216,31 @@ class GpuModel:
 
     def warm_up_prefill(self) -> None:
         """Compile the prefill kernels with a step of padding alone. Writes no KV."""
-        began = time.perf_counter()
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), self._compilation("prefill"):
             meta = PrefillMeta.padding(PREFILL_STEP, self.device)
             self._prefill_step(PREFILL_STEP, 1).run(meta.step, rows=meta.rows, max_entries=1)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        logger.info("prefill kernels ready_s=%.1f", time.perf_counter() - began)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+    @contextmanager
+    def _compilation(self, name: str) -> Iterator[None]:
+        """Logs how long the block took, and how much of it Triton's compiler did."""
+        began = time.perf_counter()
+        if self.device.type != "cuda":
+            yield
+            return
+        from workers.kernels.compile_clock import CompileClock
+
+        with CompileClock() as clock:
+            yield
+        logger.info(
+            "%s kernels=%d compiled=%d compiler_s=%.1f ready_s=%.1f",
+            name,
+            clock.kernels,
+            clock.compiled,
+            clock.seconds,
+            time.perf_counter() - began,
+        )
 
     def _prefill_step(self, num_tokens: int, num_rows: int) -> Step:
         """Buffers for a step of this size; they grow and stay."""
