@@ -21,6 +21,7 @@ from rich.console import Console
 
 from cluster.errors import ClusterError
 from workers.errors import WorkerError
+from workers.experts.policy import POLICIES
 from workers.model.presets import PRESETS
 
 app = typer.Typer(
@@ -130,6 +131,46 @@ def start(
             out.print(f"[bold]{name} start[/bold]")
             if code := subprocess.run(command, env=os.environ | {"TRITON_CACHE_DIR": cache}).returncode:
                 raise typer.Exit(code)
+
+
+@app.command("experts")
+def expert_cache(
+    preset: Annotated[str, typer.Option(help=f"Shape: {', '.join(PRESETS)}.")] = "v4-flash",
+    layers: Annotated[int | None, typer.Option(min=1, help="The first N layers; all when not given.")] = None,
+    budgets: Annotated[
+        str, typer.Option(help="GB of expert slots, by commas; 24t: what a GPU of 24 GB has left for them.")
+    ] = "8,16,24t,32,64,80,100,118",
+    batches: Annotated[str, typer.Option(help="Sequences of a decode step, by commas.")] = "1,4,8,32",
+    routings: Annotated[str, typer.Option(help="v4-like, uniform, or both by commas.")] = "v4-like,uniform",
+    policy: Annotated[str, typer.Option(help=f"Who stays: {', '.join(POLICIES)}.")] = "lfru",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
+) -> None:
+    """Decode at every budget of expert slots, the rest of the experts read in place from pinned host memory.
+
+    Takes host memory for every expert of the chosen layers (147 GB for the whole V4-Flash) and locks it.
+    """
+    if preset not in PRESETS or policy not in POLICIES:
+        raise typer.BadParameter(f"{preset!r} or {policy!r} is not known", param_hint="--preset/--policy")
+    wanted_routings = routings.split(",")
+    if unknown := set(wanted_routings) - {"v4-like", "uniform"}:
+        raise typer.BadParameter(f"{sorted(unknown)}", param_hint="--routings")
+    config = PRESETS[preset]
+    with _user_errors():
+        from cluster.bench.expert_results import tables
+        from cluster.bench.experts import run_experts
+
+        results = run_experts(
+            config,
+            layers=layers or config.num_hidden_layers,
+            budgets=[text for text in budgets.split(",") if text],
+            batches=_numbers(batches, "--batches"),
+            routings=wanted_routings,
+            policy=policy,
+            json_file=json_file,
+            say=lambda line: err.print(line, style="dim"),
+        )
+        for table in tables(results):
+            out.print(table)
 
 
 @app.command()

@@ -140,6 +140,10 @@ class Scene:
         weights, pools = self.weights.nbytes, self.pools.nbytes
         return Memory(weights, pools, max(0, torch.cuda.memory_allocated() - weights - pools), peak, total)
 
+    def reseed(self) -> None:
+        """The next steps draw the same token ids as the first ones did."""
+        self._generator.manual_seed(self.wanted.seed)
+
     def decode_batch(self, batch: int, context: int, position: int) -> ForwardBatch:
         """One token at `position` for each of `batch` sequences that have pages for `context` tokens."""
         if not 0 <= position < context:

@@ -164,6 +164,7 @@ class Step:
         hidden = a.view("hidden", tokens, chosen, inner)
         k.gate_and_shared(x, layer.gate, layer.shared_w13, limit, gate_logits, shared_hidden)
         chooser = layer.bias if layer.tid2eid is None else layer.tid2eid
-        k.route(gate_logits, chooser, meta.token_ids, c.routed_scaling_factor, ids, routing, groups)
+        heat = {} if layer.experts.heat is None else {"heat": layer.experts.heat}
+        k.route(gate_logits, chooser, meta.token_ids, c.routed_scaling_factor, ids, routing, groups, **heat)
         k.expert_gate_up(experts_x, ids, routing, groups, layer.experts, hidden, limit, shared_hidden=shared_hidden)
         k.expert_down(hidden, shared_hidden, layer.shared_w2, ids, groups, layer.experts, out)

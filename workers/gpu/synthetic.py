@@ -146,3 +146,8 @@ class _Draw:
 def _exponent(columns: int, code_std: float) -> int:
     """log2 of the smaller scale with which codes of that deviation give values of about 1 / sqrt(columns)."""
     return math.floor(math.log2(1 / (math.sqrt(columns) * code_std)))
+
+
+def layer_experts(out: Tensor, shape: ExpertShape, layer: int, *, seed: int = 0) -> None:
+    """Fills `out` uint8 [E, expert_bytes] with what `synthetic_weights` gives a layer of the whole model."""
+    _Draw(seed, out.device).experts(f"layers.{layer}.experts", out, shape)

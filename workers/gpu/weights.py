@@ -97,6 +97,8 @@ class ExpertSlab:
     table: Tensor
     host: Any = None
     peer: Any = None
+    heat: Tensor | None = None
+    """int32 `[E]` on the device, grows by the uses of each expert; None where nobody asks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,116 @@
+"""`HostBank`: experts in host memory, locked for the device, so that kernels read them in place and copies run alone.
+
+Owns: one mapping of `capacity` experts, which pair lies where, its locking by the driver. Does not own: where the bytes
+come from, who is resident elsewhere. A pair's place never changes. The mapping is a `memfd`, so that the other workers
+of a node can map the same pages: pinned bytes exist once however many workers read them.
+
+Locking touches every page. It runs on several threads over pieces of whole experts (an expert is a whole number of host
+pages for every model we know), and asks for huge pages first: fewer entries to lock.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.errors import BadConfig
+
+PIECE_BYTES = 1 << 30
+"""Bytes locked by one call, about: progress can be shown, and threads share the work evenly."""
+
+LOCK_THREADS = 8
+
+Progress = Callable[[int, int], None]
+"""(bytes done, bytes in all)."""
+
+
+class HostBank:
+    """Experts of one model in host memory."""
+
+    def __init__(self, pairs: Sequence[int], num_pairs: int, expert_bytes: int, *, name: str = "dsv4-experts") -> None:
+        """Maps memory for `pairs`; nothing is touched yet. Raises `BadConfig` when an expert is not whole pages."""
+        if expert_bytes % mmap.PAGESIZE:
+            raise BadConfig("expert_bytes", expert_bytes, f"a multiple of {mmap.PAGESIZE}", "expert bank")
+        self.expert_bytes, self.num_pairs = expert_bytes, num_pairs
+        self.place = np.full(num_pairs, -1, np.int64)
+        self.place[list(pairs)] = np.arange(len(pairs))
+        self._fd = os.memfd_create(name)
+        os.ftruncate(self._fd, max(mmap.PAGESIZE, len(pairs) * expert_bytes))
+        self._open(len(pairs))
+
+    def _open(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._memory = mmap.mmap(self._fd, max(mmap.PAGESIZE, capacity * self.expert_bytes))
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self.memory = torch.frombuffer(self._memory, dtype=torch.uint8)[: capacity * self.expert_bytes]
+        self._locked: list[int] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the mapping, touched or not."""
+        return self.capacity * self.expert_bytes
+
+    @property
+    def path(self) -> Path:
+        """Where another process of this user and host finds the pages, while this one lives."""
+        return Path(f"/proc/{os.getpid()}/fd/{self._fd}")
+
+    @classmethod
+    def attach(cls, path: Path, place: np.ndarray, expert_bytes: int) -> HostBank:
+        """The same pages in another process. Raises `OSError` when the owner is gone."""
+        bank = cls.__new__(cls)
+        bank.expert_bytes, bank.num_pairs, bank.place = expert_bytes, len(place), place
+        bank._fd = os.open(path, os.O_RDWR)
+        bank._open(int((place >= 0).sum()))
+        return bank
+
+    def holds(self, pair: int) -> bool:
+        """Whether the pair has a place here."""
+        return bool(self.place[pair] >= 0)
+
+    def expert(self, pair: int) -> Tensor:
+        """uint8 [expert_bytes], a view. Raises `OSError` when the pair has no place."""
+        index = int(self.place[pair])
+        if index < 0:
+            raise OSError(f"expert pair {pair} is not in the bank")
+        return self.memory[index * self.expert_bytes : (index + 1) * self.expert_bytes]
+
+    def lock(self, on_progress: Progress | None = None) -> None:
+        """Locks all pages for the current CUDA device. Raises RuntimeError when the driver refuses."""
+        runtime, device = torch.cuda.cudart(), torch.cuda.current_device()
+        step = max(1, PIECE_BYTES // self.expert_bytes) * self.expert_bytes
+        base, done = self.memory.data_ptr(), 0
+
+        def lock_piece(start: int) -> tuple[int, int]:
+            torch.cuda.set_device(device)
+            size = min(step, self.nbytes - start)
+            if hasattr(mmap, "MADV_POPULATE_WRITE"):
+                self._memory.madvise(mmap.MADV_POPULATE_WRITE, start, size)
+            torch.cuda.check_error(runtime.cudaHostRegister(base + start, size, 0))
+            return base + start, size
+
+        with concurrent.futures.ThreadPoolExecutor(LOCK_THREADS, thread_name_prefix="lock-experts") as pool:
+            for address, size in pool.map(lock_piece, range(0, self.nbytes, step)):
+                self._locked.append(address)
+                done += size
+                if on_progress is not None:
+                    on_progress(done, self.nbytes)
+
+    def close(self) -> None:
+        """Unlocks the pages; views of them must not be used any more. Safe to call again."""
+        if self._locked:
+            runtime = torch.cuda.cudart()
+            for address in self._locked:
+                runtime.cudaHostUnregister(address)
+        self._locked = []
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
