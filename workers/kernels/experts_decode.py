@@ -51,8 +51,8 @@ ROWS = 16
 GROUP = 128
 """Columns that share one activation scale."""
 
-OPTIONS = {"num_warps": 1, "num_stages": 1}
-"""One warp, and no pipelining through shared memory: loads run ahead in registers."""
+OPTIONS = {"num_warps": 1, "num_stages": 1, "maxnreg": 128}
+"""One warp, and no pipelining through shared memory: loads run ahead in registers. 16 programs share an SM."""
 
 
 # -- products -----------------------------------------------------------------------------------------------------
@@ -85,20 +85,38 @@ def _step_factors(codes):
 
 
 @triton.jit
-def _fp4_step(total, words, codes, inputs, PACKED: tl.constexpr):
-    """Adds one step of 128 columns; `inputs`: pointers `[32, N]`."""
+def _hold_loads(PACKED: tl.constexpr):
+    """Loads before it stay before it: the assembler would delay them until their registers are free, and wait then."""
+    if PACKED:
+        tl.inline_asm_elementwise(
+            "{ bar.warp.sync 0xffffffff; mov.u32 $0, $1; }",
+            "=r,r", [tl.full((), 0, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _fp4_inputs(inputs):
+    """The four operands of a step: inputs behind bf16 pointers `[32, N]`."""
+    x0, x1 = _b_order(tl.load(inputs)), _b_order(tl.load(inputs + 32))
+    x2, x3 = _b_order(tl.load(inputs + 64)), _b_order(tl.load(inputs + 96))
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _fp4_step(total, words, codes, x, PACKED: tl.constexpr):
+    """Adds one step of 128 columns."""
     words = _a_order(words)
     factor = _step_factors(codes)
     for j in tl.static_range(4):
-        x = _b_order(tl.load(inputs + 32 * j))
-        total = dot(times(fp4_column(words, j, PACKED), factor, PACKED), x, total, PACKED)
+        total = dot(times(fp4_column(words, j, PACKED), factor, PACKED), x[j], total, PACKED)
     return total
 
 
 @triton.jit
-def _fp4_product(words, scales, inputs, K: tl.constexpr, PACKED: tl.constexpr):
-    """fp32 `[16, N]` times 2**-32: rows behind `words` (uint16 `[16, 32]`) and `scales` (uint8 `[4, 16]`) times inputs
-    behind `inputs` (bf16 `[32, N]`), all pointers at the first step. Four steps are on their way at any time."""
+def _fp4_product(words, scales, inputs, K: tl.constexpr, PACKED: tl.constexpr, WAIT: tl.constexpr):
+    """fp32 `[16, N]`: rows behind `words` (uint16 `[16, 32]`) and `scales` (uint8 `[4, 16]`) times inputs
+    behind `inputs` (bf16 `[32, N]`), all pointers at the first step. Four steps are on their way at any time, the first
+    ones before the launch's wait if `WAIT`."""
     STEPS: tl.constexpr = K // 128
     total = tl.zeros((words.shape[0], inputs.shape[1]), tl.float32)
     if STEPS % 4 == 0:
@@ -106,27 +124,40 @@ def _fp4_product(words, scales, inputs, K: tl.constexpr, PACKED: tl.constexpr):
         w1, s1 = tl.load(words + 32), tl.load(scales + 4)
         w2, s2 = tl.load(words + 64), tl.load(scales + 8)
         w3, s3 = tl.load(words + 96), tl.load(scales + 12)
+        if WAIT:
+            tl.extra.cuda.gdc_wait()
         last = inputs + 128 * (STEPS - 4)
+        x = _fp4_inputs(inputs)
         for _ in range(STEPS // 4 - 1):
             words += 128
             scales += 16
-            total = _fp4_step(total, w0, s0, inputs, PACKED)
+            next_x = _fp4_inputs(inputs + 128)
+            total = _fp4_step(total, w0, s0, x, PACKED)
             w0, s0 = tl.load(words), tl.load(scales)
-            total = _fp4_step(total, w1, s1, inputs + 128, PACKED)
+            _hold_loads(PACKED)
+            x = _fp4_inputs(inputs + 256)
+            total = _fp4_step(total, w1, s1, next_x, PACKED)
             w1, s1 = tl.load(words + 32), tl.load(scales + 4)
-            total = _fp4_step(total, w2, s2, inputs + 256, PACKED)
+            _hold_loads(PACKED)
+            next_x = _fp4_inputs(inputs + 384)
+            total = _fp4_step(total, w2, s2, x, PACKED)
             w2, s2 = tl.load(words + 64), tl.load(scales + 8)
-            total = _fp4_step(total, w3, s3, inputs + 384, PACKED)
+            _hold_loads(PACKED)
+            x = _fp4_inputs(inputs + 512)
+            total = _fp4_step(total, w3, s3, next_x, PACKED)
             w3, s3 = tl.load(words + 96), tl.load(scales + 12)
+            _hold_loads(PACKED)
             inputs += 512
-        total = _fp4_step(total, w0, s0, last, PACKED)
-        total = _fp4_step(total, w1, s1, last + 128, PACKED)
-        total = _fp4_step(total, w2, s2, last + 256, PACKED)
-        total = _fp4_step(total, w3, s3, last + 384, PACKED)
+        total = _fp4_step(total, w0, s0, x, PACKED)
+        total = _fp4_step(total, w1, s1, _fp4_inputs(last + 128), PACKED)
+        total = _fp4_step(total, w2, s2, _fp4_inputs(last + 256), PACKED)
+        total = _fp4_step(total, w3, s3, _fp4_inputs(last + 384), PACKED)
     else:
+        if WAIT:
+            tl.extra.cuda.gdc_wait()
         for step in range(STEPS):
             codes = tl.load(words + 32 * step)
-            total = _fp4_step(total, codes, tl.load(scales + 4 * step), inputs + 128 * step, PACKED)
+            total = _fp4_step(total, codes, tl.load(scales + 4 * step), _fp4_inputs(inputs + 128 * step), PACKED)
     return total * UNSCALE
 
 
@@ -143,25 +174,31 @@ def _fp8_block(total, first, second, scale, inputs, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _fp8_product(words, scales, inputs, K: tl.constexpr, PACKED: tl.constexpr):
+def _fp8_product(words, scales, inputs, K: tl.constexpr, PACKED: tl.constexpr, WAIT: tl.constexpr):
     """fp32 `[16, N]`: rows behind `words` (uint16 `[16, 32]`) with one fp32 scale per 128 columns behind `scales` times
-    inputs behind `inputs` (bf16 `[32, N]`)."""
+    inputs behind `inputs` (bf16 `[32, N]`). `WAIT` as for `_fp4_product`."""
     BLOCKS: tl.constexpr = K // 128
     total = tl.zeros((words.shape[0], inputs.shape[1]), tl.float32)
     a0, b0 = tl.load(words), tl.load(words + 32)
     last = inputs + 128 * (BLOCKS - 1)
     if BLOCKS % 2 == 0:
         a1, b1 = tl.load(words + 64), tl.load(words + 96)
+        if WAIT:
+            tl.extra.cuda.gdc_wait()
         for block in range(0, BLOCKS - 2, 2):
             words += 128
             total = _fp8_block(total, a0, b0, tl.load(scales + block), inputs, PACKED)
             a0, b0 = tl.load(words), tl.load(words + 32)
+            _hold_loads(PACKED)
             total = _fp8_block(total, a1, b1, tl.load(scales + block + 1), inputs + 128, PACKED)
             a1, b1 = tl.load(words + 64), tl.load(words + 96)
+            _hold_loads(PACKED)
             inputs += 256
         total = _fp8_block(total, a0, b0, tl.load(scales + BLOCKS - 2), last - 128, PACKED)
         total = _fp8_block(total, a1, b1, tl.load(scales + BLOCKS - 1), last, PACKED)
     else:
+        if WAIT:
+            tl.extra.cuda.gdc_wait()
         for block in range(BLOCKS - 1):
             words += 64
             total = _fp8_block(total, a0, b0, tl.load(scales + block), inputs, PACKED)
@@ -246,7 +283,7 @@ def _gate_up(
         # Columns without a pair repeat the last one; they are computed and not stored.
         pair = tl.load(pair_order + tl.minimum(at, end - 1))
         inputs = x + (pair // CHOICES).to(tl.int64)[None, :] * D + tl.arange(0, 32)[:, None]
-        total = _fp4_product(words, scales, inputs, D, PACKED)
+        total = _fp4_product(words, scales, inputs, D, PACKED, False)
         gate, up = tl.split(tl.permute(tl.reshape(total, (2, 8, N)), (1, 2, 0)))
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
@@ -280,8 +317,9 @@ def _down(
     """Grid (D / 16, 1 + most active experts): 16 rows of w2. The first column of programs, whose codes are twice as
     wide, is the shared expert's."""
     if PDL:
+        # The wait comes inside the products: weights and groups are older than the predecessor, `expert_gate_up`, which
+        # lets this kernel start only after its own wait.
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     block = tl.program_id(0)
     member = tl.program_id(1) - 1
     row = block * 16 + tl.arange(0, 16)
@@ -292,7 +330,7 @@ def _down(
         while first < num_tokens:
             token = first + tl.arange(0, N)
             inputs = shared_hidden + tl.minimum(token, num_tokens - 1).to(tl.int64)[None, :] * INNER
-            total = _fp8_product(codes, scales, inputs + tl.arange(0, 32)[:, None], INNER, PACKED)
+            total = _fp8_product(codes, scales, inputs + tl.arange(0, 32)[:, None], INNER, PACKED, PDL)
             target = out + (token.to(tl.int64) * (CHOICES + 1) + CHOICES)[None, :] * D + row[:, None]
             tl.store(target, total.to(tl.bfloat16), mask=(token < num_tokens)[None, :])
             first += N
@@ -312,7 +350,7 @@ def _down(
         at = first + tl.arange(0, N)
         pair = tl.load(pair_order + tl.minimum(at, end - 1))
         inputs = hidden + pair.to(tl.int64)[None, :] * INNER + tl.arange(0, 32)[:, None]
-        total = _fp4_product(words, scales, inputs, INNER, PACKED)
+        total = _fp4_product(words, scales, inputs, INNER, PACKED, PDL)
         target = out + (pair + pair // CHOICES).to(tl.int64)[None, :] * D + row[:, None]
         tl.store(target, total.to(tl.bfloat16), mask=(at < end)[None, :])
         first += N

@@ -123,7 +123,7 @@ def both(name: str, steps: list[Step], *, parts: bool = False) -> list[Row]:
     return rows
 
 
-SWEEP = [{"num_warps": 1, "num_stages": 1, **extra} for extra in ({}, {"maxnreg": 96}, {"maxnreg": 128})]
+SWEEP = [{"num_warps": 1, "num_stages": 1, **extra} for extra in ({}, {"maxnreg": 128})]
 
 
 def sweep(slab: ExpertSlab, tokens: int) -> list[Row]:
