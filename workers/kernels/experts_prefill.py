@@ -1,7 +1,7 @@
 """Routed FP4 experts of prefill: grouped products over the pairs (token, choice) of each expert, compute bound.
 
-Owns: `experts` for chunks of many tokens, straight from the checkpoint's bytes. Does not own: routing, decode
-(`experts_decode.py`, whose number formats these kernels share), activation rounding (`quantise_rows.py`).
+Owns: `expert_gate_up` and `expert_down` for chunks of many tokens, straight from the checkpoint's bytes. Does not own:
+routing, decode (`experts_decode.py`), activation rounding (`quantise_rows.py`).
 
 An expert's pairs are cut into tiles of `tokens` pairs; a last tile of at most half of that runs at half width. A small
 kernel writes the list of tiles on the device, the grid is its upper bound, so that nothing waits for the host. Weights
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.expert_layout import ExpertLayout, ExpertSlab
-from workers.kernels.experts_decode import UNSCALE, _dot, _slot
+from workers.kernels.expert_numbers import UNSCALE, dot, scale_factors, slot_address
 from workers.kernels.linear_prefill import Fp8Weight, PrefillWork, linear
 from workers.kernels.quantise_rows import round_in_place, swiglu
 from workers.kernels.tiles import tile
@@ -129,10 +129,9 @@ def _product(words, scales, inputs, shifts, K: tl.constexpr, PACKED: tl.constexp
     for step in tl.range(0, K // 128):
         codes = tl.load(words + step * 32)
         codes = tl.reshape(tl.broadcast_to(codes[:, None, :], (N, 4, 32)), (N, 128))
-        # 2 ** (s - 33) of a scale byte s: with 2**-126 of the codes every product carries 2**-32.
-        factor = ((tl.load(scales + step * 4).to(tl.uint16) + 94) << 7).to(tl.bfloat16, bitcast=True)
+        factor = scale_factors(tl.load(scales + step * 4))
         factor = tl.reshape(tl.broadcast_to(factor[:, None, :, None], (N, 4, 4, 8)), (N, 128))
-        total = _dot(_unpacked(codes, shift, factor, PACKED), tl.load(inputs + step * 128).T, total, PACKED)
+        total = dot(_unpacked(codes, shift, factor, PACKED), tl.load(inputs + step * 128).T, total, PACKED)
     return total
 
 
@@ -199,7 +198,7 @@ def gate_up_kernel(
     expert = tl.load(tiles + HEADER + 3 * number)
     begin = tl.load(tiles + HEADER + 1 + 3 * number)
     count = tl.load(tiles + HEADER + 2 + 3 * number)
-    slot = _slot(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
+    slot = slot_address(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
     shifts = tiles + 2
     if count > M // 2:
         _gate_up_tile(
@@ -228,7 +227,7 @@ def down_kernel(
     expert = tl.load(tiles + HEADER + 3 * number)
     begin = tl.load(tiles + HEADER + 1 + 3 * number)
     count = tl.load(tiles + HEADER + 2 + 3 * number)
-    slot = _slot(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
+    slot = slot_address(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
     shifts = tiles + 2
     if count > M // 2:
         _down_tile(hidden, out, pair_order, shifts, slot, block, begin, count, D, INNER, CHOICES, ROWS, M, PACKED)
@@ -236,34 +235,47 @@ def down_kernel(
         _down_tile(hidden, out, pair_order, shifts, slot, block, begin, count, D, INNER, CHOICES, ROWS, M // 2, PACKED)
 
 
-def experts(
+def expert_gate_up(
     x: Tensor,
     weights: Tensor,
     groups: Groups,
     slab: ExpertSlab,
     hidden: Tensor,
-    out: Tensor,
     limit: float,
     *,
+    tiles: Tensor,
+) -> None:
+    """`hidden` bf16 `[T, k, I]`: SwiGLU of w1 and w3 times the routing weight, rounded to e4m3 values, pairs by expert.
+
+    `x` bf16 `[T, D]`: rounded to e4m3 values, in expert order (`quantise_rows(..., reorder=True)`). `weights` fp32
+    `[T, k]`: routing weights. `tiles` int32 `[tile_words]`: the tile list, written here and read by `expert_down`.
+    """
+    tokens, choices, inner = hidden.shape
+    if tokens:
+        list_tiles(groups, hidden, tiles, slab)
+        gate_up(x, weights, groups, slab, hidden, tiles, limit)
+        round_in_place(hidden.view(tokens * choices, inner), tiles[1:2])
+
+
+def expert_down(
+    hidden: Tensor,
     shared_hidden: Tensor,
     shared_w2: Fp8Weight,
+    groups: Groups,
+    slab: ExpertSlab,
+    out: Tensor,
+    *,
     tiles: Tensor,
     work: PrefillWork,
 ) -> None:
     """Parts of the mixture, `out` bf16 `[T, k + 1, D]`: the chosen experts' outputs, then the shared expert's.
 
-    `x` bf16 `[T, D]`: rounded to e4m3 values, in expert order (`quantise_rows(..., reorder=True)`). `weights` fp32
-    `[T, k]`: routing weights. `hidden` bf16 `[T, k, I]` and `tiles` int32 `[tile_words]`: scratch. `shared_hidden`
-    bf16 `[T, I]`: as `gate_and_shared` leaves it. Padding tokens have no pairs: their parts 0..k-1 are not written.
+    `hidden` and `tiles` as `expert_gate_up` leaves them, `shared_hidden` bf16 `[T, I]` as `gate_and_shared` does.
+    Padding tokens have no pairs: their parts 0..k-1 are not written.
     """
-    tokens, choices, inner = hidden.shape
-    if not tokens:
-        return
-    list_tiles(groups, hidden, tiles, slab)
-    gate_up(x, weights, groups, slab, hidden, tiles, limit)
-    round_in_place(hidden.view(tokens * choices, inner), tiles[1:2])
-    down(hidden, groups, slab, out, tiles)
-    linear(shared_hidden, shared_w2, out[:, choices], work=work)
+    if hidden.shape[0]:
+        down(hidden, groups, slab, out, tiles)
+        linear(shared_hidden, shared_w2, out[:, -1], work=work)
 
 
 def list_tiles(groups: Groups, hidden: Tensor, tiles: Tensor, slab: ExpertSlab) -> None:

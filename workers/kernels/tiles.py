@@ -84,23 +84,23 @@ TILES: dict[str, dict[int, Tile]] = {
     },
     "linear_prefill.fp8_product": {
         89: Tile(m=128, n=128, k=128, warps=8, stages=2, group=8),
-        90: Tile(m=64, n=128, k=128, warps=4, stages=3, group=16),
+        90: Tile(m=64, n=128, k=128, warps=4, stages=3, group=32),
     },
     "quantise_rows.quantise": {
         80: Tile(m=16, n=512, warps=4, stages=1),
         90: Tile(m=16, n=512, warps=4, stages=1),
     },
     "sparse_attention.decode": {
-        80: Tile(n=64, k=32, warps=4, stages=1),
-        90: Tile(n=64, k=64, warps=4, stages=2),
+        80: Tile(n=16, k=32, stages=1),
+        90: Tile(n=16, k=32, stages=1),
     },
     "sparse_attention.prefill": {
         80: Tile(n=64, k=32, warps=4, stages=1),
-        90: Tile(n=64, k=64, warps=4, stages=2),
+        90: Tile(n=64, k=32, warps=4, stages=1),
     },
     "mhc.mix": {90: Tile(warps=4, stages=1)},
     "mhc_prefill.collapse": {90: Tile(n=1024, warps=1)},
-    "mhc_prefill.mix": {90: Tile(m=64, k=32, warps=8, stages=1)},
+    "mhc_prefill.mix": {90: Tile(m=16, k=64, warps=4, stages=1)},
 }
 """kernel -> architecture -> tile. Kernel names are `module.function`; keep the modules in alphabetical order."""
 

@@ -5,6 +5,10 @@ data) and FP8 at up to twice that; 15,000 tokens a second of the whole model lea
 linears and experts, 458 TFLOP/s on average.
 Prediction: FP8 tiles of 128 x 128 spend 512 cycles of tensor cores per 128 columns and about 200 of fp32 promotion that
 do not overlap: about 900 TFLOP/s.
+Result (H200, 2026-11-21, 8,192 tokens, TFLOP/s): with 128 x 128 tiles 675 (K = 1024, where 671 MB of output count) to
+960; smaller tiles of 64 x 128, of which three share a multiprocessor, overlap promotion and products: 937 and 1,000.
+The input's quantisation takes 8 to 60 us more. The same products as bf16 with expanded weights: 680 to 811 (cuBLAS 754
+to 824), so FP8 x FP8 stayed. bf16 with fp32 output 657 to 729, wo_a with its expansion (29 us) 767.
 """
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ MIXTURE_ERROR = 4e-2
 """Of the mixture: an activation that differs in its last bf16 bit may round to the next e4m3 value, 1/16 away."""
 
 
+W13_W2 = ("w1", "w3", "w2")
+
+
 @dataclass
 class Groups:
     num_active: Tensor
@@ -104,9 +107,10 @@ def run(layer: Layer, x: Tensor, ids: Tensor, weights: Tensor, device: torch.dev
     logits = torch.empty(tokens, 16, device=device)
     gate = torch.zeros(16, WIDE, dtype=torch.bfloat16, device=device)
     linear_prefill.gate_and_shared(x, gate, layer.w13, LIMIT, logits, shared_hidden, work=work)
-    experts_prefill.experts(
-        rounded, weights.to(device), group(ids, EXPERTS, device, skip), layer.slab, hidden, out, LIMIT,
-        shared_hidden=shared_hidden, shared_w2=layer.w2, tiles=tiles, work=work,
+    groups = group(ids, EXPERTS, device, skip)
+    experts_prefill.expert_gate_up(rounded, weights.to(device), groups, layer.slab, hidden, LIMIT, tiles=tiles)
+    experts_prefill.expert_down(
+        hidden, shared_hidden, layer.w2, groups, layer.slab, out, tiles=tiles, work=work
     )  # fmt: skip
     return out
 
@@ -213,3 +217,45 @@ def test_the_tile_list_covers_every_pair_once(device: torch.device) -> None:
     assert tiles[6 : 6 + 3 * number].view(-1, 3).tolist() == [
         [0, 0, 128], [0, 128, 67], [1, 195, 128], [3, 323, 64], [4, 387, 3],
     ]  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_flash_shapes_are_the_references_every_time(device: torch.device, seed: int) -> None:
+    wide, inner, experts, choices, tokens = 4096, 2048, 8, 6, 700
+    torch.manual_seed(seed)
+    layout = ExpertLayout(wide, inner)
+    base = torch.randint(0, 256, (experts, layout.expert_bytes), dtype=torch.uint8, device=device)
+    base[:, 3 * layout.code_bytes :] = 116 + (base[:, 3 * layout.code_bytes :] & 3)
+    slab = ExpertSlab(base.flatten(), torch.arange(experts, dtype=torch.int32, device=device))
+    ids = torch.rand(tokens, experts).topk(choices).indices
+    groups = group(ids, experts, device)
+    order = groups.pair_order.long()
+    expert = ids.flatten().to(device)[order]
+    x = torch.randn(tokens, wide, device=device).bfloat16()
+    weights = torch.rand(tokens, choices, device=device)
+    rounded = torch.empty_like(x)
+    quantise_rows(x, None, rounded, reorder=True)
+    tiles = torch.zeros(experts_prefill.tile_words(ids.numel(), experts, device), dtype=torch.int32, device=device)
+    experts_prefill.list_tiles(groups, torch.empty(tokens, choices, inner, device=device), tiles, slab)
+    inputs = quant.fp8_fake_quant(x.float(), 128)[order // choices]
+    first: list[Tensor] = []
+    for turn in range(10):
+        hidden = torch.full((tokens, choices, inner), float("nan"), dtype=torch.bfloat16, device=device)
+        out = torch.full((tokens, choices + 1, wide), float("nan"), dtype=torch.bfloat16, device=device)
+        experts_prefill.gate_up(rounded, weights, groups, slab, hidden, tiles, LIMIT)
+        raw = hidden.clone()
+        round_in_place(hidden.flatten(0, 1), tiles[1:2])
+        experts_prefill.down(hidden, groups, slab, out, tiles)
+        if turn:
+            assert torch.equal(raw, first[0])
+            assert torch.equal(out[:, :choices], first[1])
+            continue
+        first += [raw, out[:, :choices]]
+        parts = [layout.unpack(slot) for slot in base]
+        for number in range(experts):
+            rows = expert == number
+            w1, w3, w2 = (quant.fp4_dequant(parts[number][f"{n}.weight"], parts[number][f"{n}.scale"]) for n in W13_W2)
+            value = moe.swiglu(inputs[rows] @ w1.T, inputs[rows] @ w3.T, LIMIT) * weights.flatten()[order][rows, None]
+            _every_row_close(raw.flatten(0, 1)[rows], in_expert_order(value).cpu())
+            activation = hidden.flatten(0, 1)[rows].float().unflatten(-1, (-1, 4, 32)).transpose(-1, -2).flatten(-3)
+            _every_row_close(out[:, :choices].flatten(0, 1)[order[rows]], (activation @ w2.T).cpu())

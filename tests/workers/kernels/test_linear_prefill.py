@@ -121,3 +121,19 @@ def test_no_tokens(device: torch.device, seed: int) -> None:
     empty = torch.empty(0, 128, dtype=torch.bfloat16, device=device)
     linear_prefill.linear(empty, weight, empty, work=_work(1, device))
     linear_prefill.grouped_linear(empty.view(0, 1, 128), weight, empty, work=_work(1, device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns"), [(1536, 4096), (4096, 8192), (8192, 1024)])
+def test_flash_shapes_are_the_references_every_time(device: torch.device, rows: int, columns: int, seed: int) -> None:
+    weight, value = fp8_weight(rows, columns, device, seed)
+    x = (_randn(500, columns, seed=seed + 7) * 3).bfloat16().to(device)
+    expected = reference.linear(x.float(), value.to(device), act_fp8=True).cpu()
+    work = _work(500, device, columns)
+    first = torch.empty(500, rows, dtype=torch.bfloat16, device=device)
+    linear_prefill.linear(x, weight, first, work=work)
+    _close(first, expected)
+    for _ in range(10):
+        again = torch.full_like(first, float("nan"))
+        linear_prefill.linear(x, weight, again, work=work)
+        assert torch.equal(again, first)
