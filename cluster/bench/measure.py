@@ -21,7 +21,7 @@ from cluster.bench.costs import TOP, Cost, CostModel, operands
 from cluster.bench.floors import Rates
 from cluster.bench.results import DecodeRow, KernelRow, LongPrompt, Machine, PrefillRow, Start
 from cluster.bench.scene import Scene
-from cluster.bench.timing import cold_ms
+from cluster.bench.timing import cold_ms, graph_ms
 from workers.gpu.kernel_set import Launch
 from workers.model.config import PAGE_TOKENS, LayerKind
 
@@ -30,6 +30,9 @@ DECODE_STEPS = 32
 
 FIRST_OFFSET = 100
 """Position in its page of the first token: the C128 window closes 27 tokens later, after the warm-up."""
+
+TAIL_LAUNCHES = 2
+"""Launches after the last layer: collapse of the streams with the last norm, head."""
 
 WARM_STEPS = 4
 PREFILL_RUNS = 3
@@ -72,15 +75,24 @@ def _timed_start(action: Callable[[], Any]) -> Start:
 def decode_rows(scene: Scene, rates: Rates, say: Say) -> Iterable[DecodeRow]:
     """Every batch at every context."""
     chosen = {batch: experts_read(scene, batch) for batch in scene.wanted.batches}
+    heads = {batch: _head_ms(scene, batch) for batch in scene.wanted.batches}
+    head_floor = rates.floor_ms(floors.head_flops(scene.config), 0.0)  # bf16: two bytes a weight, two operations
     for context in scene.wanted.contexts:
         for batch in scene.wanted.batches:
             ms = _decode_ms(scene, batch, context)
             experts = chosen[batch]
             floor = rates.floor_ms(floors.decode_bytes(scene.config, batch, context, experts), 0.0)
             full = rates.floor_ms(floors.decode_bytes(scene.wanted.config, batch, context, experts), 0.0)
-            row = DecodeRow(batch, context, ms, floor, full, experts)
+            row = DecodeRow(batch, context, ms, floor, full, experts, heads[batch], head_floor)
             say(f"decode batch {batch} context {context}: {ms:.3f} ms, {row.share:.0%} of the floor")
             yield row
+
+
+def _head_ms(scene: Scene, batch: int) -> float:
+    """Milliseconds of what follows the last layer."""
+    context = min(scene.wanted.contexts)
+    launches = scene.model.launches(scene.decode_batch(batch, context, context - 1))
+    return graph_ms([launch.call for launch in launches[-TAIL_LAUNCHES:]])
 
 
 def _decode_ms(scene: Scene, batch: int, context: int) -> float:

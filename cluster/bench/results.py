@@ -99,6 +99,9 @@ class DecodeRow:
     """Of all layers."""
     experts_per_layer: float | None = None
     """Distinct experts that the step read, mean over layers; None when not counted."""
+    head_ms: float = 0.0
+    """Of the last norm and the head, timed alone; part of `ms`."""
+    head_floor_ms: float = 0.0
 
     @property
     def share(self) -> float:
@@ -107,8 +110,9 @@ class DecodeRow:
 
     @property
     def full_ms(self) -> float:
-        """Of all layers: the measured time when all ran, else the full floor at the measured share of the floor."""
-        return self.ms * self.full_floor_ms / self.floor_ms
+        """Of all layers and the head: as measured when all ran, else the layers' time grows as their floor does."""
+        layers, full = self.floor_ms - self.head_floor_ms, self.full_floor_ms - self.head_floor_ms
+        return self.head_ms + (self.ms - self.head_ms) * full / layers
 
     @property
     def tokens_per_s(self) -> float:
@@ -131,7 +135,7 @@ class PrefillRow:
 
     @property
     def full_ms(self) -> float:
-        """Of all layers, by operations."""
+        """Of all layers, by operations; as measured when all ran."""
         return self.ms * self.full_flops / self.flops
 
     @property

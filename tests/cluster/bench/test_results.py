@@ -68,6 +68,8 @@ def test_results_survive_their_file(tmp_path: Path, results: Results) -> None:
 def test_a_cut_model_is_extrapolated_by_its_floor_and_says_so(results: Results) -> None:
     assert results.decode[0].full_ms == pytest.approx(2.0 * 2.7 / 1.5)
     assert results.decode[1].tokens_per_s == pytest.approx(16e3 / (9.0 * 12.6 / 7.0))
+    with_head = DecodeRow(1, 4096, 1.58, 0.57, 2.66, 6.0, head_ms=0.27, head_floor_ms=0.25)
+    assert with_head.full_ms == pytest.approx(0.27 + 1.31 * 2.41 / 0.32)
     assert "43 layers (extrapolated)" in shown(results) and "24 of 43 layers" in shown(results)
 
 
