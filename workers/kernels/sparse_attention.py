@@ -1,10 +1,11 @@
 """Sparse attention of the tokens of a step over fp8 pages: window rows and compressed entries, sink, inverse rope.
 
 Owns: launch shapes of decode and prefill and the size of the workspace. Does not own: the arithmetic
-(`sparse_attention_decode.py`), which entries are selected (indexer), or writing rows (`kv_store.py`).
+(`sparse_attention_decode.py`, `sparse_attention_prefill.py`), which entries are selected (indexer), or writing rows
+(`kv_store.py`).
 
-Decode splits a token's keys over programs where there are few tokens, and gives one program a whole group of chunks
-where there are many. Both yield the same bits, so a request's result does not depend on its batch.
+Decode splits a token's keys over programs where there are few tokens, and gives one program all of them where there are
+many. Every split yields the same bits, so a request's result does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -12,17 +13,22 @@ from __future__ import annotations
 from typing import Any, Literal, Protocol
 
 import torch
+import triton
 from torch import Tensor
 
-from workers.kernels import sparse_attention_decode as device_code
 from workers.kernels.formats import hardware_formats
 from workers.kernels.kv_rows import NOPE_DIMS, ROPE_DIMS
 from workers.kernels.launch import pdl_options
-from workers.kernels.tiles import tile
+from workers.kernels.sparse_attention_decode import RUN_KEYS, attend_decode, combine
+from workers.kernels.sparse_attention_prefill import attend_prefill
+from workers.kernels.tiles import Tile, tile
 
 PAGE_TOKENS = 256
-MOST_SPLIT_PROGRAMS = 1024
+MOST_CHUNK_PROGRAMS = 1024
 """Programs of one launch up to which every chunk gets its own: beyond, the GPU is full and parts only cost memory."""
+
+MOST_RUN_PROGRAMS = 1024
+"""The same for runs of chunks."""
 
 
 class StepMetadata(Protocol):
@@ -34,22 +40,22 @@ class StepMetadata(Protocol):
     window_pages: Tensor  # [B, S]
 
 
-def most_chunks(num_pages: int, num_selected: int, ratio: int, keys: int, window: int = 128) -> int:
-    """Chunks of the longest list of keys that page tables of `num_pages` columns allow."""
+def decode_split(
+    num_tokens: int, heads: int, num_pages: int, num_selected: int, ratio: int, shape: Tile, window: int = 128
+) -> tuple[int, int]:
+    """(what a program computes: 1 a chunk, 2 a run, 0 all; parts of a token), by shapes alone.
+
+    One part needs no workspace and no second launch.
+    """
     entries = {0: 0, 4: num_selected, 128: num_pages * (PAGE_TOKENS // 128)}[ratio]
-    return -(-window // keys) + -(-entries // keys)
-
-
-def head_tiles(heads: int, head_dim: int, heads_of_tile: int) -> int:
-    """Programs that share a token's keys: tiles of heads, times two halves of the value columns at head size 512."""
-    return -(-heads // heads_of_tile) * (2 if head_dim == 512 else 1)
-
-
-def decode_split(num_tokens: int, tiles: int, chunks: int) -> tuple[int, int]:
-    """(chunks of a program, parts of a token) by shapes alone. One part: no workspace, no second launch."""
-    if num_tokens * chunks * tiles <= MOST_SPLIT_PROGRAMS:
+    chunks = -(-window // shape.k) + -(-entries // shape.k)
+    runs = -(-chunks * shape.k // RUN_KEYS)
+    programs = num_tokens * -(-heads // shape.n)
+    if programs * chunks <= MOST_CHUNK_PROGRAMS:
         return 1, chunks
-    return device_code.GROUP, -(-chunks // device_code.GROUP)
+    if runs > 1 and programs * runs <= MOST_RUN_PROGRAMS:
+        return 2, runs
+    return 0, 1
 
 
 def work_floats(
@@ -64,9 +70,8 @@ def work_floats(
 ) -> int:
     """fp32 elements of workspace that decode of this shape needs."""
     shape = tile("sparse_attention.decode", device)
-    chunks = most_chunks(num_pages, num_selected, ratio, shape.k, window)
-    _, parts = decode_split(num_tokens, head_tiles(heads, head_dim, shape.n), chunks)
-    return num_tokens * heads * parts * (head_dim + 2) if parts > 1 else 0
+    split, parts = decode_split(num_tokens, heads, num_pages, num_selected, ratio, shape, window)
+    return num_tokens * heads * parts * (head_dim + 2) if split else 0
 
 
 def sparse_attention(
@@ -107,69 +112,78 @@ def sparse_attention(
     """
     num_tokens, heads = out.shape[0], sink.shape[0]
     head_dim = out.shape[1] // heads
-    nope = head_dim - ROPE_DIMS
-    if nope not in NOPE_DIMS or rope_table.shape[1] != ROPE_DIMS or ratio not in (0, 4, 128):
+    if head_dim - ROPE_DIMS not in NOPE_DIMS or rope_table.shape[1] != ROPE_DIMS or ratio not in (0, 4, 128):
         raise ValueError(f"no attention kernel for head size {head_dim}, rope {rope_table.shape[1]}, ratio {ratio}")
     if (ratio == 4) != (selected is not None) or (ratio == 0) != (entry_pool is None):
         raise ValueError(f"ratio {ratio}: entry pool {entry_pool is not None}, selection {selected is not None}")
     if not num_tokens:
         return
-    shape = tile(f"sparse_attention.{mode}", q.device)
     entries = window_pool if entry_pool is None else entry_pool
-    num_selected = 0 if selected is None else selected.shape[1]
-    num_pages = meta.full_pages.shape[1]
-    span, parts = 1 << 30, 1
-    if mode == "decode":
-        chunks = most_chunks(num_pages, num_selected, ratio, shape.k, window)
-        span, parts = decode_split(num_tokens, head_tiles(heads, head_dim, shape.n), chunks)
+    chosen = meta.positions if selected is None else selected
+    tables = (meta.positions, meta.sequence_of_token, meta.window_pages, meta.full_pages, meta.full_pages.shape[1])
     sizes: dict[str, Any] = {
         "HEADS": heads,
-        "NOPE": nope,
         "WINDOW": window,
         "RATIO": ratio,
-        "SELECTED": num_selected,
-        "KEYS": shape.k,
+        "SELECTED": 0 if selected is None else selected.shape[1],
         "WIDEN": not q.is_cuda,
     }
-    device_code.attend[(head_tiles(heads, head_dim, shape.n), num_tokens, parts)](
+    pools = {
+        "Q_STRIDE": q.stride(0),
+        "WINDOW_STRIDE": window_pool.shape[1],
+        "ENTRY_STRIDE": entries.shape[1],
+        "HW": hardware_formats(q.device),
+    }
+    shape = tile(f"sparse_attention.{mode}", q.device)
+    if mode == "prefill":
+        attend_prefill[(-(-heads // shape.n) * (2 if head_dim == 512 else 1), num_tokens)](
+            q,
+            *tables,
+            *(pool.view(dtype) for pool in (window_pool, entries) for dtype in (torch.uint8, torch.bfloat16)),
+            chosen,
+            sink,
+            rope_table,
+            out,
+            eps,
+            NOPE=head_dim - ROPE_DIMS,
+            BH=shape.n,
+            KEYS=shape.k,
+            **sizes,
+            **pools,
+            **shape.options,
+            **pdl_options(q, pdl),
+        )
+        return
+    split, parts = decode_split(num_tokens, heads, tables[-1], sizes["SELECTED"], ratio, shape, window)
+    sizes |= {"W": head_dim // 64, "KEYS": shape.k, "RUN": RUN_KEYS // shape.k, "SPLIT": split}
+    views = (torch.uint8, torch.bfloat16, torch.int64)
+    attend_decode[(-(-heads // shape.n), num_tokens, parts)](
         q,
-        meta.positions,
-        meta.sequence_of_token,
-        meta.window_pages,
-        meta.full_pages,
-        num_pages,
-        window_pool,
-        window_pool.view(torch.bfloat16),
-        entries,
-        entries.view(torch.bfloat16),
-        meta.positions if selected is None else selected,
+        *tables,
+        *(pool.view(dtype) for pool in (window_pool, entries) for dtype in views),
+        chosen,
         sink,
         rope_table,
         out,
         out if work is None else work,
         parts,
-        span,
         eps,
-        Q_STRIDE=q.stride(0),
-        WINDOW_STRIDE=window_pool.shape[1],
-        ENTRY_STRIDE=entries.shape[1],
         BH=shape.n,
-        DIRECT=parts == 1,
-        LOOP=2 if mode == "prefill" else int(span > 1),
-        HW=hardware_formats(q.device),
+        num_warps=head_dim // 64,
+        num_stages=shape.stages,
         **sizes,
-        **shape.options,
+        **pools,
         **pdl_options(q, pdl),
     )
-    if parts > 1:
-        device_code.combine[(heads, num_tokens)](
+    if split:
+        combine[(heads, num_tokens)](
             work,
             parts,
             meta.positions,
             sink,
             rope_table,
             out,
-            PER_GROUP=device_code.GROUP if span == 1 else 1,
+            MOST=triton.next_power_of_2(parts),
             num_warps=4 if head_dim == 512 else 1,
             **sizes,
             **pdl_options(q, pdl),
@@ -178,36 +192,30 @@ def sparse_attention(
 
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """V4-Flash's shapes for the check that every kernel compiles."""
-    pointers = dict.fromkeys(
-        ("positions", "sequence_of_token", "window_pages", "full_pages", "selected"), "*i32"
-    ) | dict.fromkeys(("sink", "rope_table", "work"), "*fp32")
-    signature = pointers | {
-        "q": "*bf16",
-        "num_pages": "i32",
-        "window_codes": "*u8",
-        "window_words": "*bf16",
-        "entry_codes": "*u8",
-        "entry_words": "*bf16",
-        "out": "*bf16",
-        "num_parts": "i32",
-        "span": "i32",
-        "eps": "fp32",
-    }
+    types = {"eps": "fp32", "num_pages": "i32", "num_parts": "i32", "q": "*bf16", "out": "*bf16"}
+    types |= dict.fromkeys(("sink", "rope_table", "work"), "*fp32")
+    types |= dict.fromkeys(("positions", "sequence_of_token", "window_pages", "full_pages", "selected"), "*i32")
+    for view, kind in (("codes", "*u8"), ("words", "*bf16"), ("scales", "*i64")):
+        types |= {f"window_{view}": kind, f"entry_{view}": kind}
     launch = {"launch_pdl": True} if arch >= 90 else {}
-    sizes = {"HEADS": 64, "NOPE": 448, "WINDOW": 128, "RATIO": 4, "SELECTED": 512, "WIDEN": False, "PDL": arch >= 90}
-    strides = {"Q_STRIDE": 40960, "WINDOW_STRIDE": 149_760, "ENTRY_STRIDE": 37_440, "HW": arch >= 89}
-    cases = []
-    for mode, loop, direct in (("decode", 0, False), ("decode", 1, True), ("prefill", 2, True)):
-        shape = tile(f"sparse_attention.{mode}", arch)
-        constants = sizes | strides | {"KEYS": shape.k, "BH": shape.n, "LOOP": loop, "DIRECT": direct}
-        name = f"{mode}{'' if direct else '_split'}"
-        cases.append((name, device_code.attend, signature, constants, shape.options | launch))
-    shape = tile("sparse_attention.decode", arch)
-    constants = sizes | {"KEYS": shape.k, "PER_GROUP": device_code.GROUP}
-    cases.append(("combine", device_code.combine, signature_of(signature, device_code.combine), constants, launch))
-    return cases
-
-
-def signature_of(types: dict[str, str], fn: Any) -> dict[str, str]:
-    """The types of the arguments that `fn` has."""
-    return {name: kind for name, kind in types.items() if name in fn.arg_names}
+    constants: dict[str, Any] = {"HEADS": 64, "WINDOW": 128, "RATIO": 4, "SELECTED": 512, "WIDEN": False}
+    constants |= {"PDL": arch >= 90, "Q_STRIDE": 40_960, "WINDOW_STRIDE": 149_760, "ENTRY_STRIDE": 37_440}
+    decode, prefill = tile("sparse_attention.decode", arch), tile("sparse_attention.prefill", arch)
+    constants |= {"HW": arch >= 89, "W": 8, "NOPE": 448, "MOST": 32, "RUN": RUN_KEYS // decode.k}
+    warps = {"num_warps": 8, "num_stages": decode.stages}
+    cases = [
+        ("decode_chunk", attend_decode, {"BH": decode.n, "KEYS": decode.k, "SPLIT": 1}, warps),
+        ("decode_all", attend_decode, {"BH": decode.n, "KEYS": decode.k, "SPLIT": 0}, warps),
+        ("combine", combine, {"KEYS": decode.k, "SPLIT": 1}, {}),
+        ("prefill", attend_prefill, {"BH": prefill.n, "KEYS": prefill.k}, prefill.options),
+    ]
+    return [
+        (
+            name,
+            fn,
+            {argument: kind for argument, kind in types.items() if argument in fn.arg_names},
+            {argument: value for argument, value in (constants | sizes).items() if argument in fn.arg_names},
+            options | launch,
+        )
+        for name, fn, sizes, options in cases
+    ]
