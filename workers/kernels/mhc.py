@@ -38,7 +38,7 @@ WORK_ROWS = 40
 """Partial sums per tile: `MIXES` products, then inner products (0,0)..(3,3), (0,1), (1,2), (2,3), (3,0), (0,2), (1,3);
 padded."""
 
-COLLAPSE_CHANNELS = 256
+COLLAPSE_CHANNELS = 128
 """Channels of one program of the second launch; changes no sum."""
 
 

@@ -237,12 +237,12 @@ def collapse_kernel(
 
 
 @triton.jit
-def _token_totals(sums, row: tl.constexpr, inside, SPLIT: tl.constexpr):
-    """Sum of one row of partial sums for every token of a block."""
-    total = tl.load(sums + row * SPLIT, mask=inside, other=0.0)
-    for split in tl.static_range(1, SPLIT):
-        total += tl.load(sums + row * SPLIT + split, mask=inside, other=0.0)
-    return total
+def _token_rows(sums, inside, SPLIT: tl.constexpr):
+    """Partial sums 4..27 (post, comb, squares of the streams) of one part, for every token of a block."""
+    rows = ()
+    for i in tl.static_range(24):
+        rows = rows + (tl.load(sums + (4 + i) * SPLIT, mask=inside, other=0.0),)
+    return rows
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -268,17 +268,22 @@ def gates_kernel(
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     inside = token < num_rows
     sums = work + token * (40 * SPLIT)
-    trace = _token_totals(sums, 24, inside, SPLIT) + _token_totals(sums, 25, inside, SPLIT)
-    trace += _token_totals(sums, 26, inside, SPLIT) + _token_totals(sums, 27, inside, SPLIT)
-    inverse_rms = tl.rsqrt(trace / (4 * D) + NORM_EPS)
+    totals = _token_rows(sums, inside, SPLIT)
+    for split in range(1, SPLIT):
+        rows = _token_rows(sums + split, inside, SPLIT)
+        added = ()
+        for i in tl.static_range(24):
+            added = added + (totals[i] + rows[i],)
+        totals = added
+    inverse_rms = tl.rsqrt(((totals[20] + totals[21]) + (totals[22] + totals[23])) / (4 * D) + NORM_EPS)
     post_scale = tl.load(scale + 1) * inverse_rms
     comb_scale = tl.load(scale + 2) * inverse_rms
     for k in tl.static_range(4):
-        gate = tl.sigmoid(_token_totals(sums, 4 + k, inside, SPLIT) * post_scale + tl.load(base + 4 + k))
+        gate = tl.sigmoid(totals[k] * post_scale + tl.load(base + 4 + k))
         tl.store(post + token * 4 + k, 2.0 * gate, mask=inside)
     logits = ()
     for i in tl.static_range(16):
-        logits = logits + (_token_totals(sums, 8 + i, inside, SPLIT) * comb_scale + tl.load(base + 8 + i),)
+        logits = logits + (totals[4 + i] * comb_scale + tl.load(base + 8 + i),)
     matrix = sinkhorn_rows(logits, ITERS, EPS)
     for i in tl.static_range(16):
         tl.store(comb + token * 16 + i, matrix[i], mask=inside)

@@ -22,16 +22,21 @@ from workers.kernels.mhc_gates import collapse_kernel, gates_kernel
 from workers.kernels.mhc_mix import mix_prefill_kernel
 from workers.kernels.tiles import Tile, tile
 
-SPLIT = 4
-"""Parts of the channel axis, each with partial sums of its own; changes the order of every sum."""
+PART_CHANNELS = 256
+"""Channels of one program of the first launch, at most. Changes the order of every sum, so the same for all batches."""
 
-GATE_TOKENS = 128
-"""Tokens of one program of the second launch."""
+GATE_TOKENS = 32
+"""Tokens of one program (one warp) of the second launch."""
 
 
-def work_floats(num_tokens: int) -> int:
+def num_parts(hidden: int) -> int:
+    """Parts of the channel axis, each with partial sums of its own."""
+    return triton.cdiv(hidden, PART_CHANNELS)
+
+
+def work_floats(num_tokens: int, hidden: int = 7168) -> int:
     """fp32 elements of the scratch tensor `work` for steps of up to `num_tokens` tokens."""
-    return num_tokens * WORK_ROWS * SPLIT
+    return num_tokens * WORK_ROWS * num_parts(hidden)
 
 
 def hc_pre(
@@ -101,11 +106,12 @@ def _mix(
     pdl: bool | None,
 ) -> None:
     hidden = streams.shape[-1]
-    assert work.numel() >= work_floats(num_rows)
+    assert work.numel() >= work_floats(num_rows, hidden)
     if num_rows == 0:
         return
     shape = tile("mhc_prefill.mix", streams.device)
-    mix_prefill_kernel[(SPLIT, triton.cdiv(num_rows, shape.m))](
+    parts = num_parts(hidden)
+    mix_prefill_kernel[(parts, triton.cdiv(num_rows, shape.m))](
         streams if sub_out is None else sub_out,
         streams,
         post,
@@ -118,8 +124,8 @@ def _mix(
         R=0 if sub_out is None else sub_out.shape[1],
         NUM_FN=hc.fn.shape[0],
         TM=shape.m,
-        C=shape.fitted(k=hidden // SPLIT).k,
-        PARTS=SPLIT,
+        C=shape.fitted(k=hidden // parts).k,
+        PARTS=parts,
         HAS_ROWS=rows is not None,
         WIDEN=streams.device.type == "cpu",
         **shape.options,
@@ -128,7 +134,7 @@ def _mix(
 
 
 def _gates(hc: HyperConnection, work: Tensor, post: Tensor, comb: Tensor, pdl: bool | None) -> None:
-    num_rows = post.shape[0]
+    num_rows, hidden = post.shape[0], hc.fn.shape[1] // STREAMS
     if num_rows == 0:
         return
     gates_kernel[(triton.cdiv(num_rows, GATE_TOKENS),)](
@@ -138,13 +144,13 @@ def _gates(hc: HyperConnection, work: Tensor, post: Tensor, comb: Tensor, pdl: b
         post,
         comb,
         num_rows,
-        D=hc.fn.shape[1] // STREAMS,
-        SPLIT=SPLIT,
+        D=hidden,
+        SPLIT=num_parts(hidden),
         TOKENS=GATE_TOKENS,
         ITERS=hc.iters,
         EPS=hc.eps,
         NORM_EPS=hc.norm_eps,
-        num_warps=4,
+        num_warps=1,
         **pdl_options(post, pdl),
     )
 
@@ -176,8 +182,8 @@ def _collapse(
         work,
         work,
         D=hidden,
-        NUM_TILES=SPLIT,
-        TILES_POW2=SPLIT,
+        NUM_TILES=num_parts(hidden),
+        TILES_POW2=triton.next_power_of_2(num_parts(hidden)),
         BLOCK=block,
         W=shape.warps,
         HEAD=True,
@@ -204,11 +210,11 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         names = [name for name in kernel.arg_names if name in types]
         return name, kernel, {name: types[name] for name in names}, {**constexprs, **pdl}, options
 
-    shape = {"D": 4096, "PARTS": SPLIT, "NUM_FN": 24, "TM": mix.m, "C": mix.k, "WIDEN": False}
+    shape = {"D": 4096, "PARTS": num_parts(4096), "NUM_FN": 24, "TM": mix.m, "C": mix.k, "WIDEN": False}
     constants = {"ITERS": 20, "EPS": 1e-6, "NORM_EPS": 1e-6}
     return [
         case("mix R=0", mix_prefill_kernel, mix.options, **shape, R=0, HAS_ROWS=False),
         case("mix R=1", mix_prefill_kernel, mix.options, **shape, R=1, HAS_ROWS=False),
         case("mix R=7", mix_prefill_kernel, mix.options, **shape, R=7, HAS_ROWS=False),
-        case("gates", gates_kernel, {"num_warps": 4}, D=4096, SPLIT=SPLIT, TOKENS=GATE_TOKENS, **constants),
+        case("gates", gates_kernel, {"num_warps": 1}, D=4096, SPLIT=num_parts(4096), TOKENS=GATE_TOKENS, **constants),
     ]

@@ -95,12 +95,13 @@ TILES: dict[str, dict[int, Tile]] = {
         90: Tile(n=16, k=32, stages=1),
     },
     "sparse_attention.prefill": {
-        80: Tile(n=64, k=32, warps=4, stages=1),
-        90: Tile(n=64, k=32, warps=4, stages=1),
+        80: Tile(n=16, k=32, warps=4, stages=2),
+        89: Tile(n=16, k=32, warps=4, stages=1),
+        90: Tile(n=64, k=64, warps=8, stages=3),
     },
     "mhc.mix": {90: Tile(warps=4, stages=1)},
     "mhc_prefill.collapse": {90: Tile(n=1024, warps=1)},
-    "mhc_prefill.mix": {90: Tile(m=16, k=64, warps=4, stages=1)},
+    "mhc_prefill.mix": {90: Tile(m=64, k=32, warps=8, stages=2, registers=128)},
 }
 """kernel -> architecture -> tile. Kernel names are `module.function`; keep the modules in alphabetical order."""
 

@@ -15,7 +15,7 @@ prefill = pytest.importorskip("workers.kernels.mhc_prefill")
 
 def make(num_tokens: int, device: torch.device, *, hidden: int = HIDDEN, parts: int = 1) -> Step:
     step = Step(num_tokens, device, hidden=hidden, parts=parts)
-    step.work = torch.full((prefill.work_floats(num_tokens) + 8,), torch.nan, device=device)
+    step.work = torch.full((prefill.work_floats(num_tokens, hidden) + 8,), torch.nan, device=device)
     return step
 
 
