@@ -317,6 +317,7 @@ class Activations:
         sizes: dict[str, tuple[int, torch.dtype]] = {
             "streams": (num_tokens * c.hc_mult * hidden, bf16),
             "x": (num_tokens * hidden, bf16),
+            "x_quantised": (num_tokens * hidden, bf16),
             "x_experts": (num_tokens * hidden, bf16),
             "post": (num_tokens * c.hc_mult, fp32),
             "comb": (num_tokens * c.hc_mult**2, fp32),

@@ -79,8 +79,15 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     counters = torch.zeros(counts, dtype=torch.int32, device=device)
     attention_work = torch.empty(max(1, floats), device=device)
 
-    def hc_post_pre(*tensors: Tensor, x_experts: Tensor | None = None, **more: Any) -> None:
-        mhc.hc_post_pre(*tensors, work=streams, **more)
+    def for_many(x_quantised: Tensor) -> Tensor | None:
+        """Few tokens are rounded by the products themselves."""
+        return x_quantised if x_quantised.shape[0] > linear_decode.ROUNDED_TOKENS else None
+
+    def hc_pre(*tensors: Any, x_quantised: Tensor) -> None:
+        mhc.hc_pre(*tensors, work=streams, x_quantised=for_many(x_quantised))
+
+    def hc_post_pre(*tensors: Any, x_quantised: Tensor, x_experts: Tensor | None = None) -> None:
+        mhc.hc_post_pre(*tensors, work=streams, x_quantised=for_many(x_quantised))
         if x_experts is not None:
             experts_decode.quantise_rows(tensors[-1], x_experts)
 
@@ -92,7 +99,7 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
 
     return KernelSet(
         embed_streams=mhc.embed_streams,
-        hc_pre=partial(mhc.hc_pre, work=streams),
+        hc_pre=hc_pre,
         hc_post_pre=hc_post_pre,
         hc_post_head=partial(mhc.hc_post_head, work=streams),
         project_x=linear_decode.project_x,
@@ -140,10 +147,19 @@ def prefill_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     tiles = torch.empty(experts_prefill.tile_words(pairs, c.n_routed_experts, device), dtype=torch.int32, device=device)
     streams = torch.empty(mhc_prefill.work_floats(tokens), device=device)
 
-    def hc_post_pre(*tensors: Tensor, x_experts: Tensor | None = None, **more: Any) -> None:
-        mhc_prefill.hc_post_pre(*tensors, work=streams, **more)
+    def hc_pre(*tensors: Any, x_quantised: Tensor) -> None:
+        mhc_prefill.hc_pre(*tensors, work=streams)
+
+    def hc_post_pre(*tensors: Any, x_quantised: Tensor, x_experts: Tensor | None = None) -> None:
+        mhc_prefill.hc_post_pre(*tensors, work=streams)
         if x_experts is not None:
             quantise_rows(tensors[-1], None, x_experts, reorder=True)
+
+    def project_x(*tensors: Any, x_quantised: Tensor) -> None:
+        linear_prefill.project_x(*tensors, work=work)
+
+    def gate_and_shared(*tensors: Any, x_quantised: Tensor) -> None:
+        linear_prefill.gate_and_shared(*tensors, work=work)
 
     def store_and_compress(
         out_fp8: Tensor, q_norm: Tensor, kv_norm: Tensor, rope: Tensor, meta: Any, window: Tensor, latent: Tensor, *,
@@ -171,16 +187,16 @@ def prefill_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
 
     return KernelSet(
         embed_streams=mhc.embed_streams,
-        hc_pre=partial(mhc_prefill.hc_pre, work=streams),
+        hc_pre=hc_pre,
         hc_post_pre=hc_post_pre,
         hc_post_head=partial(mhc_prefill.hc_post_head, work=streams),
-        project_x=partial(linear_prefill.project_x, work=work),
+        project_x=project_x,
         store_and_compress=store_and_compress,
         linear=partial(linear_prefill.linear, work=work),
         select_entries=partial(indexer.select_entries, work=_index_work(config, sizes, prefill=True), mode="prefill"),
         sparse_attention=partial(attention.sparse_attention, work=None, mode="prefill"),
         grouped_linear=partial(linear_prefill.grouped_linear, work=work),
-        gate_and_shared=partial(linear_prefill.gate_and_shared, work=work),
+        gate_and_shared=gate_and_shared,
         route=partial(routing.route, work=_route_work(config, sizes)),
         expert_gate_up=expert_gate_up,
         expert_down=expert_down,

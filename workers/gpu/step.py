@@ -67,21 +67,23 @@ class Step:
         c, k, a, weights = self.parts.config, self.kernels, self.buffers, self.parts.weights
         tokens = meta.token_ids.shape[0]
         streams = a.view("streams", tokens, c.hc_mult, c.hidden_size)
-        x, experts_x = a.view("x", tokens, c.hidden_size), a.view("x_experts", tokens, c.hidden_size)
+        x, rounded, experts_x = (a.view(name, tokens, c.hidden_size) for name in ("x", "x_quantised", "x_experts"))
         post, comb = a.view("post", tokens, c.hc_mult), a.view("comb", tokens, c.hc_mult**2)
         attn_out = a.view("sub_out", tokens, 1, c.hidden_size)
         moe_out = a.view("sub_out", tokens, c.num_experts_per_tok + 1, c.hidden_size)
         first = weights.layers[0]
         k.embed_streams(meta.token_ids, weights.embed, streams)
-        k.hc_pre(streams, first.hc_attn, first.attn_norm, x, post, comb)
+        k.hc_pre(streams, first.hc_attn, first.attn_norm, x, post, comb, x_quantised=rounded)
         for index, layer in enumerate(weights.layers):
             self._at(index)
-            self._attention(index, layer, meta, x, attn_out, max_entries)
-            k.hc_post_pre(attn_out, streams, post, comb, layer.hc_ffn, layer.ffn_norm, x, x_experts=experts_x)
-            self._moe(layer, meta, x, experts_x, moe_out)
+            self._attention(index, layer, meta, x, rounded, attn_out, max_entries)
+            between = (streams, post, comb, layer.hc_ffn, layer.ffn_norm, x)
+            k.hc_post_pre(attn_out, *between, x_quantised=rounded, x_experts=experts_x)
+            self._moe(layer, meta, x, rounded, experts_x, moe_out)
             if index + 1 < len(weights.layers):
                 after = weights.layers[index + 1]
-                k.hc_post_pre(moe_out, streams, post, comb, after.hc_attn, after.attn_norm, x)
+                between = (streams, post, comb, after.hc_attn, after.attn_norm, x)
+                k.hc_post_pre(moe_out, *between, x_quantised=rounded)
         self._at(None)
         num_rows = tokens if rows is None else rows.shape[0]
         x_rows, logits = a.view("x_rows", num_rows, c.hidden_size), a.view("logits", num_rows, c.vocab_size)
@@ -94,15 +96,25 @@ class Step:
             self.recorder.layer = layer
 
     def _attention(
-        self, index: int, layer: GpuLayer, meta: StepMeta, x: Tensor, out: Tensor, max_entries: int | None
+        self,
+        index: int,
+        layer: GpuLayer,
+        meta: StepMeta,
+        x: Tensor,
+        rounded: Tensor,
+        out: Tensor,
+        max_entries: int | None,
     ) -> None:
-        """Normed hidden state [T, D] to the sublayer's output [T, 1, D]. All KV is written before any is read."""
+        """Normed hidden state [T, D] to the sublayer's output [T, 1, D]. All KV is written before any is read.
+
+        `rounded`: x through e4m3, for products that want it so.
+        """
         c, k, a, pools = self.parts.config, self.kernels, self.buffers, self.parts.pools[index]
         rope, eps, tokens = self.parts.ropes.of(layer.kind), c.rms_norm_eps, x.shape[0]
         out_fp8 = a.view("out_fp8", tokens, layer.x_fp8.codes.shape[0])
         rows = None if layer.x_bf16 is None else a.view("out_bf16", tokens, layer.x_bf16.shape[0])
         latent = a.view("latent", tokens, c.q_lora_rank)
-        k.project_x(x, layer.x_fp8, layer.x_bf16, out_fp8, rows)
+        k.project_x(x, layer.x_fp8, layer.x_bf16, out_fp8, rows, x_quantised=rounded)
         k.store_and_compress(
             out_fp8,
             layer.q_norm,
@@ -151,10 +163,10 @@ class Step:
             k.grouped_linear(heads.view(hi - lo, c.o_groups, -1), layer.wo_a, o_latent)
             k.linear(o_latent, layer.wo_b, out[lo:hi, 0])
 
-    def _moe(self, layer: GpuLayer, meta: StepMeta, x: Tensor, experts_x: Tensor, out: Tensor) -> None:
+    def _moe(self, layer: GpuLayer, meta: StepMeta, x: Tensor, rounded: Tensor, experts_x: Tensor, out: Tensor) -> None:
         """Normed hidden state [T, D] to k routed parts and the shared one [T, k + 1, D].
 
-        `experts_x`: x through e4m3, its columns in the order in which expert kernels unpack weights.
+        `rounded`: x through e4m3; `experts_x`: likewise, columns in the order in which expert kernels unpack weights.
         """
         c, k, a, tokens = self.parts.config, self.kernels, self.buffers, x.shape[0]
         chosen, inner, limit = c.num_experts_per_tok, c.moe_intermediate_size, c.swiglu_limit
@@ -162,7 +174,7 @@ class Step:
         shared_hidden = a.view("shared_hidden", tokens, inner)
         ids, routing, groups = a.view("ids", tokens, chosen), a.view("routing", tokens, chosen), a.groups(tokens)
         hidden = a.view("hidden", tokens, chosen, inner)
-        k.gate_and_shared(x, layer.gate, layer.shared_w13, limit, gate_logits, shared_hidden)
+        k.gate_and_shared(x, layer.gate, layer.shared_w13, limit, gate_logits, shared_hidden, x_quantised=rounded)
         chooser = layer.bias if layer.tid2eid is None else layer.tid2eid
         heat = {} if layer.experts.heat is None else {"heat": layer.experts.heat}
         k.route(gate_logits, chooser, meta.token_ids, c.routed_scaling_factor, ids, routing, groups, **heat)

@@ -16,8 +16,8 @@ from workers.gpu.kernel_set import Launch
 from workers.gpu.model import GpuModel
 from workers.gpu.step import Step
 
-OPAQUE = ("x_experts", "hidden", "shared_hidden", "comb", "groups")
-"""Orders and roundings of their own: expert kernels read and write the first three, mHC's the fourth."""
+OPAQUE = ("x_quantised", "x_experts", "hidden", "shared_hidden", "comb", "groups")
+"""Made and read by one family of kernels, or not at all; only mHC's read `comb`."""
 
 
 @dataclass(frozen=True, slots=True)

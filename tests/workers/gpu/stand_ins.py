@@ -77,17 +77,19 @@ def _pre(streams: Tensor, hc: HyperConnection, norm: Tensor, x: Tensor, post: Te
         rounded.copy_(_rounded(x))
 
 
-def hc_pre(streams, hc, norm_weight, x, post, comb, *, x_experts=None) -> None:
-    _pre(streams, hc, norm_weight, x, post, comb, x_experts)
+def hc_pre(streams, hc, norm_weight, x, post, comb, *, x_quantised) -> None:
+    _pre(streams, hc, norm_weight, x, post, comb, x_quantised)
 
 
 def _post(sub_out: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return mhc.hc_post(sub_out.float().sum(1), streams.float(), post, comb.unflatten(-1, (4, 4)))
 
 
-def hc_post_pre(sub_out, streams, post, comb, hc, norm_weight, x, *, x_experts=None) -> None:
+def hc_post_pre(sub_out, streams, post, comb, hc, norm_weight, x, *, x_quantised, x_experts=None) -> None:
     streams.copy_(_post(sub_out, streams, post, comb))
-    _pre(streams, hc, norm_weight, x, post, comb, x_experts)
+    _pre(streams, hc, norm_weight, x, post, comb, x_quantised)
+    if x_experts is not None:
+        x_experts.copy_(x_quantised)
 
 
 def hc_post_head(sub_out, streams, post, comb, hc, norm_weight, rows, x) -> None:
@@ -97,7 +99,7 @@ def hc_post_head(sub_out, streams, post, comb, hc, norm_weight, rows, x) -> None
     x.copy_(rms_norm(collapsed, norm_weight, hc.norm_eps))
 
 
-def project_x(x, x_fp8, x_bf16, out_fp8, out_bf16) -> None:
+def project_x(x, x_fp8, x_bf16, out_fp8, out_bf16, *, x_quantised) -> None:
     out_fp8.copy_(_rounded(x) @ _fp8(x_fp8).T)
     if out_bf16 is not None:
         out_bf16.copy_(x.float() @ x_bf16.float().T)
@@ -215,7 +217,7 @@ def sparse_attention(
         out[token] = apply_rope(found, cos, -sin).flatten().to(out.dtype)
 
 
-def gate_and_shared(x, gate, w13, limit, out_logits, out_hidden) -> None:
+def gate_and_shared(x, gate, w13, limit, out_logits, out_hidden, *, x_quantised) -> None:
     out_logits.copy_(x.float() @ gate.float().T)
     up_gate = _rounded(x) @ _fp8(w13).T
     out_hidden.copy_(swiglu(*up_gate.chunk(2, dim=-1), limit))
