@@ -106,7 +106,10 @@ class ExpertScene:
         places = self.bank.memory.view(layers, experts, shape.expert_bytes)
         for layer in range(layers):
             layer_experts(staging, shape, layer)
-            places[layer].copy_(staging)
+            # One copy an expert: the driver refuses a copy over the border of two pieces that were locked apart.
+            for expert in range(experts):
+                places[layer, expert].copy_(staging[expert], non_blocking=True)
+        torch.cuda.synchronize()
 
     def _use(self, weights: Any) -> None:
         """A model over other weights, with graphs of its own. The old one's buffers go first."""
