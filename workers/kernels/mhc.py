@@ -94,7 +94,7 @@ def hc_pre(
     write-back, `post [T, 4]` and `comb [T, 16]` fp32. `work`: `work_floats` elements. `x_quantised [T, D] bf16`, if
     given: `x` through e4m3 with one power-of-two scale per 128 channels (exact in bf16), as FP8 linears want it."""
     _sums(None, streams, post, comb, hc.fn, None, work, streams.shape[0], pdl)
-    _collapsed(streams, None, hc, norm_weight, work, x, x_quantised, post, comb, pdl)
+    _collapsed(streams, None, hc, norm_weight, work, x, x_quantised, None, post, comb, pdl)
 
 
 def hc_post_pre(
@@ -108,16 +108,18 @@ def hc_post_pre(
     work: Tensor,
     *,
     x_quantised: Tensor | None = None,
+    x_experts: Tensor | None = None,
     pdl: bool | None = None,
 ) -> None:
     """Writes a sublayer's output back and reads the next one's input.
 
     `sub_out [T, R, D] bf16`: R parts that are added in order in fp32. `streams`, `post` and `comb` are updated in
     place; `hc`, `norm_weight` belong to the next sublayer, whose input is `x [T, D] bf16` (and `x_quantised`, as in
-    `hc_pre`).
+    `hc_pre`). `x_experts [T, D] bf16`, if given: the same values in expert order (`experts_decode.expert_gate_up`):
+    inside each 128 channels, place 32 j + h holds channel 4 h + j.
     """
     _sums(sub_out, streams, post, comb, hc.fn, None, work, streams.shape[0], pdl)
-    _collapsed(streams, None, hc, norm_weight, work, x, x_quantised, post, comb, pdl)
+    _collapsed(streams, None, hc, norm_weight, work, x, x_quantised, x_experts, post, comb, pdl)
 
 
 def hc_post_head(
@@ -139,7 +141,7 @@ def hc_post_head(
     """
     num_rows = streams.shape[0] if rows is None else rows.shape[0]
     _sums(sub_out, streams, post, comb, hc.fn, rows, work, num_rows, pdl)
-    _collapsed(streams, rows, hc, norm_weight, work, x, None, post, comb, pdl)
+    _collapsed(streams, rows, hc, norm_weight, work, x, None, None, post, comb, pdl)
 
 
 def _sums(
@@ -187,6 +189,7 @@ def _collapsed(
     work: Tensor,
     x: Tensor,
     x_quantised: Tensor | None,
+    x_experts: Tensor | None,
     post: Tensor,
     comb: Tensor,
     pdl: bool | None,
@@ -206,6 +209,7 @@ def _collapsed(
         work,
         x,
         x if x_quantised is None else x_quantised,
+        x if x_experts is None else x_experts,
         post,
         comb,
         D=hidden,
@@ -216,6 +220,7 @@ def _collapsed(
         HEAD=head,
         HAS_ROWS=rows is not None,
         QUANTISE=x_quantised is not None,
+        EXPERTS=x_experts is not None,
         HW=hardware_formats(x.device),
         ITERS=hc.iters,
         EPS=hc.eps,
@@ -230,7 +235,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     pdl = {"PDL": arch >= 90}
     hidden, num_tiles = 4096, 4096 // TILE_CHANNELS
     floats = ("post", "comb", "fn", "work", "base", "scale", "norm_weight")
-    halves = ("sub_out", "streams", "x", "x_quantised", "embed")
+    halves = ("sub_out", "streams", "x", "x_quantised", "x_experts", "embed")
     types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(halves, "*bf16")
     types |= {"rows": "*i32", "token_ids": "*i32", "num_rows": "i32", "vocab": "i32"}
 
@@ -239,7 +244,14 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         return name, kernel, {name: types[name] for name in names}, {"D": hidden, **constexprs, **pdl}, options
 
     mix = {"NUM_FN": 24, "TM": TOKENS, "C": TILE_CHANNELS, "HAS_ROWS": False, "WIDEN": False}
-    sums = {"NUM_TILES": num_tiles, "TILES_POW2": num_tiles, "BLOCK": COLLAPSE_CHANNELS, "W": 1, "HW": arch >= 89}
+    sums = {
+        "NUM_TILES": num_tiles,
+        "TILES_POW2": num_tiles,
+        "BLOCK": COLLAPSE_CHANNELS,
+        "W": 1,
+        "HW": arch >= 89,
+        "EXPERTS": True,
+    }
     gates = {"ITERS": 20, "EPS": 1e-6, "NORM_EPS": 1e-6}
     options = tile("mhc.mix", arch).options
     return [

@@ -85,6 +85,7 @@ def _read_input(
     sums,
     x,
     x_quantised,
+    x_experts,
     token,
     index,
     channel,
@@ -93,6 +94,7 @@ def _read_input(
     TILES_POW2: tl.constexpr,
     W: tl.constexpr,
     QUANTISE: tl.constexpr,
+    EXPERTS: tl.constexpr,
     HW: tl.constexpr,
     EPS: tl.constexpr,
     NORM_EPS: tl.constexpr,
@@ -126,12 +128,18 @@ def _read_input(
     mixed = a0[:, None] * x0 + a1[:, None] * x1 + a2[:, None] * x2 + a3[:, None] * x3
     normed = (mixed * inverse[:, None] * gamma).to(tl.bfloat16)
     tl.store(x + index * D + channel, normed, mask=inside)
-    if QUANTISE:
+    if QUANTISE or EXPERTS:
         SHAPE: tl.constexpr = normed.shape
         BLOCK: tl.constexpr = SHAPE[0] * SHAPE[1]
         codes, group_scale = round_fp8_groups(tl.reshape(normed.to(tl.float32), (1, BLOCK)), 128, HW)
         values = tl.reshape(e4m3_to_f32(codes, HW), (BLOCK // 128, 128)) * tl.reshape(group_scale, (BLOCK // 128, 1))
-        tl.store(x_quantised + index * D + channel, tl.reshape(values, SHAPE).to(tl.bfloat16), mask=inside)
+        rounded = tl.reshape(values, SHAPE).to(tl.bfloat16)
+        if QUANTISE:
+            tl.store(x_quantised + index * D + channel, rounded, mask=inside)
+        if EXPERTS:
+            place = channel % 128
+            place = channel - place + (place % 4) * 32 + place // 4
+            tl.store(x_experts + index * D + place, rounded, mask=inside)
 
 
 @triton.jit
@@ -181,6 +189,7 @@ def collapse_kernel(
     work,
     x,
     x_quantised,
+    x_experts,
     post,
     comb,
     D: tl.constexpr,
@@ -191,6 +200,7 @@ def collapse_kernel(
     HEAD: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     QUANTISE: tl.constexpr,
+    EXPERTS: tl.constexpr,
     HW: tl.constexpr,
     ITERS: tl.constexpr,
     EPS: tl.constexpr,
@@ -220,6 +230,7 @@ def collapse_kernel(
             sums,
             x,
             x_quantised,
+            x_experts,
             token,
             index,
             channel,
@@ -228,6 +239,7 @@ def collapse_kernel(
             TILES_POW2,
             W,
             QUANTISE,
+            EXPERTS,
             HW,
             EPS,
             NORM_EPS,

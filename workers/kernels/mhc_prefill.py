@@ -54,7 +54,7 @@ def hc_pre(
     """As `mhc.hc_pre`, for many tokens. `work`: `work_floats` elements."""
     _mix(None, streams, post, comb, hc, None, work, streams.shape[0], pdl)
     _gates(hc, work, post, comb, pdl)
-    _collapse(streams, None, hc, norm_weight, work, x, x_quantised, pdl)
+    _collapse(streams, None, hc, norm_weight, work, x, x_quantised, None, pdl)
 
 
 def hc_post_pre(
@@ -68,12 +68,13 @@ def hc_post_pre(
     work: Tensor,
     *,
     x_quantised: Tensor | None = None,
+    x_experts: Tensor | None = None,
     pdl: bool | None = None,
 ) -> None:
     """As `mhc.hc_post_pre`, for many tokens."""
     _mix(sub_out, streams, post, comb, hc, None, work, streams.shape[0], pdl)
     _gates(hc, work, post, comb, pdl)
-    _collapse(streams, None, hc, norm_weight, work, x, x_quantised, pdl)
+    _collapse(streams, None, hc, norm_weight, work, x, x_quantised, x_experts, pdl)
 
 
 def hc_post_head(
@@ -91,7 +92,7 @@ def hc_post_head(
 ) -> None:
     """As `mhc.hc_post_head`, for many tokens (of which few may be wanted)."""
     _mix(sub_out, streams, post, comb, hc, rows, work, x.shape[0], pdl)
-    _collapse(streams, rows, hc, norm_weight, work, x, None, pdl)
+    _collapse(streams, rows, hc, norm_weight, work, x, None, None, pdl)
 
 
 def _mix(
@@ -163,6 +164,7 @@ def _collapse(
     work: Tensor,
     x: Tensor,
     x_quantised: Tensor | None,
+    x_experts: Tensor | None,
     pdl: bool | None,
 ) -> None:
     num_rows, hidden = x.shape
@@ -179,6 +181,7 @@ def _collapse(
         work,
         x,
         x if x_quantised is None else x_quantised,
+        x if x_experts is None else x_experts,
         work,
         work,
         D=hidden,
@@ -189,6 +192,7 @@ def _collapse(
         HEAD=True,
         HAS_ROWS=rows is not None,
         QUANTISE=x_quantised is not None,
+        EXPERTS=x_experts is not None,
         HW=hardware_formats(x.device),
         ITERS=hc.iters,
         EPS=hc.eps,

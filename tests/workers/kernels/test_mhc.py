@@ -36,7 +36,7 @@ class Step:
         comb = reference.sinkhorn(normal(num_tokens, 4, 4), iters=20, eps=1e-6)
         self.comb = comb.flatten(1).contiguous()
         self.x = torch.full((num_tokens, hidden), torch.nan, dtype=torch.bfloat16, device=device)
-        self.x_quantised = torch.full_like(self.x, torch.nan)
+        self.x_quantised, self.x_experts = torch.full_like(self.x, torch.nan), torch.full_like(self.x, torch.nan)
         self.work = torch.full((mhc.work_floats(num_tokens, hidden) + 8,), torch.nan, device=device)
 
     def expected_streams(self) -> Tensor:
@@ -56,13 +56,13 @@ class Step:
 
     def post_pre(self) -> None:
         operands = (self.sub_out, self.streams, self.post, self.comb, self.hc, self.norm_weight, self.x, self.work)
-        mhc.hc_post_pre(*operands, x_quantised=self.x_quantised)
+        mhc.hc_post_pre(*operands, x_quantised=self.x_quantised, x_experts=self.x_experts)
 
     def take(self, rows: slice) -> Step:
         """The same step with a part of its tokens."""
         part = object.__new__(Step)
         part.__dict__.update(self.__dict__)
-        for name in ("streams", "sub_out", "post", "comb", "x", "x_quantised"):
+        for name in ("streams", "sub_out", "post", "comb", "x", "x_quantised", "x_experts"):
             setattr(part, name, getattr(self, name)[rows].clone())
         part.work = torch.full_like(self.work, torch.nan)
         return part
@@ -76,6 +76,13 @@ def assert_close(actual: Tensor, expected: Tensor, *, ulps: float = 1.0) -> None
         torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
 
 
+def check_rounded(step: Step) -> None:
+    """Both fp8 outputs, bit for bit; expert order: inside each 128 channels, place 32 j + h holds channel 4 h + j."""
+    assert torch.equal(step.x_quantised.float(), fp8_fake_quant(step.x.float(), 128))
+    ordered = step.x_quantised.unflatten(-1, (-1, 32, 4)).transpose(-1, -2).flatten(-3)
+    assert torch.equal(step.x_experts, ordered)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1, 3])
 @pytest.mark.parametrize("parts", [1, 4])
 def test_write_back_and_next_input_equal_the_reference(device: torch.device, num_tokens: int, parts: int) -> None:
@@ -87,7 +94,7 @@ def test_write_back_and_next_input_equal_the_reference(device: torch.device, num
     assert_close(step.x, x)
     assert_close(step.post, post)
     assert_close(step.comb, comb)
-    assert torch.equal(step.x_quantised.float(), fp8_fake_quant(step.x.float(), 128))
+    check_rounded(step)
 
 
 def test_first_input_reads_the_streams_as_they_are(device: torch.device) -> None:
@@ -128,7 +135,7 @@ def test_row_of_a_batch_equals_the_batch_of_one(device: torch.device, num_tokens
         poisoned.sub_out[others], poisoned.streams[others] = torch.nan, torch.inf
         alone.post_pre()
         poisoned.post_pre()
-        for name in ("streams", "x", "x_quantised", "post", "comb"):
+        for name in ("streams", "x", "x_quantised", "x_experts", "post", "comb"):
             assert torch.equal(getattr(poisoned, name)[row], getattr(alone, name)[0]), name
 
 
@@ -175,5 +182,5 @@ def test_real_shapes(device: torch.device, hidden: int, num_tokens: int) -> None
     assert_close(step.x, x)
     assert_close(step.post, post)
     assert_close(step.comb, comb)
-    for name in ("streams", "x", "x_quantised", "post", "comb"):
+    for name in ("streams", "x", "x_quantised", "x_experts", "post", "comb"):
         assert torch.equal(getattr(step, name)[-1], getattr(alone, name)[0]), name

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.workers.kernels.test_mhc import HIDDEN, NORM_EPS, Step, assert_close
+from tests.workers.kernels.test_mhc import HIDDEN, NORM_EPS, Step, assert_close, check_rounded
 from workers.reference import mhc as reference
 from workers.reference.norm_rope import rms_norm
-from workers.reference.quant import fp8_fake_quant
 
 prefill = pytest.importorskip("workers.kernels.mhc_prefill")
 
@@ -21,7 +20,7 @@ def make(num_tokens: int, device: torch.device, *, hidden: int = HIDDEN, parts: 
 
 def post_pre(step: Step) -> None:
     operands = (step.sub_out, step.streams, step.post, step.comb, step.hc, step.norm_weight, step.x, step.work)
-    prefill.hc_post_pre(*operands, x_quantised=step.x_quantised)
+    prefill.hc_post_pre(*operands, x_quantised=step.x_quantised, x_experts=step.x_experts)
 
 
 def check(step: Step) -> None:
@@ -33,7 +32,7 @@ def check(step: Step) -> None:
     assert_close(step.x, x)
     assert_close(step.post, post)
     assert_close(step.comb, comb)
-    assert torch.equal(step.x_quantised.float(), fp8_fake_quant(step.x.float(), 128))
+    check_rounded(step)
 
 
 @pytest.mark.parametrize(("num_tokens", "parts"), [(0, 1), (1, 4), (70, 1), (129, 4)])
@@ -75,7 +74,7 @@ def test_row_of_a_batch_equals_the_batch_of_one(device: torch.device) -> None:
     poisoned.sub_out[others], poisoned.streams[others] = torch.nan, torch.inf
     post_pre(alone)
     post_pre(poisoned)
-    for name in ("streams", "x", "x_quantised", "post", "comb"):
+    for name in ("streams", "x", "x_quantised", "x_experts", "post", "comb"):
         assert torch.equal(getattr(poisoned, name)[66], getattr(alone, name)[0]), name
 
 
@@ -87,5 +86,5 @@ def test_real_shapes(device: torch.device, hidden: int, num_tokens: int) -> None
     alone = step.take(slice(num_tokens - 1, num_tokens))
     check(step)
     post_pre(alone)
-    for name in ("streams", "x", "x_quantised", "post", "comb"):
+    for name in ("streams", "x", "x_quantised", "x_experts", "post", "comb"):
         assert torch.equal(getattr(step, name)[-1], getattr(alone, name)[0]), name
