@@ -340,7 +340,7 @@ def select_entries(
     max_entries: int | None = None,
     pdl: bool | None = None,
 ) -> None:
-    """The K best visible entries of each token: selected int32 [T, K], ascending, -1 after the last.
+    """The K best visible entries of each token: selected int32 [T, K], -1 after the last.
 
     Arguments as for `index_scores`. Decode is two launches. Prefill walks blocks of tokens whose scores fit the work
     buffer, three launches each; `max_entries` bounds the visible entries of any token there (default: what the page

@@ -1,9 +1,10 @@
-"""Exact top-k of index scores: the K best visible entries of each token, ties to the lower entry, in ascending order.
+"""Exact top-k of index scores: the K best visible entries of each token, ties to the lower entry.
 
-Owns: the choice (`workers/reference/indexer.select_topk`, as a set). Scores are compared as integers of the same order.
-The K-th largest is found by narrowing an interval of integers, eight parts a step: thresholds are counted, nothing is
-sorted or moved, and the search ends as soon as some threshold leaves exactly K. What passes is then compacted by one
-scan, so the order is that of the entries: it depends on nothing but the scores.
+Owns: the choice (`workers/reference/indexer.select_topk`, as a set). Scores are compared as integers of the same order,
+NaN below everything. The search keeps an interval around the K-th largest and counts, in one packed sum, how many
+scores reach two thresholds inside it: mostly the two beside the place where interpolation expects it, every third time
+the thirds of the interval. It ends when exactly K reach a threshold or the interval is one number wide. What passes is
+compacted by one scan. The order inside a selection is fixed: it depends on the scores and their number alone.
 
 One program looks at CHUNK entries of a token. Longer contexts have several: each leaves its own K best, and the last
 to arrive (an integer counter) chooses among those, so that length costs no further launch.
@@ -20,150 +21,148 @@ from torch import Tensor
 
 from workers.kernels.launch import pdl_options
 
-CHUNK = 4096
-"""Entries one program chooses from; 16K tokens of context are one chunk. At most 16384: a scan packs two counts."""
+CHUNKS = (4096, 16384)
+"""Entries one program chooses from: the least that holds a row, or the last (64K tokens of context) over and over.
+At most 32767: two counts share an int32."""
+
+MAX_CANDIDATES = 16384
+"""Of all chunks of a token, chosen from by one program: 1M tokens of context at K = 1024."""
 
 _WARPS = 8
 
 
 @triton.jit
 def _ordered(scores):
-    """int32 whose order is that of fp32 scores; -0.0 equals 0.0."""
+    """int32 whose order is that of fp32 scores; -0.0 equals 0.0, NaN is the least."""
     bits = (scores + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(scores == scores, key, -2147483647)
 
 
 @triton.jit
-def _counts(key, live, lo, step, hi):
-    """How many keys reach lo + d * step, d = 1 .. 4 and 5 .. 7, as 16-bit fields of two int64; none from `hi` on."""
-    low = tl.zeros(key.shape, tl.int64)
-    high = tl.zeros(key.shape, tl.int64)
-    for d in tl.static_range(1, 8):
-        bound = lo + d * step
-        reaches = live & (key >= tl.minimum(bound, 2147483647).to(tl.int32)) & (bound < hi)
-        if d <= 4:
-            low += reaches.to(tl.int64) << (16 * (d - 1))
+def _value(key):
+    """The fp32 number of an ordered key; infinities as the largest numbers."""
+    key = tl.minimum(tl.maximum(key, -0x7F800000), 0x7F7FFFFF)
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _odds(reach, count):
+    """log2 of the odds of reaching a threshold: nearly linear in the threshold for scores of any bell shape."""
+    reached = reach.to(tl.float32)
+    return tl.log2((reached + 0.5) / (count.to(tl.float32) - reached + 0.5))
+
+
+@triton.jit
+def _thresholds(lo, hi, reach_lo, reach_hi, count, step, K: tl.constexpr):
+    """Two keys, lo < first <= second < hi, where `reach_lo` >= K > `reach_hi` keys reach the ends.
+
+    Interpolation in the odds and in the count take turns; the spread is about the standard deviation of the place of
+    one of `inside` random keys.
+    """
+    inside = (reach_lo - reach_hi).to(tl.float32)
+    linear = ((reach_lo - K).to(tl.float32) + 0.5) / inside
+    odds_lo = _odds(reach_lo, count)
+    odds = (odds_lo - _odds(K + 0 * count, count)) / (odds_lo - _odds(reach_hi, count))
+    part = tl.where(step % 2 == 0, odds, linear)
+    spread = tl.sqrt(linear * (1.0 - linear) / inside) + 0.5 / inside
+    low, high = tl.maximum(part - spread, 0.0), tl.minimum(part + spread, 1.0)
+    least, most = _value(lo), _value(hi)
+    third = tl.maximum((hi - lo).to(tl.uint32, bitcast=True) // 3, 1).to(tl.int32)
+    thirds = step % 3 == 2
+    first = tl.where(thirds, lo + third, _ordered(least * (1.0 - low) + most * low))
+    second = tl.where(thirds, hi - third, _ordered(least * (1.0 - high) + most * high))
+    first = tl.minimum(tl.maximum(first, lo + 1), hi - 1)
+    return first, tl.minimum(tl.maximum(second, first), hi - 1)
+
+
+@triton.jit
+def _chosen(key, entry, live, count, K: tl.constexpr, THREADS: tl.constexpr):
+    """Which of the keys [N] are the K best (K < count live ones), and the place of each among the chosen.
+
+    Thread t holds keys t, t + THREADS, ... and its chosen ones take neighbouring places, so that only the threads' sums
+    are scanned across threads.
+    """
+    lo = tl.min(tl.where(live, key, 2147483647), 0)
+    hi = tl.max(key, 0) + 1
+    reach_lo = count
+    reach_hi = count * 0
+    step = count * 0
+    while (hi - lo != 1) & (reach_lo != K):
+        if step % 10 == 9:  # ends on keys that exist: many ties are found at once
+            least = tl.min(tl.where(live & (key >= lo), key, 2147483647), 0)
+            hi = tl.max(tl.where(key < hi, key, -2147483648), 0) + 1
+            lo = least
         else:
-            high += reaches.to(tl.int64) << (16 * (d - 5))
-    return tl.sum(low, 0), tl.sum(high, 0)
+            one, two = _thresholds(lo, hi, reach_lo, reach_hi, count, step, K)
+            counts = tl.sum((key >= one).to(tl.int32) + tl.where(key >= two, 65536, 0), 0)
+            reach_one, reach_two = counts & 0xFFFF, counts >> 16
+            above_two, above_one = reach_two >= K, reach_one >= K
+            hi = tl.where(above_two, hi, tl.where(above_one, two, one))
+            reach_hi = tl.where(above_two, reach_hi, tl.where(above_one, reach_two, reach_one))
+            lo = tl.where(above_two, two, tl.where(above_one, one, lo))
+            reach_lo = tl.where(above_two, reach_two, tl.where(above_one, reach_one, reach_lo))
+        step += 1
+    chosen = key >= lo
+    if reach_lo != K:  # all keys of [lo, hi) are one number: as many as are missing, from the lowest entry on
+        begin = count * 0
+        end = tl.max(tl.where(live, entry, 0), 0) + 1  # not enough of them before `begin`, enough before `end`
+        while end - begin > 1:
+            middle = (begin + end) // 2
+            enough = tl.sum(((key == lo) & (entry < middle)).to(tl.int32), 0) >= K - reach_hi
+            begin = tl.where(enough, begin, middle)
+            end = tl.where(enough, middle, end)
+        chosen = (key > lo) | ((key == lo) & (entry < end))
+    C: tl.constexpr = THREADS if key.shape[0] > THREADS else key.shape[0]
+    number = tl.reshape(chosen.to(tl.int32), (key.shape[0] // C, C))
+    columns = tl.sum(number, 0)
+    before = tl.cumsum(columns, 0) - columns
+    place = before[None, :] + tl.cumsum(number, 0) - number
+    return chosen, tl.reshape(place, (key.shape[0],))
 
 
 @triton.jit
-def _narrow(low, high, lo, hi, step, count, K: tl.constexpr):
-    """The part of [lo, hi) that still holds the K-th largest, and how many keys reach its lower end."""
-    parts = tl.zeros((), tl.int64)
-    for d in tl.static_range(1, 8):
-        reached = ((low >> (16 * (d - 1))) if d <= 4 else (high >> (16 * (d - 5)))) & 0xFFFF
-        enough = reached >= K
-        parts = tl.where(enough, d, parts)
-        count = tl.where(enough, reached, count)
-    new_lo = lo + parts * step
-    return new_lo, tl.minimum(hi, new_lo + step), count
-
-
-@triton.jit
-def _bounds(key, live):
-    """Interval [lo, hi) of int64 around the live keys."""
-    lo = tl.min(tl.where(live, key, 2147483647), 0).to(tl.int64)
-    return lo, tl.max(tl.where(live, key, -2147483648), 0).to(tl.int64) + 1
-
-
-@triton.jit
-def _compact(key, live, lo, exact, K: tl.constexpr):
-    """Which keys are chosen, and where each goes. `lo`: K-th largest, or (exact) a bound that exactly K reach."""
-    above = live & (key.to(tl.int64) >= tl.where(exact, lo, lo + 1))
-    equal = live & (key.to(tl.int64) == lo) & (exact == 0)
-    packed = above.to(tl.int32) + (equal.to(tl.int32) << 16)
-    before = tl.cumsum(packed, 0) - packed
-    needed = K - (tl.sum(packed, 0) & 0xFFFF)
-    above_before = before & 0xFFFF
-    equal_before = before >> 16
-    chosen = above | (equal & (equal_before < needed))
-    return chosen, above_before + tl.minimum(equal_before, needed)
-
-
-@triton.jit
-def _choose(scores, first, count, ids, keys, K: tl.constexpr, N: tl.constexpr, WITH_KEYS: tl.constexpr):
-    """The K best of `count` <= N scores (K < count): entries first + i ascending to ids[0:K], with their keys."""
+def _choose(
+    scores, count, first, ids, kept, K: tl.constexpr, N: tl.constexpr, THREADS: tl.constexpr, KEEP: tl.constexpr
+):
+    """The K best of `count` <= N scores, K < count: entries first + i to ids[0:K], (KEEP) their scores to `kept`."""
     at = tl.arange(0, N)
     live = at < count
-    key = _ordered(tl.load(scores + at, mask=live, other=0.0))
-    lo, hi = _bounds(key, live)
-    reached = count.to(tl.int64)
-    while (hi - lo > 1) & (reached != K):
-        step = (hi - lo + 7) // 8
-        low, high = _counts(key, live, lo, step, hi)
-        lo, hi, reached = _narrow(low, high, lo, hi, step, reached, K)
-    chosen, place = _compact(key, live, lo, reached == K, K)
+    score = tl.load(scores + at, mask=live, other=0.0)
+    chosen, place = _chosen(tl.where(live, _ordered(score), -2147483648), at, live, count, K, THREADS)
+    chosen &= place < K
     tl.store(ids + place, first + at, mask=chosen)
-    if WITH_KEYS:
-        tl.store(keys + place, key, mask=chosen)
+    if KEEP:
+        tl.store(kept + place, score, mask=chosen)
 
 
 @triton.jit
-def _choose_all(scores, first, count, ids, keys, K: tl.constexpr, KP: tl.constexpr, WITH_KEYS: tl.constexpr):
+def _choose_candidates(scores, ids, count, selected, K: tl.constexpr, N: tl.constexpr, THREADS: tl.constexpr):
+    """The K best of `count` <= N candidates, K < count; entries are ids[i]."""
+    at = tl.arange(0, N)
+    live = at < count
+    score = tl.load(scores + at, mask=live, other=0.0)
+    entry = tl.load(ids + at, mask=live, other=0)
+    chosen, place = _chosen(tl.where(live, _ordered(score), -2147483648), entry, live, count, K, THREADS)
+    tl.store(selected + place, entry, mask=chosen & (place < K))
+
+
+@triton.jit
+def _choose_all(scores, count, first, ids, kept, K: tl.constexpr, KP: tl.constexpr, KEEP: tl.constexpr):
     """All of `count` <= K entries; -1 fills the rest."""
     at = tl.arange(0, KP)
     tl.store(ids + at, tl.where(at < count, first + at, -1), mask=at < K)
-    if WITH_KEYS:
-        tl.store(keys + at, _ordered(tl.load(scores + at, mask=at < count, other=0.0)), mask=at < K)
+    if KEEP:
+        tl.store(kept + at, tl.load(scores + at, mask=at < count, other=0.0), mask=at < count)
 
 
-@triton.jit
-def _choose_candidates(keys, ids, count, selected, K: tl.constexpr, N: tl.constexpr):
-    """The K best of `count` candidates (K < count), N at a time from memory: the search of `_choose` over tiles."""
-    at = tl.arange(0, N)
-    lo = tl.full((), 2147483647, tl.int64)
-    hi = tl.full((), -2147483648, tl.int64)
-    for base in range(0, count, N):
-        live = base + at < count
-        tile_lo, tile_hi = _bounds(tl.load(keys + base + at, mask=live, other=0), live)
-        lo, hi = tl.minimum(lo, tile_lo), tl.maximum(hi, tile_hi)
-    reached = count.to(tl.int64)
-    while (hi - lo > 1) & (reached != K):
-        step = (hi - lo + 7) // 8
-        # 16-bit fields suffice for 65,536 candidates: a bound above the least of them leaves one out.
-        low = tl.zeros((), tl.int64)
-        high = tl.zeros((), tl.int64)
-        for base in range(0, count, N):
-            live = base + at < count
-            tile_low, tile_high = _counts(tl.load(keys + base + at, mask=live, other=0), live, lo, step, hi)
-            low += tile_low
-            high += tile_high
-        lo, hi, reached = _narrow(low, high, lo, hi, step, reached, K)
-    exact = reached == K
-    upper = tl.where(exact, lo, lo + 1)
-    num_above = tl.zeros((), tl.int32)
-    for base in range(0, count, N):
-        live = base + at < count
-        key = tl.load(keys + base + at, mask=live, other=0)
-        num_above += tl.sum((live & (key.to(tl.int64) >= upper)).to(tl.int32), 0)
-    needed = K - num_above
-    above_done = tl.zeros((), tl.int32)
-    equal_done = tl.zeros((), tl.int32)
-    for base in range(0, count, N):
-        live = base + at < count
-        key = tl.load(keys + base + at, mask=live, other=0).to(tl.int64)
-        above = live & (key >= upper)
-        equal = live & (key == lo) & (exact == 0)
-        packed = above.to(tl.int32) + (equal.to(tl.int32) << 16)
-        before = tl.cumsum(packed, 0) - packed
-        total = tl.sum(packed, 0)
-        equal_before = equal_done + (before >> 16)
-        place = above_done + (before & 0xFFFF) + tl.minimum(equal_before, needed)
-        chosen = above | (equal & (equal_before < needed))
-        tl.store(selected + place, tl.load(ids + base + at, mask=live, other=0), mask=chosen)
-        above_done += total & 0xFFFF
-        equal_done += total >> 16
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["scores_stride"])  # wider loads would give a thread other keys than `_chosen` expects
 def topk(
     scores,
     scores_stride,
     positions,
     selected,
-    candidate_keys,
+    candidate_scores,
     candidate_ids,
     arrived,
     chunks,
@@ -171,11 +170,11 @@ def topk(
     K: tl.constexpr,
     KP: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKED: tl.constexpr,
-    ROW_ALIGN: tl.constexpr,
+    CANDIDATES: tl.constexpr,  # of all chunks, a power of two; 0 when there is one chunk
+    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (chunks, T). scores fp32 [T, scores_stride], selected int32 [T, K], candidates int32 [T, chunks, K]."""
+    """Grid (chunks, T). scores fp32 [T, scores_stride], selected int32 [T, K], candidates [T, chunks, K]."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -183,39 +182,43 @@ def topk(
     chunk = tl.program_id(0)
     visible = (tl.load(positions + token) + 1) // RATIO
     first = chunk * CHUNK
-    row = scores + token * tl.multiple_of(scores_stride, ROW_ALIGN) + first
+    row = scores + token * scores_stride + first
     out = selected + token * K
     if visible <= CHUNK:
         if chunk == 0:
             if visible <= K:
-                _choose_all(row, 0, visible, out, out, K, KP, False)
+                _choose_all(row, visible, 0, out, row, K, KP, False)
+            elif visible <= CHUNK // 16:
+                _choose(row, visible, 0, out, row, K, CHUNK // 16, THREADS, False)
             elif visible <= CHUNK // 4:
-                _choose(row, 0, visible, out, out, K, CHUNK // 4, False)
-            elif visible <= CHUNK // 2:
-                _choose(row, 0, visible, out, out, K, CHUNK // 2, False)
+                _choose(row, visible, 0, out, row, K, CHUNK // 4, THREADS, False)
             else:
-                _choose(row, 0, visible, out, out, K, CHUNK, False)
-    elif CHUNKED:  # noqa: SIM102 - the outer one is decided by the compiler
+                _choose(row, visible, 0, out, row, K, CHUNK, THREADS, False)
+    elif CANDIDATES > 0:  # noqa: SIM102 - the outer one is decided by the compiler
         if first < visible:
-            keys = candidate_keys + token * chunks * K
+            kept = candidate_scores + token * chunks * K
             ids = candidate_ids + token * chunks * K
             count = min(visible - first, CHUNK)
             if count <= K:
-                _choose_all(row, first, count, ids + chunk * K, keys + chunk * K, K, KP, True)
+                _choose_all(row, count, first, ids + chunk * K, kept + chunk * K, K, KP, True)
             else:
-                _choose(row, first, count, ids + chunk * K, keys + chunk * K, K, CHUNK, True)
+                _choose(row, count, first, ids + chunk * K, kept + chunk * K, K, CHUNK, THREADS, True)
             tl.debug_barrier()  # every thread's stores come before the counter's release
             last = tl.cdiv(visible, CHUNK) - 1
             if tl.atomic_add(arrived + token, 1, sem="acq_rel", scope="gpu") == last:
                 tl.store(arrived + token, 0)
-                _choose_candidates(keys, ids, last * K + min(visible - last * CHUNK, K), out, K, CHUNK)
+                _choose_candidates(kept, ids, last * K + min(visible - last * CHUNK, K), out, K, CANDIDATES, THREADS)
+
+
+def _chunk(max_entries: int) -> int:
+    return next((chunk for chunk in CHUNKS if chunk >= max_entries), CHUNKS[-1])
 
 
 class TopkWork(NamedTuple):
-    """Candidates of contexts longer than one chunk: int32 [T * chunks * K] each, and zeroed counters int32 [T]."""
+    """Candidates of contexts longer than one chunk, [T * chunks * K], and zeroed counters int32 [T]."""
 
-    keys: Tensor
-    ids: Tensor
+    scores: Tensor  # fp32
+    ids: Tensor  # int32
     arrived: Tensor
     chosen: int
     """K."""
@@ -223,18 +226,19 @@ class TopkWork(NamedTuple):
     @classmethod
     def allocate(cls, tokens: int, max_entries: int, k: int, device: torch.device | str) -> TopkWork:
         """Raises ValueError for a K above the chunk, or candidates beyond the 16 bits of a packed count."""
-        chunks = -(-max_entries // CHUNK)
-        if k > CHUNK // 4 or (chunks > 1 and chunks * k > 65536):
+        chunks = -(-max_entries // _chunk(max_entries))
+        if k > CHUNKS[0] // 4 or (chunks > 1 and chunks * k > MAX_CANDIDATES):
             raise ValueError(f"no top-k kernel for k {k} of {max_entries} entries")
         words = tokens * chunks * k if chunks > 1 else 1
-        keys, ids = (torch.empty(words, dtype=torch.int32, device=device) for _ in range(2))
-        return cls(keys, ids, torch.zeros(tokens, dtype=torch.int32, device=device), k)
+        scores = torch.empty(words, dtype=torch.float32, device=device)
+        ids, arrived = (torch.zeros(n, dtype=torch.int32, device=device) for n in (words, tokens))
+        return cls(scores, ids, arrived, k)
 
     def capacity(self, max_entries: int) -> int:
         """Tokens that fit when each may see `max_entries`."""
-        chunks = -(-max_entries // CHUNK)
+        chunks = -(-max_entries // _chunk(max_entries))
         tokens = self.arrived.numel()
-        return tokens if chunks <= 1 else min(tokens, self.keys.numel() // (chunks * self.chosen))
+        return tokens if chunks <= 1 else min(tokens, self.scores.numel() // (chunks * self.chosen))
 
 
 def select_topk(
@@ -246,30 +250,31 @@ def select_topk(
     ratio: int = 4,
     pdl: bool | None = None,
 ) -> None:
-    """The K best of each token's (position + 1) // ratio first scores: selected int32 [T, K], ascending, then -1.
+    """The K best of each token's (position + 1) // ratio first scores: selected int32 [T, K], -1 after the last.
 
-    scores: fp32 [T, N], contiguous rows, without NaN; a padding token (position -1) selects nothing.
+    scores: fp32 [T, N], contiguous rows; NaN ranks last. A padding token (position -1) selects nothing.
     """
     num_tokens, k = selected.shape
     if not num_tokens:
         return
-    chunks = triton.cdiv(scores.shape[1], CHUNK)
+    chunk = _chunk(scores.shape[1])
+    chunks = triton.cdiv(scores.shape[1], chunk)
     assert num_tokens <= work.capacity(scores.shape[1]), "TopkWork is too small"
     topk[chunks, num_tokens](
         scores,
         scores.stride(0),
         positions,
         selected,
-        work.keys,
+        work.scores,
         work.ids,
         work.arrived,
         chunks,
         RATIO=ratio,
         K=k,
         KP=triton.next_power_of_2(k),
-        CHUNK=CHUNK,
-        CHUNKED=chunks > 1,
-        ROW_ALIGN=16 if scores.stride(0) % 16 == 0 else 1,
+        CHUNK=chunk,
+        CANDIDATES=triton.next_power_of_2(chunks * k) if chunks > 1 else 0,
+        THREADS=32 * _WARPS,
         num_warps=_WARPS,
         **pdl_options(scores, pdl),
     )
@@ -277,7 +282,10 @@ def select_topk(
 
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Compilations for V4-Flash, for `tests/workers/kernels/compiling.py`."""
-    signature = dict.fromkeys(("positions", "selected", "candidate_keys", "candidate_ids", "arrived"), "*i32")
-    signature |= {"scores": "*fp32", "scores_stride": "i32", "chunks": "i32"}
-    constants = {"RATIO": 4, "K": 512, "KP": 512, "CHUNK": CHUNK, "CHUNKED": True, "ROW_ALIGN": 16, "PDL": arch >= 90}
-    return [("topk", topk, signature, constants, {"num_warps": _WARPS, "launch_pdl": arch >= 90})]
+    signature = dict.fromkeys(("positions", "selected", "candidate_ids", "arrived"), "*i32")
+    signature |= dict.fromkeys(("scores", "candidate_scores"), "*fp32")
+    signature |= {"scores_stride": "i32", "chunks": "i32"}
+    constants = {"RATIO": 4, "K": 512, "KP": 512, "THREADS": 32 * _WARPS, "PDL": arch >= 90}
+    short, long = ({"CHUNK": CHUNKS[0], "CANDIDATES": 0}, {"CHUNK": CHUNKS[1], "CANDIDATES": 8192})
+    options = {"num_warps": _WARPS, "launch_pdl": arch >= 90}
+    return [(name, topk, signature, constants | case, options) for name, case in (("short", short), ("long", long))]

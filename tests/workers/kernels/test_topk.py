@@ -22,7 +22,7 @@ def expected(scores: Tensor, visible: Tensor, k: int) -> Tensor:
 
 
 def choose(scores: Tensor, visible: Tensor, k: int) -> Tensor:
-    """The kernel's choice into a poisoned buffer; scores behind the visible ones are poisoned too."""
+    """The kernel's choice in ascending order; buffer and the scores behind the visible ones are poisoned."""
     scores = scores.clone()
     for row, count in enumerate(visible.tolist()):
         scores[row, count:] = float("nan")
@@ -31,7 +31,10 @@ def choose(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     positions = torch.where(visible == 0, -1, visible * 4 + visible % 4 - 1).to(torch.int32)
     select_topk(scores, positions, out, work)
     assert not work.arrived.any()
-    return out
+    counts = visible.clamp(max=k).unsqueeze(1)
+    assert torch.equal(out < 0, torch.arange(k, device=out.device) >= counts)  # -1 after the last only
+    ascending = torch.where(out < 0, 1 << 30, out).sort(-1).values
+    return torch.where(ascending == 1 << 30, -1, ascending)
 
 
 def normal(seed: int, device: torch.device, *shape: int) -> Tensor:
@@ -46,19 +49,27 @@ KINDS = {
     "all equal": lambda x: x * 0.0,  # of both signs of zero
     "outliers": lambda x: torch.where(x > 2, x * 1e30, torch.where(x < 0, x * 1e-30, x)),
     "two values": lambda x: (x > 0.3).float(),
+    "mostly zero": lambda x: x.relu() * (x > 1),
+    "wide": lambda x: (20 * x).exp(),
 }
 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 128 entries, so that short rows have many of them."""
-    monkeypatch.setattr(module, "CHUNK", 128)
+    monkeypatch.setattr(module, "CHUNKS", (128,))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_chunk_chooses_as_the_reference(kind: str, device: torch.device, seed: int) -> None:
     scores = KINDS[kind](normal(seed, device, 12, 4096))
-    visible = torch.tensor([0, 1, 63, 64, 65, 100, 1000, 1024, 1025, 2049, 4000, 4096], device=device)
+    visible = torch.tensor([0, 1, 63, 64, 65, 100, 1000, 1024, 1025, 2049, 4000, 4096], device=device)  # all tiles
+    assert torch.equal(choose(scores, visible, 64), expected(scores, visible, 64))
+
+
+def test_a_row_of_64k_tokens_of_context(device: torch.device, seed: int) -> None:
+    scores = normal(seed, device, 5, 16384)
+    visible = torch.tensor([500, 1000, 4000, 5000, 16000], device=device)
     assert torch.equal(choose(scores, visible, 64), expected(scores, visible, 64))
 
 
@@ -81,6 +92,14 @@ def test_infinities_are_scores_like_others(device: torch.device, seed: int) -> N
     scores[0, ::3], scores[0, 1::3], scores[1, ::5] = float("inf"), float("-inf"), float("inf")
     visible = torch.tensor([64, 64], device=device)
     assert torch.equal(choose(scores, visible, 16), expected(scores, visible, 16))
+
+
+def test_nan_ranks_last(device: torch.device, seed: int) -> None:
+    scores = normal(seed, device, 1, 100)
+    scores[0, 10:40] = float("nan")
+    visible = torch.tensor([100], device=device)
+    least_first = torch.where(scores.isnan(), float("-inf"), scores)
+    assert torch.equal(choose(scores, visible, 80), expected(least_first, visible, 80))
 
 
 def test_a_row_does_not_depend_on_its_batch(device: torch.device, seed: int) -> None:
