@@ -131,7 +131,7 @@ def prefill_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         sampling,
     )
     from workers.kernels import sparse_attention as attention
-    from workers.kernels.quantise_rows import quantise_rows, round_in_place
+    from workers.kernels.quantise_rows import quantise_rows
 
     c, tokens, device = config, sizes.num_tokens, sizes.device
     width, index = c.num_attention_heads * c.head_dim, c.index_n_heads * c.index_head_dim
@@ -145,7 +145,7 @@ def prefill_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     )
     pairs = tokens * c.num_experts_per_tok
     tiles = torch.empty(experts_prefill.tile_words(pairs, c.n_routed_experts, device), dtype=torch.int32, device=device)
-    streams = torch.empty(mhc_prefill.work_floats(tokens), device=device)
+    streams = torch.empty(mhc_prefill.work_floats(tokens, c.hidden_size), device=device)
 
     def hc_pre(*tensors: Any, x_quantised: Tensor) -> None:
         mhc_prefill.hc_pre(*tensors, work=streams)
@@ -171,19 +171,11 @@ def prefill_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         elif rows is not None:
             compressor.compress_c128(rows, meta, main, rope, eps, mode="prefill")
 
-    def expert_gate_up(
-        x: Tensor, ids: Tensor, weights: Tensor, groups: Any, slab: Any, hidden: Tensor, limit: float, *,
-        shared_hidden: Tensor,
-    ) -> None:  # fmt: skip
-        experts_prefill.list_tiles(groups, hidden, tiles, slab)
-        experts_prefill.gate_up(x, weights, groups, slab, hidden, tiles, limit)
-        round_in_place(hidden.flatten(0, 1), tiles[1:2])
+    def expert_gate_up(x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, shared_hidden: Tensor) -> None:
+        experts_prefill.expert_gate_up(x, weights, *operands, tiles=tiles)
 
-    def expert_down(
-        hidden: Tensor, shared_hidden: Tensor, shared_w2: Any, ids: Tensor, groups: Any, slab: Any, out: Tensor
-    ) -> None:
-        experts_prefill.down(hidden, groups, slab, out, tiles)
-        linear_prefill.linear(shared_hidden, shared_w2, out[:, -1], work=work)
+    def expert_down(hidden: Tensor, shared_hidden: Tensor, shared_w2: Any, ids: Tensor, *operands: Any) -> None:
+        experts_prefill.expert_down(hidden, shared_hidden, shared_w2, *operands, tiles=tiles, work=work)
 
     return KernelSet(
         embed_streams=mhc.embed_streams,

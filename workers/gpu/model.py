@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from workers.gpu.kernel_set import (
     recorded,
 )
 from workers.gpu.rope_tables import RopeTables
-from workers.gpu.step import Step, StepParts
+from workers.gpu.step import LayerExperts, Step, StepParts
 from workers.gpu.weights import GpuWeights, unsupported_shape
 from workers.model.config import PAGE_TOKENS, LayerKind, ModelConfig
 from workers.model.precision import Precision
@@ -73,6 +74,7 @@ class GpuModel:
         kernels: tuple[MakeKernels, MakeKernels] = (decode_kernels, prefill_kernels),
         use_graphs: bool | None = None,
         before_decode: Callable[[], None] | None = None,
+        expert_stream: LayerExperts | None = None,
     ) -> None:
         """Allocates decode buffers; kernels are compiled and graphs captured at `warm_up` or at first use.
 
@@ -82,6 +84,7 @@ class GpuModel:
             kernels: what makes the ops of decode and of prefill.
             use_graphs: capture decode steps; by default on CUDA.
             before_decode: called on the engine thread right before each decode step is enqueued.
+            expert_stream: where prefill steps find their experts, instead of the weights' own slabs.
         """
         self.config, self.weights, self.pools, self.device = config, weights, pools, pools.device
         self.max_running = max_running or pools.sizes.slots
@@ -90,6 +93,7 @@ class GpuModel:
         self._make_decode, self._make_prefill = kernels
         self._use_graphs = use_graphs
         self._before_decode = before_decode
+        self._expert_stream = expert_stream
         ropes = RopeTables.build(config, self.num_pages * PAGE_TOKENS, self.device)
         self._parts = StepParts.of(config, weights, ropes, pools)
         self._lazy_decode: _Decode | None = None
@@ -253,7 +257,8 @@ class GpuModel:
         # The old buffers go before the new ones come.
         self._prefill = step = None
         sizes = StepSizes(num_tokens, min(num_tokens, ATTENTION_BLOCK), self.num_pages, self.device)
-        self._prefill = self._make_step(self._make_prefill, sizes, num_rows, "prefill")
+        made = self._make_step(self._make_prefill, sizes, num_rows, "prefill")
+        self._prefill = replace(made, stream=self._expert_stream)
         return self._prefill
 
 

@@ -22,6 +22,7 @@ token is treated by itself there, so blocks change nothing but memory; a decode 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from kvstore.pools.aggregate import KVPools
 from workers.gpu.buffers import Activations, LayerPools, StepMeta
 from workers.gpu.kernel_set import KernelSet, Recorder
 from workers.gpu.rope_tables import RopeTables
-from workers.gpu.weights import GpuLayer, GpuWeights, x_bf16_columns
+from workers.gpu.weights import ExpertSlab, GpuLayer, GpuWeights, x_bf16_columns
 from workers.model.config import ModelConfig
 
 
@@ -48,14 +49,31 @@ class StepParts:
         return cls(config, weights, ropes, tuple(LayerPools.of(pools, i, w) for i, w in enumerate(weights.layers)))
 
 
+class LayerExperts(Protocol):
+    """Brings a step's absent experts to the device, layer by layer; `ExpertStream` is one."""
+
+    def begin(self) -> None:
+        """A step begins."""
+
+    def layer(self, index: int) -> ExpertSlab:
+        """Where this layer's experts are; what is enqueued from here on finds them there."""
+
+    def done(self, index: int) -> None:
+        """The layer's expert products have been enqueued."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Launches steps of one kind. `recorder`: is told which layer the ops of `kernels` belong to."""
+    """Launches steps of one kind.
+
+    `recorder` is told which layer the ops of `kernels` belong to. `stream` replaces the layers' own slabs.
+    """
 
     parts: StepParts
     kernels: KernelSet
     buffers: Activations
     recorder: Recorder | None = None
+    stream: LayerExperts | None = None
 
     def run(self, meta: StepMeta, *, rows: Tensor | None = None, max_entries: int | None = None) -> Tensor:
         """Launch all layers over the T tokens of `meta`; logits fp32, a view of the buffers.
@@ -72,6 +90,8 @@ class Step:
         attn_out = a.view("sub_out", tokens, 1, c.hidden_size)
         moe_out = a.view("sub_out", tokens, c.num_experts_per_tok + 1, c.hidden_size)
         first = weights.layers[0]
+        if self.stream is not None:
+            self.stream.begin()
         k.embed_streams(meta.token_ids, weights.embed, streams)
         k.hc_pre(streams, first.hc_attn, first.attn_norm, x, post, comb, x_quantised=rounded)
         for index, layer in enumerate(weights.layers):
@@ -79,7 +99,7 @@ class Step:
             self._attention(index, layer, meta, x, rounded, attn_out, max_entries)
             between = (streams, post, comb, layer.hc_ffn, layer.ffn_norm, x)
             k.hc_post_pre(attn_out, *between, x_quantised=rounded, x_experts=experts_x)
-            self._moe(layer, meta, x, rounded, experts_x, moe_out)
+            self._moe(index, layer, meta, x, rounded, experts_x, moe_out)
             if index + 1 < len(weights.layers):
                 after = weights.layers[index + 1]
                 between = (streams, post, comb, after.hc_attn, after.attn_norm, x)
@@ -163,7 +183,9 @@ class Step:
             k.grouped_linear(heads.view(hi - lo, c.o_groups, -1), layer.wo_a, o_latent)
             k.linear(o_latent, layer.wo_b, out[lo:hi, 0])
 
-    def _moe(self, layer: GpuLayer, meta: StepMeta, x: Tensor, rounded: Tensor, experts_x: Tensor, out: Tensor) -> None:
+    def _moe(
+        self, index: int, layer: GpuLayer, meta: StepMeta, x: Tensor, rounded: Tensor, experts_x: Tensor, out: Tensor
+    ) -> None:
         """Normed hidden state [T, D] to k routed parts and the shared one [T, k + 1, D].
 
         `rounded`: x through e4m3; `experts_x`: likewise, columns in the order in which expert kernels unpack weights.
@@ -178,5 +200,8 @@ class Step:
         chooser = layer.bias if layer.tid2eid is None else layer.tid2eid
         heat = {} if layer.experts.heat is None else {"heat": layer.experts.heat}
         k.route(gate_logits, chooser, meta.token_ids, c.routed_scaling_factor, ids, routing, groups, **heat)
-        k.expert_gate_up(experts_x, ids, routing, groups, layer.experts, hidden, limit, shared_hidden=shared_hidden)
-        k.expert_down(hidden, shared_hidden, layer.shared_w2, ids, groups, layer.experts, out)
+        slab = layer.experts if self.stream is None else self.stream.layer(index)
+        k.expert_gate_up(experts_x, ids, routing, groups, slab, hidden, limit, shared_hidden=shared_hidden)
+        k.expert_down(hidden, shared_hidden, layer.shared_w2, ids, groups, slab, out)
+        if self.stream is not None:
+            self.stream.done(index)
