@@ -3,8 +3,8 @@
 Owns: `route` after the gate product, for decode (one launch, one program) and prefill (three launches). Definitions:
 `workers/reference/moe.py` (`router_scores`, `route_learned`, `route_hash`). Ties go to the lower expert id.
 
-Decode sorts the pairs by (expert, pair); prefill counts them: a tile `[tokens, experts]` of uses gives, by sums along
-its two axes, every pair its place. Only integers meet across tokens, so ids and weights cannot depend on the batch.
+Decode sorts all pairs by (expert, pair). Prefill counts the uses of each expert per tile of tokens, adds the counts up,
+and sorts inside tiles. Only integers meet across tokens, so ids and weights cannot depend on the batch.
 """
 
 from __future__ import annotations
@@ -117,27 +117,40 @@ def _chosen(logits, chooser, token_ids, token, inside, vocab, E: tl.constexpr, E
 
 
 @triton.jit
-def _store_choice(logits, ids, weights, chosen, token, inside, scaling, E: tl.constexpr, K: tl.constexpr):
-    """Ids and weights, whose sum is taken in the order of the choices."""
-    row = token.to(tl.int64)
-    scores = ()
-    for c in tl.static_range(K):
-        scores = scores + (router_score(tl.load(logits + row * E + chosen[c], mask=inside, other=0.0)),)
-    total = scores[0]
+def _choose(
+    logits,
+    chooser,
+    token_ids,
+    ids,
+    weights,
+    token,
+    num_tokens,
+    vocab,
+    scaling,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    HASH: tl.constexpr,
+):
+    """Writes ids and weights of a block of tokens. Returns `[tokens, KP]`: experts, pairs, and which pairs count."""
+    inside = token < num_tokens
+    chosen = _chosen(logits, chooser, token_ids, token, inside, vocab, E, EP, K, HASH)
+    choice = tl.arange(0, KP)[None, :]
+    experts = tl.broadcast_to(chosen[0][:, None], (token.shape[0], KP))
     for c in tl.static_range(1, K):
-        total += scores[c]
-    for c in tl.static_range(K):
-        tl.store(ids + row * K + c, chosen[c], mask=inside)
-        tl.store(weights + row * K + c, scores[c] / total * scaling, mask=inside)
-
-
-@triton.jit
-def _uses(chosen, expert, counted, K: tl.constexpr):
-    """int32 `[tokens, experts]`: how often a token that counts uses an expert (a hash table may repeat one)."""
-    uses = ((chosen[0][:, None] == expert) & counted[:, None]).to(tl.int32)
+        experts = tl.where(choice == c, chosen[c][:, None], experts)
+    wanted = inside[:, None] & (choice < K)
+    pair = token[:, None] * K + choice
+    score = router_score(tl.load(logits + token.to(tl.int64)[:, None] * E + experts, mask=wanted, other=0.0))
+    # Column by column: the order of a reduction over a block depends on its layout, and so on its height.
+    total = tl.sum(tl.where(choice == 0, score, 0.0), 1)
     for c in tl.static_range(1, K):
-        uses += ((chosen[c][:, None] == expert) & counted[:, None]).to(tl.int32)
-    return uses
+        total += tl.sum(tl.where(choice == c, score, 0.0), 1)
+    tl.store(ids + pair, experts, mask=wanted)
+    tl.store(weights + pair, score / total[:, None] * scaling, mask=wanted)
+    counted = wanted & (tl.load(token_ids + token, mask=inside, other=-1) >= 0)[:, None]
+    return experts, pair, counted
 
 
 @triton.jit
@@ -154,35 +167,20 @@ def _store_groups(num_active, active_experts, active_begin, expert, counts, begi
 
 
 @triton.jit
-def _store_order(pair_order, chosen, expert, counted, place, token, K: tl.constexpr):
-    """Scatters pairs; `place [tokens, experts]`: where a token's first pair of an expert goes."""
-    for c in tl.static_range(K):
-        hit = (chosen[c][:, None] == expert) & counted[:, None]
-        tl.store(pair_order + tl.sum(tl.where(hit, place, 0), 1), token * K + c, mask=counted)
-        place += hit.to(tl.int32)
-
-
-@triton.jit
-def _group_by_sorting(
-    experts, counted, pair, num_active, active_experts, active_begin, pair_order, heat, PAIRS: tl.constexpr, HEAT
-):
-    """Groups of at most PAIRS pairs: `experts`, `counted`, `pair` `[PAIRS]`, pairs ascending where they count."""
-    key = tl.sort(tl.where(counted, experts * PAIRS + pair, 0x7FFFFFFF))
+def _sorted(experts, counted, local, PAIRS: tl.constexpr):
+    """Pairs by (expert, pair), those that do not count last: expert and pair of each place, whether it is one, whether
+    its expert begins there. `local`: numbers below PAIRS in the order of the pairs."""
+    key = tl.sort(tl.where(counted, experts * PAIRS + local, 0x7FFFFFFF))
     place = tl.arange(0, PAIRS)
     real = key != 0x7FFFFFFF
     expert = key // PAIRS
     before = tl.gather(expert, tl.maximum(place - 1, 0), 0)
-    first = real & ((place == 0) | (expert != before))
-    flags = first.to(tl.int32)
-    slot = tl.cumsum(flags, 0) - 1
-    tl.store(pair_order + place, key % PAIRS, mask=real)
-    tl.store(active_experts + slot, expert, mask=first)
-    tl.store(active_begin + slot, place, mask=first)
-    total = tl.sum(flags, 0)
-    tl.store(num_active, total)
-    tl.store(active_begin + total, tl.sum(real.to(tl.int32), 0))
-    if HEAT:
-        tl.atomic_add(heat + expert, 1, mask=real, sem="relaxed")
+    return expert, key % PAIRS, real, real & ((place == 0) | (expert != before))
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "vocab"])
@@ -214,35 +212,23 @@ def route_decode_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     token = tl.arange(0, TILE)
-    inside = token < num_tokens
-    chosen = _chosen(logits, chooser, token_ids, token, inside, vocab, E, EP, K, HASH)
-    choice = tl.arange(0, KP)[None, :]
-    experts = tl.broadcast_to(chosen[0][:, None], (TILE, KP))
-    for c in tl.static_range(1, K):
-        experts = tl.where(choice == c, chosen[c][:, None], experts)
-    wanted = inside[:, None] & (choice < K)
-    pair = token[:, None] * K + choice
-    score = router_score(tl.load(logits + token[:, None] * E + experts, mask=wanted, other=0.0))
-    # Column by column: the order of a reduction over a block depends on its layout, and so on TILE.
-    total = tl.sum(tl.where(choice == 0, score, 0.0), 1)
-    for c in tl.static_range(1, K):
-        total += tl.sum(tl.where(choice == c, score, 0.0), 1)
-    tl.store(ids + pair, experts, mask=wanted)
-    tl.store(weights + pair, score / total[:, None] * scaling, mask=wanted)
-    counted = wanted & (tl.load(token_ids + token, mask=inside, other=-1) >= 0)[:, None]
-    PAIRS: tl.constexpr = TILE * KP
-    _group_by_sorting(
-        tl.reshape(experts, (PAIRS,)),
-        tl.reshape(counted, (PAIRS,)),
-        tl.reshape(pair, (PAIRS,)),
-        num_active,
-        active_experts,
-        active_begin,
-        pair_order,
-        heat,
-        PAIRS,
-        HEAT,
+    experts, pair, counted = _choose(
+        logits, chooser, token_ids, ids, weights, token, num_tokens, vocab, scaling, E, EP, K, KP, HASH
     )
+    PAIRS: tl.constexpr = TILE * KP
+    counted = tl.reshape(counted, (PAIRS,))
+    expert, local, real, first = _sorted(tl.reshape(experts, (PAIRS,)), counted, tl.reshape(pair, (PAIRS,)), PAIRS)
+    place = tl.arange(0, PAIRS)
+    flags = first.to(tl.int32)
+    slot = tl.cumsum(flags, 0) - 1
+    tl.store(pair_order + place, local, mask=real)
+    tl.store(active_experts + slot, expert, mask=first)
+    tl.store(active_begin + slot, place, mask=first)
+    total = tl.sum(flags, 0)
+    tl.store(num_active, total)
+    tl.store(active_begin + total, tl.sum(real.to(tl.int32), 0))
+    if HEAT:
+        tl.atomic_add(heat + expert, 1, mask=real, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_tokens", "vocab"])
@@ -259,6 +245,7 @@ def choose_kernel(
     E: tl.constexpr,
     EP: tl.constexpr,
     K: tl.constexpr,
+    KP: tl.constexpr,
     TILE: tl.constexpr,
     HASH: tl.constexpr,
     PDL: tl.constexpr,
@@ -269,12 +256,11 @@ def choose_kernel(
         tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     token = tile * TILE + tl.arange(0, TILE)
-    inside = token < num_tokens
-    chosen = _chosen(logits, chooser, token_ids, token, inside, vocab, E, EP, K, HASH)
-    _store_choice(logits, ids, weights, chosen, token, inside, scaling, E, K)
-    counted = tl.load(token_ids + token, mask=inside, other=-1) >= 0
+    experts, _, counted = _choose(
+        logits, chooser, token_ids, ids, weights, token, num_tokens, vocab, scaling, E, EP, K, KP, HASH
+    )
+    counts = tl.histogram(tl.reshape(experts, (TILE * KP,)), EP, mask=tl.reshape(counted, (TILE * KP,)))
     expert = tl.arange(0, EP)
-    counts = tl.sum(_uses(chosen, expert[None, :], counted, K), 0)
     tl.store(tile_counts + tile * E + expert, counts, mask=expert < E)
 
 
@@ -325,6 +311,7 @@ def order_kernel(
     E: tl.constexpr,
     EP: tl.constexpr,
     K: tl.constexpr,
+    KP: tl.constexpr,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -340,14 +327,18 @@ def order_kernel(
     begin = tl.cumsum(counts, 0) - counts
     if tile == 0:
         _store_groups(num_active, active_experts, active_begin, expert, counts, begin)
-    earlier = tl.load(tile_counts + tile * E + expert, mask=expert < E, other=0)
-    counted = tl.load(token_ids + token, mask=inside, other=-1) >= 0
-    chosen = ()
-    for c in tl.static_range(K):
-        chosen = chosen + (tl.load(ids + token.to(tl.int64) * K + c, mask=inside, other=0),)
-    uses = _uses(chosen, expert[None, :], counted, K)
-    place = tl.cumsum(uses, 0) - uses + (begin + earlier)[None, :]
-    _store_order(pair_order, chosen, expert[None, :], counted, place, token, K)
+    start = begin + tl.load(tile_counts + tile * E + expert, mask=expert < E, other=0)
+    choice = tl.arange(0, KP)[None, :]
+    wanted = inside[:, None] & (choice < K)
+    experts = tl.load(ids + token.to(tl.int64)[:, None] * K + choice, mask=wanted, other=0)
+    counted = wanted & (tl.load(token_ids + token, mask=inside, other=-1) >= 0)[:, None]
+    PAIRS: tl.constexpr = TILE * KP
+    place = tl.arange(0, PAIRS)
+    counted = tl.reshape(counted, (PAIRS,))
+    chosen, local, real, first = _sorted(tl.reshape(experts, (PAIRS,)), counted, place, PAIRS)
+    run = tl.associative_scan(tl.where(first, place, 0), 0, _larger)
+    target = tl.gather(start, tl.where(real, chosen, 0), 0) + place - run
+    tl.store(pair_order + target, (tile * TILE + local // KP) * K + local % KP, mask=real)
 
 
 # -- launchers ----------------------------------------------------------------------------------------------------
@@ -385,13 +376,14 @@ def route(
     hashed = not chooser.dtype.is_floating_point
     vocab = chooser.shape[0] if hashed else 0
     heat_or_any = ids if heat is None else heat
-    shape: dict[str, Any] = {"E": num_experts, "EP": triton.next_power_of_2(num_experts), "K": ids.shape[1]}
+    pow2, num_chosen = triton.next_power_of_2, ids.shape[1]
+    shape: dict[str, Any] = {"E": num_experts, "EP": pow2(num_experts), "K": num_chosen, "KP": pow2(num_chosen)}
     lists = (groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order)
     options = pdl_options(logits, pdl)
     if num_tokens <= DECODE_TOKENS:
         tile, warps = next(choice for choice in DECODE_TILES if num_tokens <= choice[0])
         operands = (logits, chooser, token_ids, ids, weights, *lists, heat_or_any, num_tokens, vocab, scaling)
-        flags = {"KP": triton.next_power_of_2(ids.shape[1]), "HASH": hashed, "HEAT": heat is not None}
+        flags = {"HASH": hashed, "HEAT": heat is not None}
         route_decode_kernel[(1,)](*operands, **shape, TILE=tile, **flags, num_warps=warps, **options)
         return
     if work is None:
@@ -399,7 +391,7 @@ def route(
     num_tiles = triton.cdiv(num_tokens, TILE_TOKENS)
     totals, tile_counts = work[:num_experts], work[num_experts:]
     operands = (logits, chooser, token_ids, ids, weights, tile_counts, num_tokens, vocab, scaling)
-    choose_kernel[(num_tiles,)](*operands, **shape, TILE=TILE_TOKENS, HASH=hashed, num_warps=16, **options)
+    choose_kernel[(num_tiles,)](*operands, **shape, TILE=TILE_TOKENS, HASH=hashed, num_warps=8, **options)
     scan_tiles_kernel[(triton.cdiv(num_experts, SCAN_EXPERTS),)](
         tile_counts,
         totals,
@@ -436,7 +428,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     return [
         *(case(f"decode {t}", route_decode_kernel, w, TILE=t, HEAT=True) for t, w in DECODE_TILES),
         case("decode hash", route_decode_kernel, 16, hashed=True, TILE=DECODE_TOKENS, HEAT=False),
-        case("choose", choose_kernel, 16, TILE=TILE_TOKENS),
+        case("choose", choose_kernel, 8, TILE=TILE_TOKENS),
         case("scan_tiles", scan_tiles_kernel, 8, HEAT=True, **scan),
         case("order", order_kernel, 8, TILE=TILE_TOKENS),
     ]
