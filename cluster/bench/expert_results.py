@@ -57,6 +57,23 @@ class ExpertRow:
         return max(0.0, 1 - self.resident_ms / self.ms)
 
 
+@dataclass(frozen=True, slots=True)
+class PrefillCell:
+    """One chunk of one prompt at one budget."""
+
+    budget: str
+    slots: int
+    tokens: int
+    ms: float
+    copied_bytes: float
+    """Bytes that came over the host link ahead of their layer."""
+
+    @property
+    def tokens_s(self) -> float:
+        """Prompt tokens per second."""
+        return 1e3 * self.tokens / self.ms
+
+
 @dataclass(slots=True)
 class ExpertResults:
     """A whole run."""
@@ -65,6 +82,7 @@ class ExpertResults:
     setup: dict[str, Any]
     memory: dict[str, float] = field(default_factory=dict)
     rows: list[ExpertRow] = field(default_factory=list)
+    prefill: list[PrefillCell] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
         """As JSON, with the derived figures."""
@@ -72,7 +90,8 @@ class ExpertResults:
             dataclasses.asdict(r) | {"tokens_s": r.tokens_s, "link_gb_token": r.link_gb_token, "stall": r.stall}
             for r in self.rows
         ]
-        form = {"machine": self.machine, "setup": self.setup, "memory": self.memory, "rows": rows}
+        prefill = [dataclasses.asdict(cell) | {"tokens_s": cell.tokens_s} for cell in self.prefill]
+        form = {"machine": self.machine, "setup": self.setup, "memory": self.memory, "rows": rows, "prefill": prefill}
         path.write_text(json.dumps(form, indent=1))
 
 
@@ -84,7 +103,18 @@ def tables(results: ExpertResults) -> list[Table]:
     found = [about]
     for routing in dict.fromkeys(row.routing for row in results.rows):
         found.append(_rows_table(routing, [row for row in results.rows if row.routing == routing]))
+    if results.prefill:
+        found.append(_prefill_table(results.prefill))
     return found
+
+
+def _prefill_table(cells: list[PrefillCell]) -> Table:
+    title = f"prefill of one chunk of {cells[0].tokens:,} tokens"
+    table = Table("budget", "slots", "ms", "tokens/s", "GB copied", title=title, title_justify="left")
+    for cell in cells:
+        copied = f"{cell.copied_bytes / GB:.2f}"
+        table.add_row(cell.budget, f"{cell.slots:,}", f"{cell.ms:,.0f}", f"{cell.tokens_s:,.0f}", copied)
+    return table
 
 
 def _rows_table(routing: str, rows: list[ExpertRow]) -> Table:

@@ -21,15 +21,17 @@ import numpy as np
 import torch
 
 from cluster.bench import floors
-from cluster.bench.expert_results import ExpertResults, ExpertRow
+from cluster.bench.expert_results import ExpertResults, ExpertRow, PrefillCell
 from cluster.bench.measure import machine
 from cluster.bench.scene import Scene, Wanted, fill_plausibly
 from workers.experts.bank import HostBank
 from workers.experts.cache import ExpertCache
 from workers.experts.generator import UNIFORM, V4_LIKE, generate
 from workers.experts.policy import POLICIES
+from workers.experts.slots import Tier, code_of
 from workers.experts.trace import RoutingTrace
 from workers.gpu.cached_experts import ExpertMemory
+from workers.gpu.expert_stream import ExpertStream
 from workers.gpu.synthetic import layer_experts
 from workers.gpu.weights import ExpertShape
 from workers.model.config import PAGE_TOKENS, ModelConfig
@@ -44,7 +46,12 @@ CHECKED_STEPS = 6
 CELL_S = 2.5
 """Seconds a cell is measured for, about."""
 
-CONTEXT = 4096
+CONTEXT, CHUNK = 4096, 8192
+
+STAGED = 64
+"""Experts of one staging half of prefill: 0.86 GB at V4-Flash's size, twice; they count as part of no budget here."""
+
+HOST = code_of(Tier.HOST, 0)
 
 Say = Callable[[str], None]
 
@@ -79,7 +86,7 @@ class ExpertScene:
 
     def __init__(self, config: ModelConfig, layers: int, batches: Sequence[int], most_slots: int, say: Say) -> None:
         began = time.perf_counter()
-        wanted = Wanted("experts", routed_by_token(config, layers), layers, True, tuple(batches), (CONTEXT,), ())
+        wanted = Wanted("experts", routed_by_token(config, layers), layers, True, tuple(batches), (CONTEXT,), (CHUNK,))
         self.scene = Scene(
             dataclasses.replace(wanted, config=wanted.config), experts_held=2 * config.num_experts_per_tok
         )
@@ -97,6 +104,15 @@ class ExpertScene:
         self.fill_s = time.perf_counter() - began
         say(f"bank filled in {self.fill_s:.1f} s, {self.bank.nbytes / 1e9 / self.fill_s:.1f} GB/s")
         self.memory = ExpertMemory.allocate(self.config, most_slots, self.bank, "cuda")
+        self.codes = self.bank.place.astype(np.int32) | HOST
+        self.stream = ExpertStream(
+            self.memory.slab,
+            self.bank,
+            lambda: self.codes,
+            num_layers=layers,
+            half_experts=min(STAGED, config.n_routed_experts),
+            device="cuda",
+        )
         self._use(self.memory.attach(self.scene.weights))
 
     def _fill_bank(self, shape: ExpertShape, layers: int) -> None:
@@ -125,6 +141,7 @@ class ExpertScene:
             scene.pools,
             max_running=max(scene.wanted.batches),
             max_context=scene.wanted.max_context,
+            expert_stream=self.stream,
         )
         scene.model.warm_up()
 
@@ -152,7 +169,7 @@ class ExpertScene:
 
     def all_at_home(self) -> None:
         """No expert in a slot."""
-        self.memory.table.copy_(torch.from_numpy(self.bank.place.astype(np.int32) | (1 << 24)))
+        self.memory.table.copy_(torch.from_numpy(self.bank.place.astype(np.int32) | HOST))
 
 
 def run_experts(
@@ -183,7 +200,29 @@ def run_experts(
             _cells(scene, trace, routing, batch, named, policy, results, say)
             if json_file is not None:
                 results.write(json_file)
+    _prefill(scene, named, results, say)
+    if json_file is not None:
+        results.write(json_file)
     return results
+
+
+def _prefill(scene: ExpertScene, budgets: Sequence[Budget], results: ExpertResults, say: Say) -> None:
+    """One chunk at each budget; without a profile each layer holds an equal share. Copied bytes are of one chunk."""
+    batch = scene.scene.prompt_batch(CHUNK)
+    for budget in sorted(budgets, key=lambda b: -b.slots):
+        cache = scene.memory.cache(scene.config, num_slots=budget.slots)
+        scene.codes = cache.slots.codes
+        times, before = [], scene.stream.copied_bytes
+        for _ in range(3):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            scene.scene.model.forward(batch)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        copied = (scene.stream.copied_bytes - before) / len(times)
+        row = PrefillCell(budget.name, budget.slots, CHUNK, 1e3 * min(times[1:]), copied)
+        results.prefill.append(row)
+        say(f"prefill of {CHUNK}, {row.budget}: {row.ms:.0f} ms, {row.tokens_s:,.0f} tokens/s, {copied / 1e9:.1f} GB")
 
 
 def _cells(
