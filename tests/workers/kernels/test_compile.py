@@ -35,20 +35,20 @@ def outcomes() -> list[Outcome]:
     return [Outcome(**json.loads(line)) for line in lines]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_every_kernel_compiles_for_every_architecture(outcomes: list[Outcome]) -> None:
     failed = [f"{o.module}.{o.name} sm_{o.arch}: {o.error}" for o in outcomes if o.error]
     assert not failed, "\n".join(failed)
     assert {(o.module, o.arch) for o in outcomes} == {(m, a) for m in kernel_modules() for a in ARCHITECTURES}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_every_kernel_fits_the_shared_memory(outcomes: list[Outcome]) -> None:
     large = {f"{o.module}.{o.name} sm_{o.arch}": o.shared_bytes for o in outcomes if _too_large(o)}
     assert not large
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_no_kernel_spills_on_hopper(outcomes: list[Outcome]) -> None:
     spilled = {f"{o.module}.{o.name}": o.stack_bytes for o in outcomes if _spills(o)}
     assert not spilled
