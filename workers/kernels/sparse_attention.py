@@ -20,7 +20,13 @@ from workers.kernels.formats import hardware_formats
 from workers.kernels.kv_rows import NOPE_DIMS, ROPE_DIMS
 from workers.kernels.launch import pdl_options
 from workers.kernels.sparse_attention_decode import RUN_KEYS, attend_decode, combine
-from workers.kernels.sparse_attention_prefill import attend_prefill
+from workers.kernels.sparse_attention_prefill import (
+    MARGIN,
+    ROWS_OF_PROGRAM,
+    attend_prefill,
+    expand_rows,
+    workspace_rows,
+)
 from workers.kernels.tiles import Tile, tile
 
 PAGE_TOKENS = 256
@@ -38,6 +44,8 @@ class StepMetadata(Protocol):
     sequence_of_token: Tensor  # [T]
     full_pages: Tensor  # [B, S], -1 = none
     window_pages: Tensor  # [B, S]
+    start: Tensor  # [B], prefill only
+    cu_starts: Tensor  # [B + 1], prefill only
 
 
 def decode_split(
@@ -74,6 +82,14 @@ def work_floats(
     return num_tokens * heads * parts * (head_dim + 2) if split else 0
 
 
+def prefill_work_floats(num_tokens: int, num_sequences: int, num_entries: int, head_dim: int) -> int:
+    """fp32 elements of workspace that prefill needs (2 kB a token and entry, for two numbers in one element).
+
+    num_entries: at least the entries of the layer that the last token of each sequence sees, of all together.
+    """
+    return workspace_rows(num_tokens, num_sequences, num_entries) * head_dim // 2 + num_sequences
+
+
 def sparse_attention(
     q: Tensor,
     meta: StepMetadata,
@@ -104,7 +120,8 @@ def sparse_attention(
         sink: fp32 [H].
         rope_table: fp32 [P, 64], cos | sin of each position.
         out: bf16 [T, H * hd].
-        work: fp32, `work_floats` elements; not used by prefill.
+        work: fp32, `work_floats` elements for decode, `prefill_work_floats` for prefill. Prefill may be given None and
+            then takes, for the time of the call, what the page tables could need.
         mode: "decode" gives the same bits in any batch; "prefill" walks a token's keys in one program.
 
     Raises:
@@ -126,33 +143,13 @@ def sparse_attention(
         "WINDOW": window,
         "RATIO": ratio,
         "SELECTED": 0 if selected is None else selected.shape[1],
-        "WIDEN": not q.is_cuda,
-    }
-    pools = {
         "Q_STRIDE": q.stride(0),
-        "WINDOW_STRIDE": window_pool.shape[1],
-        "ENTRY_STRIDE": entries.shape[1],
-        "HW": hardware_formats(q.device),
+        "WIDEN": not q.is_cuda,
     }
     shape = tile(f"sparse_attention.{mode}", q.device)
     if mode == "prefill":
-        attend_prefill[(-(-heads // shape.n) * (2 if head_dim == 512 else 1), num_tokens)](
-            q,
-            *tables,
-            *(pool.view(dtype) for pool in (window_pool, entries) for dtype in (torch.uint8, torch.bfloat16)),
-            chosen,
-            sink,
-            rope_table,
-            out,
-            eps,
-            NOPE=head_dim - ROPE_DIMS,
-            BH=shape.n,
-            KEYS=shape.k,
-            **sizes,
-            **pools,
-            **shape.options,
-            **pdl_options(q, pdl),
-        )
+        sizes |= {"NOPE": head_dim - ROPE_DIMS}
+        _prefill(q, meta, window_pool, entries, chosen, sink, rope_table, out, work, eps, shape, sizes, pdl)
         return
     split, parts = decode_split(num_tokens, heads, tables[-1], sizes["SELECTED"], ratio, shape, window)
     sizes |= {"W": head_dim // 64, "KEYS": shape.k, "RUN": RUN_KEYS // shape.k, "SPLIT": split}
@@ -171,8 +168,10 @@ def sparse_attention(
         BH=shape.n,
         num_warps=head_dim // 64,
         num_stages=shape.stages,
+        WINDOW_STRIDE=window_pool.shape[1],
+        ENTRY_STRIDE=entries.shape[1],
+        HW=hardware_formats(q.device),
         **sizes,
-        **pools,
         **pdl_options(q, pdl),
     )
     if split:
@@ -185,16 +184,89 @@ def sparse_attention(
             out,
             MOST=triton.next_power_of_2(parts),
             num_warps=4 if head_dim == 512 else 1,
-            **sizes,
+            **{name: value for name, value in sizes.items() if name != "Q_STRIDE"},
             **pdl_options(q, pdl),
         )
 
 
+def _prefill(
+    q: Tensor,
+    meta: StepMetadata,
+    window_pool: Tensor,
+    entries: Tensor,
+    selected: Tensor,
+    sink: Tensor,
+    rope_table: Tensor,
+    out: Tensor,
+    work: Tensor | None,
+    eps: float,
+    shape: Tile,
+    sizes: dict[str, Any],
+    pdl: bool | None,
+) -> None:
+    """Rows to bf16, then the attention of every token."""
+    num_sequences, num_pages = meta.full_pages.shape
+    num_tokens, ratio = out.shape[0], sizes["RATIO"]
+    if work is None:
+        num_entries = num_sequences * num_pages * PAGE_TOKENS // ratio if ratio else 0
+        work = q.new_empty(
+            prefill_work_floats(num_tokens, num_sequences, num_entries, sizes["NOPE"] + ROPE_DIMS), dtype=torch.float32
+        )
+    bases = work.view(torch.int32)[-num_sequences:]
+    rows = work.view(torch.bfloat16)
+    window_programs = triton.cdiv(num_tokens + MARGIN, ROWS_OF_PROGRAM)
+    entry_programs = triton.cdiv(num_pages * PAGE_TOKENS // ratio, ROWS_OF_PROGRAM) if ratio else 0
+    expand_rows[(window_programs + entry_programs, num_sequences)](
+        rows,
+        bases,
+        meta.positions,
+        meta.sequence_of_token,
+        meta.cu_starts,
+        meta.start,
+        num_tokens,
+        meta.window_pages,
+        meta.full_pages,
+        num_pages,
+        *(pool.view(dtype) for pool in (window_pool, entries) for dtype in (torch.uint8, torch.bfloat16)),
+        window_programs,
+        NOPE=sizes["NOPE"],
+        RATIO=ratio,
+        WINDOW_STRIDE=window_pool.shape[1],
+        ENTRY_STRIDE=entries.shape[1],
+        ROWS=ROWS_OF_PROGRAM,
+        HW=hardware_formats(q.device),
+        num_warps=8,
+        **pdl_options(q, pdl),
+    )
+    attend_prefill[(triton.cdiv(sizes["HEADS"], shape.n), num_tokens)](
+        q,
+        meta.positions,
+        meta.sequence_of_token,
+        meta.cu_starts,
+        meta.start,
+        rows,
+        bases,
+        num_sequences,
+        selected,
+        sink,
+        rope_table,
+        out,
+        eps,
+        BH=shape.n,
+        KEYS=shape.k,
+        **sizes,
+        **shape.options,
+        **pdl_options(q, pdl),
+    )
+
+
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """V4-Flash's shapes for the check that every kernel compiles."""
-    types = {"eps": "fp32", "num_pages": "i32", "num_parts": "i32", "q": "*bf16", "out": "*bf16"}
+    types = {"eps": "fp32", "q": "*bf16", "out": "*bf16", "rows": "*bf16"}
+    types |= dict.fromkeys(("num_pages", "num_parts", "num_sequences", "num_tokens", "window_programs"), "i32")
     types |= dict.fromkeys(("sink", "rope_table", "work"), "*fp32")
-    types |= dict.fromkeys(("positions", "sequence_of_token", "window_pages", "full_pages", "selected"), "*i32")
+    integers = "positions sequence_of_token window_pages full_pages selected cu_starts start bases"
+    types |= dict.fromkeys(integers.split(), "*i32")
     for view, kind in (("codes", "*u8"), ("words", "*bf16"), ("scales", "*i64")):
         types |= {f"window_{view}": kind, f"entry_{view}": kind}
     launch = {"launch_pdl": True} if arch >= 90 else {}
@@ -207,6 +279,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         ("decode_chunk", attend_decode, {"BH": decode.n, "KEYS": decode.k, "SPLIT": 1}, warps),
         ("decode_all", attend_decode, {"BH": decode.n, "KEYS": decode.k, "SPLIT": 0}, warps),
         ("combine", combine, {"KEYS": decode.k, "SPLIT": 1}, {}),
+        ("expand_rows", expand_rows, {"ROWS": ROWS_OF_PROGRAM}, {"num_warps": 8}),
         ("prefill", attend_prefill, {"BH": prefill.n, "KEYS": prefill.k}, prefill.options),
     ]
     return [

@@ -18,7 +18,7 @@ from torch import Tensor
 from tests.bench.kernels.timing import Row, copy_bandwidth, graph_ms, report
 from tests.workers.kernels.attention_steps import EPS, Meta
 from workers.kernels.kv_store import norm_and_store
-from workers.kernels.sparse_attention import sparse_attention, work_floats
+from workers.kernels.sparse_attention import prefill_work_floats, sparse_attention, work_floats
 
 HEADS, HEAD_DIM, LATENT, SELECTED, WINDOW, PAGE = 64, 512, 1024, 512, 128, 256
 Q_COLUMNS = HEADS * HEAD_DIM + 64 * 128
@@ -51,7 +51,8 @@ def tables(ratio: int, positions: list[int], sequences: list[int], num_pages: in
     full = torch.randint(0, UNITS[ratio], shape, dtype=torch.int32, device="cuda")
     window = torch.randint(0, UNITS[0], shape, dtype=torch.int32, device="cuda")
     places = [torch.tensor(values, dtype=torch.int32, device="cuda") for values in (positions, sequences)]
-    return Meta(places[0], places[1], full, window)
+    start = torch.tensor(positions[:1], dtype=torch.int32, device="cuda")  # prefill: one sequence
+    return Meta(*places, full, window, start, start.new_tensor([0, len(positions)]))
 
 
 def selection(meta: Meta) -> Tensor:
@@ -76,7 +77,10 @@ def attention(pools: Pools, name: str, ratio: int, positions: list[int], sequenc
     num_calls = 2 if mode == "prefill" else min(MAX_CALLS, max(24, COLD_BYTES // num_bytes))
     q = torch.randn(T, Q_COLUMNS, dtype=torch.bfloat16, device="cuda")
     out = torch.empty(T, HEADS * HEAD_DIM, dtype=torch.bfloat16, device="cuda")
-    floats = work_floats(T, HEADS, HEAD_DIM, num_pages, SELECTED, ratio) if mode == "decode" else 0
+    if mode == "decode":
+        floats = work_floats(T, HEADS, HEAD_DIM, num_pages, SELECTED, ratio)
+    else:
+        floats = prefill_work_floats(T, 1, (positions[-1] + 1) // ratio if ratio else 0, HEAD_DIM)
     work = torch.empty(max(floats, 1), device="cuda")
     entry_pool = pools.of[ratio] if ratio else None
 

@@ -6,6 +6,7 @@ tokens may see are written; every other byte of the pools is 0xFF, NaN in each f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,11 +30,14 @@ class Meta:
     sequence_of_token: Tensor
     full_pages: Tensor
     window_pages: Tensor
+    start: Tensor
+    cu_starts: Tensor
 
     def rows(self, tokens: Sequence[int]) -> Meta:
-        """The same tables for some of the tokens."""
+        """The same tables for some of the tokens, for decode."""
         index = torch.tensor(tokens, dtype=torch.int64, device=self.positions.device)
-        return Meta(self.positions[index], self.sequence_of_token[index], self.full_pages, self.window_pages)
+        tables = (self.full_pages, self.window_pages, self.start, self.cu_starts)
+        return Meta(self.positions[index], self.sequence_of_token[index], *tables)
 
 
 @dataclass
@@ -104,6 +108,7 @@ def attention_step(
     """
     random = torch.Generator().manual_seed(seed)
     spec = build_kv_spec([ratio], head_dim=head_dim, rope_dim=ROPE, index_head_dim=128, window=WINDOW, fmt="fp8")
+    counts = [count for _, count in runs]
     ends = [start + count for start, count in runs]
     columns = max(capacity_pages, *(-(-max(end, 1) // PAGE_TOKENS) for end in ends))
     num_units = columns * len(runs) + 2
@@ -139,6 +144,8 @@ def attention_step(
             sequence_of_token=torch.tensor(sequences, dtype=torch.int32, device=device),
             full_pages=tables[0].to(device),
             window_pages=tables[1].to(device),
+            start=torch.tensor([max(start, 0) for start, _ in runs], dtype=torch.int32, device=device),
+            cu_starts=torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device),
         ),
         q=q.bfloat16().to(device),
         window=window,

@@ -41,7 +41,8 @@ class Store:
         self.rows = (rows * torch.rand(len(positions), 1, generator=random) * 4).bfloat16().to(device)
         self.positions = torch.tensor(positions, dtype=torch.int32, device=device)
         tables = tables.to(device)
-        self.meta = Meta(self.positions, torch.arange(len(positions), dtype=torch.int32, device=device), tables, tables)
+        each = torch.arange(len(positions) + 1, dtype=torch.int32, device=device)
+        self.meta = Meta(self.positions, each[:-1], tables, tables, self.positions, each)
 
     def run(self) -> Tensor:
         """bf16 latents; fills the pool."""

@@ -17,7 +17,7 @@ from tests.support.tolerances import relative_error
 from tests.support.triton_interpreter import allow_loaded_bounds
 from tests.workers.kernels.attention_steps import EPS, AttentionStep, Meta, attention_step
 from workers.kernels import sparse_attention as module
-from workers.kernels.sparse_attention import sparse_attention, work_floats
+from workers.kernels.sparse_attention import prefill_work_floats, sparse_attention, work_floats
 
 allow_loaded_bounds()
 
@@ -36,10 +36,14 @@ def attend(step: AttentionStep, meta: Meta | None = None, q: Tensor | None = Non
     pool, entries, selected, *rest = step.tensors
     selected = options.pop("selected", selected)  # type: ignore[assignment]
     out = torch.full((q.shape[0], step.heads * step.head_dim), float("nan"), dtype=torch.bfloat16, device=q.device)
+    num_sequences, num_pages = meta.full_pages.shape
     columns = 0 if selected is None else selected.shape[1]
-    floats = work_floats(
-        q.shape[0], step.heads, step.head_dim, meta.full_pages.shape[1], columns, step.ratio, device=q.device
-    )
+    if mode == "decode":
+        floats = work_floats(q.shape[0], step.heads, step.head_dim, num_pages, columns, step.ratio, device=q.device)
+    else:
+        ends = meta.start + meta.cu_starts.diff()
+        num_entries = int((ends // step.ratio).sum()) if step.ratio else 0
+        floats = prefill_work_floats(q.shape[0], num_sequences, num_entries, step.head_dim)
     work = torch.full((max(floats, 1),), float("nan"), device=q.device)
     sparse_attention(q, meta, pool, entries, selected, *rest, out, work, EPS, mode=mode)  # type: ignore[arg-type]
     return out
@@ -96,6 +100,16 @@ def test_prefill_tokens_of_several_prompts_see_their_own_past(device: torch.devi
     check(attend(step, mode="prefill"), step.expected(), step.heads)
 
 
+def test_prefill_in_blocks_of_the_step_gives_the_same_bits(device: torch.device) -> None:
+    """Blocks keep the step's tables: they may begin and end inside a sequence."""
+    step = attention_step(device, [(0, 5), (1022, 6), (600, 7)], ratio=4, head_dim=128, num_selected=64)
+    whole = attend(step, mode="prefill")
+    for first, last in ((0, 3), (3, 5), (4, 14), (11, 18)):
+        part, chosen = step.meta.rows(range(first, last)), step.selected[first:last]  # type: ignore[index]
+        found = attend(step, part, step.q[first:last], selected=chosen, mode="prefill")
+        assert torch.equal(found, whole[first:last])
+
+
 @pytest.mark.filterwarnings("ignore:(All-NaN slice|invalid value):RuntimeWarning")  # the interpreter's, of NaN
 @pytest.mark.parametrize("ratio", [4, 128])
 def test_a_tokens_bits_do_not_depend_on_its_batch(
@@ -145,6 +159,8 @@ def test_wider_page_tables_change_nothing(device: torch.device) -> None:
         narrow.meta.sequence_of_token,
         torch.cat((narrow.meta.full_pages, padding), dim=1),
         torch.cat((narrow.meta.window_pages, padding), dim=1),
+        narrow.meta.start,
+        narrow.meta.cu_starts,
     )
     assert torch.equal(attend(narrow), attend(narrow, wide))
 
