@@ -40,10 +40,13 @@ from workers.kernels.expert_numbers import slot_address as _slot  # noqa: F401
 from workers.kernels.expert_numbers import times as _times  # noqa: F401
 from workers.kernels.expert_numbers import word_factors as _scales  # noqa: F401
 from workers.kernels.formats import e4m3_to_f32, f32_to_e4m3, hardware_formats, pow2_reciprocal, pow2_scale_ceil
-from workers.kernels.launch import pdl_options
+from workers.kernels.launch import pdl_options, prefetch_l2
 
 TOKENS = 8
 """Pairs of one product: the smallest column count of the tensor cores. Must not depend on the batch."""
+
+AHEAD = tl.constexpr(8)
+"""Steps beyond those on their way to registers whose weights are on their way to L2, in groups of four."""
 
 ROWS = 16
 """Weight rows of one program: one tile of the tensor cores."""
@@ -95,6 +98,14 @@ def _hold_loads(PACKED: tl.constexpr):
 
 
 @triton.jit
+def _to_l2(lines, at, ROW_BYTES: tl.constexpr, PACKED: tl.constexpr):
+    """Starts reading 256 bytes of each of 16 rows to L2, from byte `at`, or the last ones; `lines`: uint8 pointers
+    `[16, 2]` to the first two lines of the rows."""
+    if PACKED:
+        prefetch_l2(lines + tl.minimum(at, ROW_BYTES - 256))
+
+
+@triton.jit
 def _fp4_inputs(inputs):
     """The four operands of a step: inputs behind bf16 pointers `[32, N]`."""
     x0, x1 = _b_order(tl.load(inputs)), _b_order(tl.load(inputs + 32))
@@ -113,10 +124,10 @@ def _fp4_step(total, words, codes, x, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _fp4_product(words, scales, inputs, K: tl.constexpr, PACKED: tl.constexpr, WAIT: tl.constexpr):
+def _fp4_product(words, scales, inputs, lines, scale_lines, K: tl.constexpr, PACKED: tl.constexpr, WAIT: tl.constexpr):
     """fp32 `[16, N]`: rows behind `words` (uint16 `[16, 32]`) and `scales` (uint8 `[4, 16]`) times inputs
     behind `inputs` (bf16 `[32, N]`), all pointers at the first step. Four steps are on their way at any time, the first
-    ones before the launch's wait if `WAIT`."""
+    ones before the launch's wait if `WAIT`; the `AHEAD` steps after these are on their way to L2."""
     STEPS: tl.constexpr = K // 128
     total = tl.zeros((words.shape[0], inputs.shape[1]), tl.float32)
     if STEPS % 4 == 0:
@@ -124,13 +135,17 @@ def _fp4_product(words, scales, inputs, K: tl.constexpr, PACKED: tl.constexpr, W
         w1, s1 = tl.load(words + 32), tl.load(scales + 4)
         w2, s2 = tl.load(words + 64), tl.load(scales + 8)
         w3, s3 = tl.load(words + 96), tl.load(scales + 12)
+        for step in tl.static_range(4, 4 + AHEAD, 4):
+            _to_l2(lines, step * 64, K // 2, PACKED)
+        _to_l2(scale_lines, 0, 256, PACKED)
         if WAIT:
             tl.extra.cuda.gdc_wait()
         last = inputs + 128 * (STEPS - 4)
         x = _fp4_inputs(inputs)
-        for _ in range(STEPS // 4 - 1):
+        for i in range(STEPS // 4 - 1):
             words += 128
             scales += 16
+            _to_l2(lines, (i * 4 + 4 + AHEAD) * 64, K // 2, PACKED)
             next_x = _fp4_inputs(inputs + 128)
             total = _fp4_step(total, w0, s0, x, PACKED)
             w0, s0 = tl.load(words), tl.load(scales)
@@ -174,7 +189,7 @@ def _fp8_block(total, first, second, scale, inputs, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _fp8_product(words, scales, inputs, K: tl.constexpr, PACKED: tl.constexpr, WAIT: tl.constexpr):
+def _fp8_product(words, scales, inputs, lines, K: tl.constexpr, PACKED: tl.constexpr, WAIT: tl.constexpr):
     """fp32 `[16, N]`: rows behind `words` (uint16 `[16, 32]`) with one fp32 scale per 128 columns behind `scales` times
     inputs behind `inputs` (bf16 `[32, N]`). `WAIT` as for `_fp4_product`."""
     BLOCKS: tl.constexpr = K // 128
@@ -183,10 +198,13 @@ def _fp8_product(words, scales, inputs, K: tl.constexpr, PACKED: tl.constexpr, W
     last = inputs + 128 * (BLOCKS - 1)
     if BLOCKS % 2 == 0:
         a1, b1 = tl.load(words + 64), tl.load(words + 96)
+        for step in tl.static_range(4, 4 + AHEAD, 4):
+            _to_l2(lines, step * 64, K, PACKED)
         if WAIT:
             tl.extra.cuda.gdc_wait()
         for block in range(0, BLOCKS - 2, 2):
             words += 128
+            _to_l2(lines, (block * 2 + 4 + AHEAD) * 64, K, PACKED)
             total = _fp8_block(total, a0, b0, tl.load(scales + block), inputs, PACKED)
             a0, b0 = tl.load(words), tl.load(words + 32)
             _hold_loads(PACKED)
@@ -275,7 +293,10 @@ def _gate_up(
     tile_row = tl.arange(0, 16)
     row = block * 8 + tile_row % 8 + (tile_row // 8) * INNER
     words = slot.to(tl.pointer_type(tl.uint16)) + row[:, None] * (D // 4) + tl.arange(0, 32)[None, :]
-    scales = slot + 3 * (D * INNER // 2) + row[None, :] * (D // 32) + _thread_groups()[:, None]
+    lines = slot + row[:, None] * (D // 2) + tl.arange(0, 2)[None, :] * 128
+    scale_row = slot + 3 * (D * INNER // 2) + row * (D // 32)
+    scales = scale_row[None, :] + _thread_groups()[:, None]
+    scale_lines = scale_row[:, None] + tl.minimum(tl.arange(0, 2) * 128, D // 32 - 1)[None, :]
     column = block * 8 + tl.arange(0, 8)
     first = begin
     while first < end:
@@ -283,7 +304,7 @@ def _gate_up(
         # Columns without a pair repeat the last one; they are computed and not stored.
         pair = tl.load(pair_order + tl.minimum(at, end - 1))
         inputs = x + (pair // CHOICES).to(tl.int64)[None, :] * D + tl.arange(0, 32)[:, None]
-        total = _fp4_product(words, scales, inputs, D, PACKED, False)
+        total = _fp4_product(words, scales, inputs, lines, scale_lines, D, PACKED, False)
         gate, up = tl.split(tl.permute(tl.reshape(total, (2, 8, N)), (1, 2, 0)))
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
@@ -325,12 +346,13 @@ def _down(
     row = block * 16 + tl.arange(0, 16)
     if member < 0:
         codes = shared_codes.to(tl.pointer_type(tl.uint16)) + row[:, None] * (INNER // 2) + tl.arange(0, 32)[None, :]
+        lines = shared_codes + row[:, None] * INNER + tl.arange(0, 2)[None, :] * 128
         scales = shared_scales + (block // 8) * (INNER // 128)
         first = 0
         while first < num_tokens:
             token = first + tl.arange(0, N)
             inputs = shared_hidden + tl.minimum(token, num_tokens - 1).to(tl.int64)[None, :] * INNER
-            total = _fp8_product(codes, scales, inputs + tl.arange(0, 32)[:, None], INNER, PACKED, PDL)
+            total = _fp8_product(codes, scales, inputs + tl.arange(0, 32)[:, None], lines, INNER, PACKED, PDL)
             target = out + (token.to(tl.int64) * (CHOICES + 1) + CHOICES)[None, :] * D + row[:, None]
             tl.store(target, total.to(tl.bfloat16), mask=(token < num_tokens)[None, :])
             first += N
@@ -343,14 +365,16 @@ def _down(
     slot = slot_address(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
     words = (slot + D * INNER).to(tl.pointer_type(tl.uint16)) + row[:, None] * (INNER // 4)
     words += tl.arange(0, 32)[None, :]
-    scales = slot + 3 * (D * INNER // 2) + 2 * (D * INNER // 32) + row[None, :] * (INNER // 32)
-    scales += _thread_groups()[:, None]
+    lines = slot + D * INNER + row[:, None] * (INNER // 2) + tl.arange(0, 2)[None, :] * 128
+    scale_row = slot + 3 * (D * INNER // 2) + 2 * (D * INNER // 32) + row * (INNER // 32)
+    scales = scale_row[None, :] + _thread_groups()[:, None]
+    scale_lines = scale_row[:, None] + tl.minimum(tl.arange(0, 2) * 128, INNER // 32 - 1)[None, :]
     first = begin
     while first < end:
         at = first + tl.arange(0, N)
         pair = tl.load(pair_order + tl.minimum(at, end - 1))
         inputs = hidden + pair.to(tl.int64)[None, :] * INNER + tl.arange(0, 32)[:, None]
-        total = _fp4_product(words, scales, inputs, INNER, PACKED, PDL)
+        total = _fp4_product(words, scales, inputs, lines, scale_lines, INNER, PACKED, PDL)
         target = out + (pair + pair // CHOICES).to(tl.int64)[None, :] * D + row[:, None]
         tl.store(target, total.to(tl.bfloat16), mask=(at < end)[None, :])
         first += N
