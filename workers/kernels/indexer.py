@@ -27,6 +27,9 @@ from workers.kernels.topk import TopkWork, select_topk
 PAGE_ENTRIES = 64
 """C4 entries of one page: 256 tokens."""
 
+HEAD_DIM = 128
+"""Dimensions of an indexer vector, half of them rotary: the kernels are written for the two halves."""
+
 PROGRAMS_PER_SM = 2
 """Programs of decode scores that the grid offers for each multiprocessor."""
 
@@ -41,13 +44,15 @@ QUERY_TOKENS = 8
 
 
 @triton.jit
-def _load_page(keys, key_scales, pages, block, live, STRIDE: tl.constexpr, DI: tl.constexpr):
-    """uint8 codes [64, DI] and fp32 scales [64] of one page; whatever is there when not `live`."""
-    page = tl.load(pages + block, mask=live, other=0)
+def _load_page(keys, key_scales, page, live, STRIDE: tl.constexpr):
+    """uint8 codes of dimensions 0..63 and 64..127, [64, 64] each, and fp32 scales [64] of a page, if `live`."""
     unit = tl.maximum(page, 0).to(tl.int64) * STRIDE
     row = tl.arange(0, 64)
-    code = tl.load(keys + unit + (row[:, None] * DI + tl.arange(0, DI)[None, :]))
-    return code, tl.load(key_scales + unit // 4 + 16 * DI + row)
+    mask = row < tl.where(live, 64, 0)
+    at = keys + unit + (row[:, None] * 128 + row[None, :])
+    low = tl.load(at, mask=mask[:, None], other=0)
+    high = tl.load(at + 64, mask=mask[:, None], other=0)
+    return low, high, tl.load(key_scales + unit // 4 + 2048 + row, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -67,8 +72,6 @@ def scores_decode(
     WEIGHT_ROW: tl.constexpr,
     HEADS: tl.constexpr,
     HP: tl.constexpr,
-    DI: tl.constexpr,
-    RD: tl.constexpr,
     STRIDE: tl.constexpr,
     HW: tl.constexpr,
     PDL: tl.constexpr,
@@ -76,22 +79,27 @@ def scores_decode(
     """Grid (splits, T): program i of a token scores its i-th run of pages. keys uint8, key_scales the same as fp32."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    matrix = hadamard_matrix(DI)
+    matrix = hadamard_matrix(64)
     token = tl.program_id(1)
+    split = tl.program_id(0)
+    pages = full_pages + token * page_columns
     if PDL:
         tl.extra.cuda.gdc_wait()
     position = tl.load(positions + token)
+    page = tl.load(pages + split, mask=split < page_columns, other=0)  # the first of its run if runs are of one page
     visible = (position + 1) // 4
     blocks = (visible + 63) // 64
     each = tl.cdiv(blocks, tl.num_programs(0))
-    first = tl.program_id(0) * each
+    first = split * each
     end = min(first + each, blocks)
     if first < end:
-        pages = full_pages + token * page_columns
+        if each > 1:
+            page = tl.load(pages + first)
         # The first page is on its way while the queries are made, every other one while its predecessor is scored.
-        code, key_scale = _load_page(keys, key_scales, pages, first, True, STRIDE, DI)
+        low, high, key_scale = _load_page(keys, key_scales, page, True, STRIDE)
+        page = tl.load(pages + min(first + 1, end - 1))
         at = token.to(tl.int64)
-        query, weight = query_codes(
+        query_low, query_high, weight = query_codes(
             q + at * Q_ROW,
             head_weights + at * WEIGHT_ROW,
             rope_table,
@@ -100,18 +108,18 @@ def scores_decode(
             SCALE,
             HEADS,
             HP,
-            DI,
-            RD,
             HW,
         )
-        query = tl.trans(query)  # [DI, HP]
+        query_low, query_high = tl.trans(query_low), tl.trans(query_high)  # [64, HP]
         for block in range(first, end):
-            next_code, next_scale = _load_page(keys, key_scales, pages, block + 1, block + 1 < end, STRIDE, DI)
-            dots = tl.dot(e4m3_to_f16(code, HW), query)  # [64, HP]
+            next_low, next_high, next_scale = _load_page(keys, key_scales, page, block + 1 < end, STRIDE)
+            page = tl.load(pages + min(block + 2, end - 1))
+            dots = tl.dot(e4m3_to_f16(low, HW), query_low)  # [64, HP]
+            dots = tl.dot(e4m3_to_f16(high, HW), query_high, dots)
             score = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], 1) * key_scale
             entry = block * 64 + tl.arange(0, 64)
             tl.store(scores + at * scores_stride + entry, score, mask=entry < visible)
-            code, key_scale = next_code, next_scale
+            low, high, key_scale = next_low, next_high, next_scale
 
 
 @triton.jit
@@ -130,13 +138,12 @@ def scores_prefill(
     TOKENS: tl.constexpr,
     ENTRIES: tl.constexpr,
     HP: tl.constexpr,
-    DI: tl.constexpr,
     STRIDE: tl.constexpr,
     HW: tl.constexpr,
 ):
     """Grid (blocks of ENTRIES, ceil(T / TOKENS)). Tokens of one sequence pass by one load of its keys.
 
-    codes f16 [T, HP, DI], weights fp32 [T, HP]: of these T tokens, as are `positions` and `sequence_of_token`.
+    codes f16 [T, HP, 128], weights fp32 [T, HP]: of these T tokens, as are `positions` and `sequence_of_token`.
     """
     first_entry = tl.program_id(0) * ENTRIES
     first = tl.program_id(1) * TOKENS
@@ -148,18 +155,18 @@ def scores_prefill(
     begin = tl.min(tl.where(sees, at, TOKENS), 0)
     entry = first_entry + tl.arange(0, ENTRIES)
     head = tl.arange(0, HP)
-    column = tl.arange(0, DI)
+    column = tl.arange(0, 128)
     while begin < TOKENS:
         sequence = tl.load(sequence_of_token + first + begin)
         end = tl.min(tl.where((at > begin) & ((sequences != sequence) | (position < 0)), at, TOKENS), 0)
         page = tl.load(full_pages + sequence * page_columns + entry // 64, mask=entry // 64 < page_columns, other=0)
         unit = tl.maximum(page, 0).to(tl.int64) * STRIDE
-        code = tl.load(keys + unit[:, None] + ((entry % 64)[:, None] * DI + column[None, :]))
-        key_scale = tl.load(key_scales + unit // 4 + 16 * DI + entry % 64)
-        key = e4m3_to_f16(code, HW)  # [ENTRIES, DI]
+        code = tl.load(keys + unit[:, None] + ((entry % 64)[:, None] * 128 + column[None, :]))
+        key_scale = tl.load(key_scales + unit // 4 + 2048 + entry % 64)
+        key = e4m3_to_f16(code, HW)  # [ENTRIES, 128]
         for i in range(begin, end):
             base = first.to(tl.int64) + i
-            query = tl.load(codes + base * (HP * DI) + head[None, :] * DI + column[:, None])  # [DI, HP]
+            query = tl.load(codes + base * (HP * 128) + head[None, :] * 128 + column[:, None])  # [128, HP]
             weight = tl.load(weights + base * HP + head)
             dots = tl.dot(key, query)  # [ENTRIES, HP]
             score = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], 1) * key_scale
@@ -173,7 +180,7 @@ class IndexWork(NamedTuple):
 
     scores: Tensor  # fp32 [F] flat: rows of one block of tokens
     topk: TopkWork
-    codes: Tensor | None  # f16 [T', HP, DI]: prefill only, of one block of tokens
+    codes: Tensor | None  # f16 [T', HP, 128]: prefill only, of one block of tokens
     weights: Tensor | None  # fp32 [T', HP]
 
     @classmethod
@@ -185,7 +192,6 @@ class IndexWork(NamedTuple):
         num_heads: int,
         device: torch.device | str,
         *,
-        head_dim: int = 128,
         prefill: bool = False,
         score_bytes: int = 64 << 20,
     ) -> IndexWork:
@@ -200,7 +206,7 @@ class IndexWork(NamedTuple):
         return cls(
             scores,
             TopkWork.allocate(max(1, min(tokens, floats // columns)), columns, k, device),
-            torch.empty(tokens, padded, head_dim, dtype=torch.float16, device=device),
+            torch.empty(tokens, padded, HEAD_DIM, dtype=torch.float16, device=device),
             torch.empty(tokens, padded, dtype=torch.float32, device=device),
         )
 
@@ -219,10 +225,14 @@ def _padded_heads(num_heads: int) -> int:
     return max(16, triton.next_power_of_2(num_heads))
 
 
-def _static(heads: int, head_dim: int, pool: Tensor) -> dict[str, Any]:
+def _check_shapes(q: Tensor, heads: int, rope_table: Tensor) -> None:
+    if q.shape[1] != heads * HEAD_DIM or rope_table.shape[1] != HEAD_DIM // 2:
+        raise ValueError(f"no indexer kernel for {q.shape[1]} columns of {heads} heads, rope {rope_table.shape[1]}")
+
+
+def _static(heads: int, pool: Tensor) -> dict[str, Any]:
     return {
         "HP": _padded_heads(heads),
-        "DI": head_dim,
         "STRIDE": pool.stride(0),
         "HW": hardware_formats(pool.device),
     }
@@ -246,7 +256,7 @@ def index_scores(
     num_tokens, heads = head_weights.shape
     if not num_tokens:
         return
-    head_dim = q.shape[1] // heads
+    _check_shapes(q, heads, rope_table)
     splits = -(-PROGRAMS_PER_SM * num_sms(q.device) // num_tokens)
     splits = max(1, min(splits, scores.shape[1] // PAGE_ENTRIES))
     scores_decode[splits, num_tokens](
@@ -260,12 +270,11 @@ def index_scores(
         pool.view(torch.float32),
         scores,
         scores.stride(0),
-        SCALE=head_dim**-0.5 * heads**-0.5,
+        SCALE=HEAD_DIM**-0.5 * heads**-0.5,
         Q_ROW=q.stride(0),
         WEIGHT_ROW=head_weights.stride(0),
         HEADS=heads,
-        RD=rope_table.shape[1],
-        **_static(heads, head_dim, pool),
+        **_static(heads, pool),
         num_warps=4,
         num_stages=1,
         **pdl_options(q, pdl),
@@ -285,10 +294,10 @@ def _prefill_block(
 ) -> None:
     """Queries and scores [T', N] of one block of tokens."""
     num_tokens, heads = head_weights.shape
-    head_dim = q.shape[1] // heads
-    static = _static(heads, head_dim, pool)
+    _check_shapes(q, heads, rope_table)
+    static = _static(heads, pool)
     assert work.codes is not None and work.weights is not None, "IndexWork.allocate(..., prefill=True)"
-    shape = {key: static[key] for key in ("HP", "DI", "HW")}
+    shape = {key: static[key] for key in ("HP", "HW")}
     index_queries_tile[(triton.cdiv(num_tokens, QUERY_TOKENS),)](
         q,
         head_weights,
@@ -298,11 +307,10 @@ def _prefill_block(
         work.weights,
         num_tokens,
         TOKENS=QUERY_TOKENS,
-        SCALE=head_dim**-0.5 * heads**-0.5,
+        SCALE=HEAD_DIM**-0.5 * heads**-0.5,
         Q_ROW=q.stride(0),
         WEIGHT_ROW=head_weights.stride(0),
         HEADS=heads,
-        RD=rope_table.shape[1],
         **shape,
         num_warps=4,
     )
@@ -371,8 +379,8 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     kinds |= dict.fromkeys(("positions", "full_pages", "sequence_of_token"), "*i32")
     kinds |= dict.fromkeys(("page_columns", "scores_stride", "num_tokens"), "i32")
     kinds |= {"q": "*bf16", "keys": "*u8", "codes": "*fp16"}
-    shape = {"HP": 64, "DI": 128, "HW": arch >= 89}
-    query = {"SCALE": 128**-0.5 * 64**-0.5, "HEADS": 64, "RD": 64, "Q_ROW": 40960, "WEIGHT_ROW": 2688}
+    shape = {"HP": 64, "HW": arch >= 89}
+    query = {"SCALE": 128**-0.5 * 64**-0.5, "HEADS": 64, "Q_ROW": 40960, "WEIGHT_ROW": 2688}
     pdl = arch >= 90
     prefill = {"TOKENS": PREFILL_TOKENS, "ENTRIES": PREFILL_ENTRIES, "STRIDE": 8448}
     four = {"num_warps": 4}
