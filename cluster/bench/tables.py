@@ -51,15 +51,17 @@ def conditions(results: Results) -> Table:
 def kernel_table(rows: list[KernelRow]) -> Table:
     """Ops of one step; the sum is of the kernels timed alone, without what overlaps in a step."""
     first = rows[0]
-    what = f"{first.tokens} sequences at {first.context:,} tokens" if first.phase == "decode" else "one prompt"
-    title = f"{first.phase}, {what}" if first.phase == "decode" else f"prefill, {what} of {first.tokens:,} tokens"
-    table = _table(title, "op", "layers", "calls", "us", "MB", "GB/s", "TFLOP/s", "share of floor", left=2)
+    plural = "" if first.tokens == 1 else "s"
+    decode = f"decode, {first.tokens} sequence{plural} at {first.context:,} tokens"
+    title = decode if first.phase == "decode" else f"prefill, one prompt of {first.tokens:,} tokens"
+    table = _table(title, "op", "layers", "calls", "us", "us a step", "MB", "GB/s", "TFLOP/s", "share of floor", left=2)
     for row in rows:
         table.add_row(
             row.op,
             row.kind,
             str(row.calls),
             f"{1e3 * row.ms:,.1f}",
+            f"{1e3 * row.ms * row.calls:,.0f}",
             f"{row.nbytes / 1e6:,.2f}",
             f"{row.gb_s:,.0f}",
             f"{row.tflop_s:,.1f}",
@@ -68,7 +70,7 @@ def kernel_table(rows: list[KernelRow]) -> Table:
     total, floor = sum(r.ms * r.calls for r in rows), sum(r.floor_ms * r.calls for r in rows)
     calls = str(sum(r.calls for r in rows))
     table.add_section()
-    table.add_row("sum", "", calls, f"{1e3 * total:,.0f}", "", "", "", f"{floor / total:.0%}")
+    table.add_row("sum", "", calls, "", f"{1e3 * total:,.0f}", "", "", "", f"{floor / total:.0%}")
     return table
 
 
