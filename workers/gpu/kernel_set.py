@@ -53,6 +53,9 @@ class StepSizes:
     num_pages: int
     """Logical pages of the longest sequence."""
     device: torch.device
+    num_sequences: int = 1
+    """Prefill: sequences of a step, and the C4 entries of all of them together at its end."""
+    num_entries: int = 0
 
 
 class MakeKernels(Protocol):
@@ -87,9 +90,7 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         mhc.hc_pre(*tensors, work=streams, x_quantised=for_many(x_quantised))
 
     def hc_post_pre(*tensors: Any, x_quantised: Tensor, x_experts: Tensor | None = None) -> None:
-        mhc.hc_post_pre(*tensors, work=streams, x_quantised=for_many(x_quantised))
-        if x_experts is not None:
-            experts_decode.quantise_rows(tensors[-1], x_experts)
+        mhc.hc_post_pre(*tensors, work=streams, x_quantised=for_many(x_quantised), x_experts=x_experts)
 
     def store_and_compress(*tensors: Any, rows: Tensor | None, main: Any, index: Any, eps: float) -> None:
         if rows is None:
@@ -131,7 +132,6 @@ def prefill_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         sampling,
     )
     from workers.kernels import sparse_attention as attention
-    from workers.kernels.quantise_rows import quantise_rows
 
     c, tokens, device = config, sizes.num_tokens, sizes.device
     width, index = c.num_attention_heads * c.head_dim, c.index_n_heads * c.index_head_dim
@@ -146,14 +146,14 @@ def prefill_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     pairs = tokens * c.num_experts_per_tok
     tiles = torch.empty(experts_prefill.tile_words(pairs, c.n_routed_experts, device), dtype=torch.int32, device=device)
     streams = torch.empty(mhc_prefill.work_floats(tokens, c.hidden_size), device=device)
+    floats = attention.prefill_work_floats(tokens, sizes.num_sequences, sizes.num_entries, c.head_dim)
+    attention_work = torch.empty(floats, device=device)
 
     def hc_pre(*tensors: Any, x_quantised: Tensor) -> None:
         mhc_prefill.hc_pre(*tensors, work=streams)
 
     def hc_post_pre(*tensors: Any, x_quantised: Tensor, x_experts: Tensor | None = None) -> None:
-        mhc_prefill.hc_post_pre(*tensors, work=streams)
-        if x_experts is not None:
-            quantise_rows(tensors[-1], None, x_experts, reorder=True)
+        mhc_prefill.hc_post_pre(*tensors, work=streams, x_experts=x_experts)
 
     def project_x(*tensors: Any, x_quantised: Tensor) -> None:
         linear_prefill.project_x(*tensors, work=work)
@@ -186,7 +186,7 @@ def prefill_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         store_and_compress=store_and_compress,
         linear=partial(linear_prefill.linear, work=work),
         select_entries=partial(indexer.select_entries, work=_index_work(config, sizes, prefill=True), mode="prefill"),
-        sparse_attention=partial(attention.sparse_attention, work=None, mode="prefill"),
+        sparse_attention=partial(attention.sparse_attention, work=attention_work, mode="prefill"),
         grouped_linear=partial(linear_prefill.grouped_linear, work=work),
         gate_and_shared=gate_and_shared,
         route=partial(routing.route, work=_route_work(config, sizes)),

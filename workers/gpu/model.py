@@ -46,8 +46,8 @@ from workers.ops import LogitsFor
 
 logger = logging.getLogger(__name__)
 
-ATTENTION_BLOCK = 4096
-"""Prefill tokens that go through attention at a time: 40,960 bf16 columns of queries each at Flash's size, 335 MB."""
+ATTENTION_BLOCK = 16384
+"""Prefill tokens that go through attention at a time: 40,960 bf16 columns of queries each at Flash's size, 1.3 GB."""
 
 PREFILL_STEP = 16
 """A prefill step is padded to a multiple of this: one tile of the kernels, and few sizes reach the compiler."""
@@ -98,6 +98,8 @@ class GpuModel:
         self._parts = StepParts.of(config, weights, ropes, pools)
         self._lazy_decode: _Decode | None = None
         self._prefill: Step | None = None
+        self._prefill_sizes: tuple[int, ...] = (0, 0, 0, 0)
+        """Tokens, rows of logits, sequences and entries that the buffers of prefill hold."""
         logger.info(
             "model on %s: weights_bytes=%d pool_bytes=%d max_running=%d max_context=%d",
             self.device,
@@ -211,18 +213,19 @@ class GpuModel:
         """The step that runs `batch`, its metadata on the device, and the arguments of `Step.run`."""
         check_batch(batch, self.config, self.pools.sizes, self.num_pages)
         padded = -(-batch.num_tokens // PREFILL_STEP) * PREFILL_STEP
+        entries = (batch.start + batch.num_new) // LayerKind.C4.value
+        num_rows = padded if every else batch.num_sequences
         # Tensors made in inference mode could not be written outside it later.
         with torch.inference_mode(False):
-            step = self._prefill_step(padded, padded if every else batch.num_sequences)
+            step = self._prefill_step(padded, num_rows, batch.num_sequences, int(entries.sum()))
             meta = PrefillMeta(batch, padded, self.device)
-        entries = int((batch.start + batch.num_new).max()) // LayerKind.C4.value
-        return step, meta, {"rows": None if every else meta.rows, "max_entries": entries}
+        return step, meta, {"rows": None if every else meta.rows, "max_entries": int(entries.max())}
 
     def warm_up_prefill(self) -> None:
         """Compile the prefill kernels with a step of padding alone. Writes no KV."""
         with torch.inference_mode(False), self._compilation("prefill"):
             meta = PrefillMeta.padding(PREFILL_STEP, self.device)
-            self._prefill_step(PREFILL_STEP, 1).run(meta.step, rows=meta.rows, max_entries=1)
+            self._prefill_step(PREFILL_STEP, 1, 1, 0).run(meta.step, rows=meta.rows, max_entries=1)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 
@@ -246,17 +249,19 @@ class GpuModel:
             time.perf_counter() - began,
         )
 
-    def _prefill_step(self, num_tokens: int, num_rows: int) -> Step:
+    def _prefill_step(self, num_tokens: int, num_rows: int, num_sequences: int, num_entries: int) -> Step:
         """Buffers for a step of this size; they grow and stay."""
-        step = self._prefill
-        if step is not None:
-            had = step.buffers
-            if had.num_tokens >= num_tokens and had.num_rows >= num_rows:
-                return step
-            num_tokens, num_rows = max(num_tokens, had.num_tokens), max(num_rows, had.num_rows)
+        needed = (num_tokens, num_rows, num_sequences, num_entries)
+        if self._prefill is not None and all(n <= had for n, had in zip(needed, self._prefill_sizes, strict=True)):
+            return self._prefill
+        # Entries grow with every chunk of a long prompt: by doubling, buffers are made anew only a few times.
+        needed = (*needed[:3], 1 << max(10, (num_entries - 1).bit_length()))
+        self._prefill_sizes = tuple(max(pair) for pair in zip(needed, self._prefill_sizes, strict=True))
+        num_tokens, num_rows, num_sequences, num_entries = self._prefill_sizes
         # The old buffers go before the new ones come.
-        self._prefill = step = None
-        sizes = StepSizes(num_tokens, min(num_tokens, ATTENTION_BLOCK), self.num_pages, self.device)
+        self._prefill = None
+        block = min(num_tokens, ATTENTION_BLOCK)
+        sizes = StepSizes(num_tokens, block, self.num_pages, self.device, num_sequences, num_entries)
         made = self._make_step(self._make_prefill, sizes, num_rows, "prefill")
         self._prefill = replace(made, stream=self._expert_stream)
         return self._prefill

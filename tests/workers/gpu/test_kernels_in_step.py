@@ -72,7 +72,7 @@ class Scene:
         history = [(t, 0, self.prompts[b][: t.num_tokens]) for b, t in enumerate(self.tables) if t.num_tokens]
         if history:
             self.models[1].forward(ForwardBatch.build(history))
-            self.models[1]._prefill = None  # buffers of the history's size
+            self.models[1]._prefill, self.models[1]._prefill_sizes = None, (0, 0, 0, 0)  # of the history's size
         for a, b in zip(ours.pools, theirs.pools, strict=True):
             a.data.copy_(b.data)
 
