@@ -32,13 +32,14 @@ def fp4_column(words, J: tl.constexpr, PACKED: tl.constexpr):
             )  # fmt: skip
         elif J == 2:
             value = tl.inline_asm_elementwise(
-                "{ .reg .b32 t, u; shr.b32 t, $1, 2; and.b32 t, t, 0x01c001c0; shl.b32 u, $1, 4;"
-                " lop3.b32 $0, u, 0x80008000, t, 0xea; }",
+                "{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 t, t, 0x000f000f; mul.lo.u32 t, t, 0x1040;"
+                " and.b32 $0, t, 0x81c081c0; }",
                 "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2,
             )  # fmt: skip
         else:
             value = tl.inline_asm_elementwise(
-                "{ .reg .b32 t; shr.b32 t, $1, 6; and.b32 t, t, 0x01c001c0; lop3.b32 $0, $1, 0x80008000, t, 0xea; }",
+                "{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 t, t, 0x00f000f0; mul.lo.u32 t, t, 0x0104;"
+                " and.b32 $0, t, 0x81c081c0; }",
                 "=r,r", [words], dtype=tl.bfloat16, is_pure=True, pack=2,
             )  # fmt: skip
     else:
