@@ -238,6 +238,18 @@ def bench(context: typer.Context) -> None:
     bench_app(args=context.args, prog_name="dsv4 bench")
 
 
+@app.command(
+    "experts",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def experts(context: typer.Context) -> None:
+    """Simulate expert caches, record routing, watch what workers hold; `dsv4 experts --help` lists the commands."""
+    from cluster.cli_experts import app as experts_app
+
+    experts_app(args=context.args, prog_name="dsv4 experts")
+
+
 def main() -> None:
     """Entry point of the console script."""
     try:

@@ -24,7 +24,7 @@ HOMES = {
     "triton": ("workers.kernels", "kvstore.pools.kernels"),
     "numba": ("workers.cpu",),
     "transformers": ("cluster.bench.peer",),
-    "matplotlib": ("cluster.bench.plot",),
+    "matplotlib": ("cluster.bench.plot", "cluster.experts.plot"),
     "grpc_tools": (),
 }
 """Which modules of the packages may import each heavy dependency; an empty home means tests and deploy only."""
