@@ -38,8 +38,12 @@ WORK_ROWS = 40
 """Partial sums per tile: `MIXES` products, then inner products (0,0)..(3,3), (0,1), (1,2), (2,3), (3,0), (0,2), (1,3);
 padded."""
 
-COLLAPSE_CHANNELS = 128
-"""Channels of one program of the second launch; changes no sum."""
+FEW_TOKENS = 8
+"""Up to here the second launch spreads a token over many one-warp programs; beyond, four warps share what they read of
+the partial sums. Changes no result."""
+
+COLLAPSE_FEW, COLLAPSE_MANY = (128, 1), (1024, 4)
+"""Channels and warps of a program of the second launch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +203,8 @@ def _collapsed(
         return
     head = hc.fn.shape[0] == STREAMS
     num_tiles = hidden // TILE_CHANNELS
-    block = min(COLLAPSE_CHANNELS, triton.next_power_of_2(hidden))
+    channels, warps = COLLAPSE_FEW if num_rows <= FEW_TOKENS else COLLAPSE_MANY
+    block = min(channels, triton.next_power_of_2(hidden))
     collapse_kernel[(num_rows, triton.cdiv(hidden, block) + (not head))](
         streams,
         hc.fn if rows is None else rows,
@@ -216,7 +221,7 @@ def _collapsed(
         NUM_TILES=num_tiles,
         TILES_POW2=triton.next_power_of_2(num_tiles),
         BLOCK=block,
-        W=1,
+        W=warps,
         HEAD=head,
         HAS_ROWS=rows is not None,
         QUANTISE=x_quantised is not None,
@@ -225,7 +230,7 @@ def _collapsed(
         ITERS=hc.iters,
         EPS=hc.eps,
         NORM_EPS=hc.norm_eps,
-        num_warps=1,
+        num_warps=warps,
         **pdl_options(x, pdl),
     )
 
@@ -244,31 +249,15 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         return name, kernel, {name: types[name] for name in names}, {"D": hidden, **constexprs, **pdl}, options
 
     mix = {"NUM_FN": 24, "TM": TOKENS, "C": TILE_CHANNELS, "HAS_ROWS": False, "WIDEN": False}
-    sums = {
-        "NUM_TILES": num_tiles,
-        "TILES_POW2": num_tiles,
-        "BLOCK": COLLAPSE_CHANNELS,
-        "W": 1,
-        "HW": arch >= 89,
-        "EXPERTS": True,
-    }
-    gates = {"ITERS": 20, "EPS": 1e-6, "NORM_EPS": 1e-6}
+    sums = {"NUM_TILES": num_tiles, "TILES_POW2": num_tiles, "HW": arch >= 89, "EXPERTS": True}
+    gates = {"ITERS": 20, "EPS": 1e-6, "NORM_EPS": 1e-6, "HEAD": False, "HAS_ROWS": False}
     options = tile("mhc.mix", arch).options
     return [
         case("embed_streams", embed_streams_kernel, {"num_warps": 4}, BLOCK=1024),
-        case("mix R=0", mix_decode_kernel, options, **mix, R=0),
         case("mix R=1", mix_decode_kernel, options, **mix, R=1),
         case("mix R=7", mix_decode_kernel, options, **mix, R=7),
-        case("mix head", mix_decode_kernel, options, **{**mix, "NUM_FN": 4, "HAS_ROWS": True}, R=7),
-        case("collapse", collapse_kernel, {"num_warps": 1}, **sums, **gates, HEAD=False, HAS_ROWS=False, QUANTISE=True),
-        case(
-            "collapse head",
-            collapse_kernel,
-            {"num_warps": 1},
-            **sums,
-            **gates,
-            HEAD=True,
-            HAS_ROWS=True,
-            QUANTISE=False,
+        *(
+            case(f"collapse {n}", collapse_kernel, {"num_warps": w}, **sums, **gates, BLOCK=n, W=w, QUANTISE=n > 128)
+            for n, w in (COLLAPSE_FEW, COLLAPSE_MANY)
         ),
     ]
