@@ -58,16 +58,6 @@ TILES: dict[str, dict[int, Tile]] = {
     "linear_decode.few": {80: Tile(n=16, stages=4), 89: Tile(n=16, stages=3), 90: Tile(n=16, stages=5)},
     "linear_decode.many": {80: Tile(n=16, stages=2), 89: Tile(n=16, stages=2), 90: Tile(n=16, stages=3)},
     "linear_decode.wide": {80: Tile(n=16, stages=3, group=2), 90: Tile(n=16, stages=4, group=2)},
-    "experts_decode.gate_up": {
-        90: Tile(n=32, k=512, m=8, stages=3),
-        80: Tile(n=32, k=512, m=8, stages=3),
-        89: Tile(n=32, k=256, m=8, stages=3),
-    },
-    "experts_decode.down": {
-        90: Tile(n=64, k=512, m=8, stages=3),
-        80: Tile(n=64, k=512, m=8, stages=3),
-        89: Tile(n=64, k=256, m=8, stages=3),
-    },
     "experts_prefill.experts": {
         80: Tile(m=128, n=128, k=128, warps=4, stages=2),
         89: Tile(m=64, n=128, k=128, warps=4, stages=2),
