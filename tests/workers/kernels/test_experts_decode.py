@@ -204,3 +204,15 @@ def test_layout_of_flash_and_unpacking() -> None:
     assert torch.equal(copy, slot)
     with pytest.raises(ValueError, match="multiples of 128"):
         ExpertLayout(200, 128)
+
+
+@pytest.mark.gpu
+def test_slots_beyond_two_gigabytes(seed: int) -> None:
+    case = Case(seed, torch.device("cuda"), tokens=4)
+    expected = case.run()
+    shift = 2**31 // case.layout.expert_bytes + 1
+    base = torch.zeros((shift + case.experts) * case.layout.expert_bytes, dtype=torch.uint8, device="cuda")
+    base[shift * case.layout.expert_bytes :] = case.slots.flatten().cuda()
+    slab = ExpertSlab(base=base, table=(case.order.int() + shift).cuda())
+    for actual, wanted in zip(case.run(slab=slab), expected, strict=True):
+        assert torch.equal(actual, wanted)
