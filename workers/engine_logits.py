@@ -44,7 +44,8 @@ def engine_logits(
     chunk = DEFAULT_CHUNK if prefill_chunk is None else prefill_chunk
     if chunk < 1 or (decode_from is not None and decode_from < 0):
         raise ValueError(f"prefill chunk {chunk} and decode-from {decode_from} must be positive")
-    bundle = model_dir if isinstance(model_dir, ModelBundle) else ModelBundle.load(model_dir)
+    exact = precision_of(precision)
+    bundle = model_dir if isinstance(model_dir, ModelBundle) else ModelBundle.load_for(model_dir, device, exact)
     if len(ids) > bundle.config.max_position_embeddings:
         raise RequestTooLong(f"{len(ids)} tokens; the model has {bundle.config.max_position_embeddings} positions")
     if not ids or min(ids) < 0 or max(ids) >= bundle.config.vocab_size:
@@ -53,12 +54,12 @@ def engine_logits(
     window_pages = min(pages, pages_spanned(bundle.config.sliding_window + chunk))
     engine = make_engine(
         bundle,
-        precision_of(precision),
+        exact,
         PoolSizes(pages, window_pages, 1),
         num_threads=num_threads or torch.get_num_threads(),
         device=device,
     )
-    return _run(engine, ids, list(_steps(len(ids), chunk, decode_from)))
+    return _run(engine, ids, list(_steps(len(ids), chunk, decode_from)), decode_from)
 
 
 def _steps(num_tokens: int, chunk: int, decode_from: int | None) -> Iterator[tuple[int, int]]:
@@ -70,7 +71,7 @@ def _steps(num_tokens: int, chunk: int, decode_from: int | None) -> Iterator[tup
         yield start, start + 1
 
 
-def _run(engine: Engine, ids: Sequence[int], steps: Sequence[tuple[int, int]]) -> np.ndarray:
+def _run(engine: Engine, ids: Sequence[int], steps: Sequence[tuple[int, int]], decode_from: int | None) -> np.ndarray:
     logits = np.empty((len(ids), engine.facts.vocab_size), dtype=np.float32)
     kv = SequenceKV.open(engine.allocators, window_tokens=engine.spec.window_tokens)
     assert kv is not None
@@ -79,6 +80,8 @@ def _run(engine: Engine, ids: Sequence[int], steps: Sequence[tuple[int, int]]) -
         for start, end in steps:
             kv.reclaim_window(start)
             assert kv.grow_to(end), "pools were sized for this sequence"
-            batch = ForwardBatch.build([(kv.indices(end), start, ids[start:end])], engine.pools.device)
-            logits[start:end] = engine.model.forward(batch, "all").float().cpu().numpy()
+            batch = ForwardBatch.build([(kv.indices(end), start, ids[start:end])], engine.batch_device)
+            alone = decode_from is not None and start >= decode_from
+            found = engine.model.decode(batch) if alone else engine.model.forward(batch, "all")
+            logits[start:end] = found.float().cpu().numpy()
     return logits

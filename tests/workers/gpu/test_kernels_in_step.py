@@ -140,3 +140,15 @@ def test_a_packed_chunk_is_bitwise_the_chunk_alone_and_near_the_reference() -> N
         pool.data.copy_(data)
     assert torch.equal(model.forward(scene.batch([9, 0]), "all"), together[:9])
     _near(together, scene.reference([9, 5]))
+
+
+def test_warming_up_writes_nothing() -> None:
+    """Steps of padding alone, over pools that hold NaN everywhere and page tables that map nothing."""
+    pools = KVPools(kv_spec(CONFIG, "fp8"), PoolSizes(2, 2, 2))
+    for pool in pools.pools:
+        pool.data.fill_(0xFF)
+    model = make_gpu_model(CONFIG, stored_weights(CONFIG), NATIVE, pools, max_running=1)
+    model.warm_up()
+    model.warm_up_prefill()
+    for pool in pools.pools:
+        assert bool((pool.data == 0xFF).all()), pool.spec.name
