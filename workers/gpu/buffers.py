@@ -141,7 +141,7 @@ def _aligned(count: int) -> int:
 class PackedMeta:
     """One int32 buffer on the device and its pinned twin on the host, so that a step's metadata is one copy.
 
-    The host side is numpy and is free to be rewritten once the step that copied it has finished.
+    Call `writable` before writing the host side (numpy) again: the last copy may still wait behind earlier steps.
     """
 
     def __init__(self, sizes: dict[str, tuple[int, ...]], device: torch.device) -> None:
@@ -153,6 +153,7 @@ class PackedMeta:
         self.host: dict[str, np.ndarray] = {}
         self.device: dict[str, Tensor] = {}
         self._ends: dict[str, int] = {}
+        self._copied = torch.cuda.Event() if pinned else None
         start = 0
         for name, shape in sizes.items():
             end = start + int(np.prod(shape))
@@ -161,10 +162,18 @@ class PackedMeta:
             self._ends[name] = end
             start = _aligned(end)
 
+    def writable(self) -> dict[str, np.ndarray]:
+        """The host side, once no copy reads it any more."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self.host
+
     def send(self, last: str | None = None) -> None:
         """Copy to the device, up to and including region `last` (all when None). Returns before it is there."""
         end = len(self._host) if last is None else self._ends[last]
         self._device[:end].copy_(self._host[:end], non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
 
 
 class DecodeMeta:
@@ -192,7 +201,7 @@ class DecodeMeta:
 
     def load(self, batch: ForwardBatch) -> None:
         """Send a new composition: one token for each sequence of a CPU batch."""
-        host, count = self._packed.host, batch.num_sequences
+        host, count = self._packed.writable(), batch.num_sequences
         for name, values in (("token_ids", batch.token_ids), ("positions", batch.positions), ("slots", batch.slots)):
             host[name][:count] = values.numpy()
             host[name][count:] = 0 if name == "slots" else PADDING
@@ -203,13 +212,13 @@ class DecodeMeta:
 
     def clear(self) -> None:
         """Send padding alone: a step over it writes no KV."""
-        for name, values in self._packed.host.items():
+        for name, values in self._packed.writable().items():
             values[...] = 0 if name == "slots" else PADDING
         self._packed.send()
 
     def load_tokens(self, token_ids: np.ndarray) -> None:
         """Send token ids [B] alone: the step before has moved everything else on."""
-        self._packed.host["token_ids"][: len(token_ids)] = token_ids
+        self._packed.writable()["token_ids"][: len(token_ids)] = token_ids
         self._packed.send("token_ids")
 
 
