@@ -143,6 +143,9 @@ def expert_cache(
     batches: Annotated[str, typer.Option(help="Sequences of a decode step, by commas.")] = "1,4,8,32",
     routings: Annotated[str, typer.Option(help="v4-like, uniform, or both by commas.")] = "v4-like,uniform",
     policy: Annotated[str, typer.Option(help=f"Who stays: {', '.join(POLICIES)}.")] = "lfru",
+    fetch: Annotated[
+        bool, typer.Option("--fetch/--in-place", help="Copy a step's absent experts to scratch, or read them in place.")
+    ] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
 ) -> None:
     """Decode at every budget of expert slots, the rest of the experts read in place from pinned host memory.
@@ -166,6 +169,7 @@ def expert_cache(
             batches=_numbers(batches, "--batches"),
             routings=wanted_routings,
             policy=policy,
+            fetch=fetch,
             json_file=json_file,
             say=lambda line: err.print(line, style="dim"),
         )

@@ -31,7 +31,7 @@ from workers.experts.policy import POLICIES
 from workers.experts.slots import Tier, code_of
 from workers.experts.trace import RoutingTrace
 from workers.gpu.cached_experts import ExpertMemory
-from workers.gpu.expert_stream import ExpertStream
+from workers.gpu.expert_stream import ExpertFetch, ExpertStream
 from workers.gpu.synthetic import layer_experts
 from workers.gpu.weights import ExpertShape
 from workers.model.config import PAGE_TOKENS, ModelConfig
@@ -50,6 +50,9 @@ CONTEXT, CHUNK = 4096, 8192
 
 STAGED = 64
 """Experts of one staging half of prefill: 0.86 GB at V4-Flash's size, twice; they count as part of no budget here."""
+
+MOST_SCRATCH = 128
+"""Experts of decode's scratch: 1.7 GB at V4-Flash's size."""
 
 HOST = code_of(Tier.HOST, 0)
 
@@ -84,7 +87,12 @@ def routed_by_token(config: ModelConfig, layers: int) -> ModelConfig:
 class ExpertScene:
     """Model, bank and slab."""
 
-    def __init__(self, config: ModelConfig, layers: int, batches: Sequence[int], most_slots: int, say: Say) -> None:
+    def __init__(
+        self, config: ModelConfig, layers: int, batches: Sequence[int], most_slots: int, say: Say, *, fetch: bool
+    ) -> None:
+        """`fetch`: absent experts of a decode step are copied to scratch first, instead of being read in place."""
+        self.fetch = fetch
+        self.scratch_experts = min(max(batches) * config.num_experts_per_tok, MOST_SCRATCH)
         began = time.perf_counter()
         wanted = Wanted("experts", routed_by_token(config, layers), layers, True, tuple(batches), (CONTEXT,), (CHUNK,))
         self.scene = Scene(
@@ -142,6 +150,7 @@ class ExpertScene:
             max_running=max(scene.wanted.batches),
             max_context=scene.wanted.max_context,
             expert_stream=self.stream,
+            decode_experts=ExpertFetch(weights, self.bank.expert_bytes, self.scratch_experts) if self.fetch else None,
         )
         scene.model.warm_up()
 
@@ -182,13 +191,20 @@ def run_experts(
     policy: str,
     json_file: Path | None,
     say: Say,
+    fetch: bool = True,
 ) -> ExpertResults:
     """Every routing x batch x budget; what is measured is written at once."""
     named = budgets_of([b for b in budgets if not b.endswith("t")], config, 0)
-    scene = ExpertScene(config, layers, batches, max(b.slots for b in named), say)
+    scene = ExpertScene(config, layers, batches, max(b.slots for b in named), say, fetch=fetch)
     beside = torch.cuda.memory_allocated() - scene.memory.slab.numel()
     named = budgets_of(budgets, scene.config, beside)
-    setup = {"layers": layers, "policy": policy, "context": CONTEXT, "routing": str(V4_LIKE)}
+    setup = {
+        "layers": layers,
+        "policy": policy,
+        "absent experts": "copied" if fetch else "read in place",
+        "context": CONTEXT,
+        "routing": str(V4_LIKE),
+    }
     results = ExpertResults(_about(), setup, _memory(scene, beside))
     for routing in routings:
         model = V4_LIKE if routing == "v4-like" else UNIFORM

@@ -1,4 +1,6 @@
-"""`ExpertStream`: brings a prefill step's absent experts to the device layer by layer, one layer ahead of the products.
+"""Absent experts on their way to a step's products: `ExpertStream` for prefill, `ExpertFetch` for decode.
+
+`ExpertStream` brings a prefill step's absent experts to the device layer by layer, one layer ahead of the products.
 
 A chunk of thousands of tokens uses nearly every expert, several times over, so absent ones are copied once into one of
 two staging halves while the layer before computes, and never enter the slots of decode. What does not fit a half is
@@ -6,11 +8,15 @@ read in place from the bank.
 
 Owns: the staging memory, the tables of one step, the order of copies and products. Does not own: residency: a step sees
 the table as it was when the step began. One owner, the thread that launches; nothing here waits for the device.
+
+`ExpertFetch` enqueues one launch a layer that copies the absent experts of exactly this step to scratch. It is part of
+the captured step and looks at the table on the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +24,35 @@ from torch import Tensor
 
 from workers.experts.bank import HostBank
 from workers.experts.slots import Tier, code_of
-from workers.gpu.weights import ExpertSlab
+from workers.gpu.weights import ExpertSlab, GpuWeights
 
 HALVES = 2
+
+
+class ExpertFetch:
+    """Scratch for one model's decode steps."""
+
+    def __init__(self, weights: GpuWeights, expert_bytes: int, scratch_experts: int) -> None:
+        """Allocates `scratch_experts` experts on the device; absent ones beyond are read in place."""
+        from workers.kernels.experts_fetch import fetch_experts
+
+        self._fetch = fetch_experts
+        self._slabs = [layer.experts for layer in weights.layers]
+        device = weights.device
+        self.scratch = torch.empty(scratch_experts, expert_bytes, dtype=torch.uint8, device=device)
+        self._table = torch.zeros(self._slabs[0].table.numel(), dtype=torch.int32, device=device)
+
+    def begin(self) -> None:
+        """Nothing to prepare: a captured step prepares itself."""
+
+    def layer(self, index: int, groups: Any) -> ExpertSlab:
+        """Enqueues the layer's copies; the slab in which its products find every expert."""
+        slab = self._slabs[index]
+        self._fetch(groups, slab, self._table, self.scratch)
+        return ExpertSlab(slab.base, self._table, host=slab.host, peer=self.scratch.view(-1))
+
+    def done(self, index: int) -> None:
+        """Scratch is used again by the next layer, behind this one's products."""
 
 
 class ExpertStream:
@@ -73,8 +105,8 @@ class ExpertStream:
         self._table_read[turn] = self._mark()
         self._fetch(0)
 
-    def layer(self, index: int) -> ExpertSlab:
-        """Where the kernels of this layer find its experts. Starts the next layer's copies."""
+    def layer(self, index: int, groups: Any = None) -> ExpertSlab:
+        """Where the kernels of this layer find its experts. Starts the next layer's copies. `groups` is not used."""
         if index + 1 < self._num_layers:
             self._fetch(index + 1)
         if (event := self._arrived[index]) is not None:

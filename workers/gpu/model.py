@@ -75,6 +75,7 @@ class GpuModel:
         use_graphs: bool | None = None,
         before_decode: Callable[[], None] | None = None,
         expert_stream: LayerExperts | None = None,
+        decode_experts: LayerExperts | None = None,
     ) -> None:
         """Allocates decode buffers; kernels are compiled and graphs captured at `warm_up` or at first use.
 
@@ -85,6 +86,7 @@ class GpuModel:
             use_graphs: capture decode steps; by default on CUDA.
             before_decode: called on the engine thread right before each decode step is enqueued.
             expert_stream: where prefill steps find their experts, instead of the weights' own slabs.
+            decode_experts: the same for decode; what it enqueues is captured in the graphs.
         """
         self.config, self.weights, self.pools, self.device = config, weights, pools, pools.device
         self.max_running = max_running or pools.sizes.slots
@@ -93,7 +95,7 @@ class GpuModel:
         self._make_decode, self._make_prefill = kernels
         self._use_graphs = use_graphs
         self._before_decode = before_decode
-        self._expert_stream = expert_stream
+        self._expert_stream, self._decode_experts = expert_stream, decode_experts
         ropes = RopeTables.build(config, self.num_pages * PAGE_TOKENS, self.device)
         self._parts = StepParts.of(config, weights, ropes, pools)
         self._lazy_decode: _Decode | None = None
@@ -170,7 +172,8 @@ class GpuModel:
         if self._lazy_decode is None:
             with torch.inference_mode(False):
                 sizes = StepSizes(self.max_running, self.max_running, self.num_pages, self.device)
-                step = self._make_step(self._make_decode, sizes, self.max_running, "decode")
+                made = self._make_step(self._make_decode, sizes, self.max_running, "decode")
+                step = replace(made, stream=self._decode_experts)
                 self._lazy_decode = _Decode(step, sizes, use_graphs=self._use_graphs, before=self._before_decode)
         return self._lazy_decode
 

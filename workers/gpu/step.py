@@ -22,7 +22,7 @@ token is treated by itself there, so blocks change nothing but memory; a decode 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -55,8 +55,8 @@ class LayerExperts(Protocol):
     def begin(self) -> None:
         """A step begins."""
 
-    def layer(self, index: int) -> ExpertSlab:
-        """Where this layer's experts are; what is enqueued from here on finds them there."""
+    def layer(self, index: int, groups: Any) -> ExpertSlab:
+        """Where this layer's experts are; what is enqueued from here on finds them there. `groups`: who needs whom."""
 
     def done(self, index: int) -> None:
         """The layer's expert products have been enqueued."""
@@ -200,7 +200,7 @@ class Step:
         chooser = layer.bias if layer.tid2eid is None else layer.tid2eid
         heat = {} if layer.experts.heat is None else {"heat": layer.experts.heat}
         k.route(gate_logits, chooser, meta.token_ids, c.routed_scaling_factor, ids, routing, groups, **heat)
-        slab = layer.experts if self.stream is None else self.stream.layer(index)
+        slab = layer.experts if self.stream is None else self.stream.layer(index, groups)
         k.expert_gate_up(experts_x, ids, routing, groups, slab, hidden, limit, shared_hidden=shared_hidden)
         k.expert_down(hidden, shared_hidden, layer.shared_w2, ids, groups, slab, out)
         if self.stream is not None:

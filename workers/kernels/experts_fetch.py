@@ -1,0 +1,106 @@
+"""Absent experts of a decode step, copied to the device right before their products.
+
+Owns: `fetch_experts`: one launch a layer that copies every expert the step needs and the slab lacks into scratch, and
+writes the table that the products read instead. Does not own: residency, products.
+
+The products can read host memory in place, but they ask for 64 bytes a row, which fill the link badly (33 of 54 GB/s,
+measured on an H200, 2026-11); copies ask for whole lines. A layer without a miss costs one short launch. Scratch holds
+`scratch_experts`; whoever does not fit stays where it is and is read in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from workers.kernels.expert_layout import TIER_HOST, TIER_PEER, TIER_SHIFT, ExpertSlab
+from workers.kernels.launch import pdl_options
+from workers.kernels.routing import Groups
+
+WORDS = 2048
+"""int64 words that a program moves at a time: 16 KiB, 128 bytes a thread in flight."""
+
+TURNS = 8
+"""Times a program does so: 102 programs an expert of V4-Flash."""
+
+
+@triton.jit
+def _fetch(
+    host,
+    scratch,
+    table,
+    step_table,
+    num_active,
+    active_experts,
+    scratch_experts,
+    EXPERT_WORDS: tl.constexpr,
+    WORDS: tl.constexpr,
+    TURNS: tl.constexpr,
+    HOST_TIER: tl.constexpr,
+    SCRATCH_TIER: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (parts of an expert, most active experts)."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        # Only now: the products after the next read the table before their own wait.
+        tl.extra.cuda.gdc_launch_dependents()
+    part, member = tl.program_id(0), tl.program_id(1)
+    if member < tl.load(num_active):
+        expert = tl.load(active_experts + member)
+        code = tl.load(table + expert)
+        absent = ((code >> SHIFT) == HOST_TIER) & (member < scratch_experts)
+        if part == 0:
+            tl.store(step_table + expert, tl.where(absent, (SCRATCH_TIER << SHIFT) | member, code))
+        if absent:
+            source = host.to(tl.pointer_type(tl.int64)) + (code & 0xFFFFFF).to(tl.int64) * EXPERT_WORDS
+            target = scratch.to(tl.pointer_type(tl.int64)) + member.to(tl.int64) * EXPERT_WORDS
+            for turn in range(TURNS):
+                at = (part * TURNS + turn) * WORDS + tl.arange(0, WORDS)
+                tl.store(target + at, tl.load(source + at, mask=at < EXPERT_WORDS), mask=at < EXPERT_WORDS)
+
+
+def fetch_experts(
+    groups: Groups, slab: ExpertSlab, step_table: Tensor, scratch: Tensor, *, pdl: bool | None = None
+) -> None:
+    """Bytes of absent active experts to `scratch` uint8 [n, expert_bytes], codes of all active ones to `step_table`
+    int32 [E]; `slab.host` holds whoever is absent. Codes of other experts keep their old, meaningless value."""
+    expert_words = scratch.shape[1] // 8
+    parts = triton.cdiv(expert_words, WORDS * TURNS)
+    _fetch[(parts, groups.active_experts.shape[0])](
+        slab.host,
+        scratch,
+        slab.table,
+        step_table,
+        groups.num_active,
+        groups.active_experts,
+        scratch.shape[0],
+        EXPERT_WORDS=expert_words,
+        WORDS=WORDS,
+        TURNS=TURNS,
+        HOST_TIER=TIER_HOST,
+        SCRATCH_TIER=TIER_PEER,
+        SHIFT=TIER_SHIFT,
+        num_warps=4,
+        **pdl_options(step_table, pdl),
+    )
+
+
+def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """V4-Flash, for the check that every architecture compiles."""
+    ints = ("table", "step_table", "num_active", "active_experts")
+    signature = {"host": "*u8", "scratch": "*u8", **dict.fromkeys(ints, "*i32"), "scratch_experts": "i32"}
+    constants = {
+        "EXPERT_WORDS": 13_369_344 // 8,
+        "WORDS": WORDS,
+        "TURNS": TURNS,
+        "HOST_TIER": TIER_HOST,
+        "SCRATCH_TIER": TIER_PEER,
+        "SHIFT": TIER_SHIFT,
+        "PDL": arch >= 90,
+    }
+    return [("fetch", _fetch, signature, constants, {"num_warps": 4})]
