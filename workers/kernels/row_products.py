@@ -16,14 +16,13 @@ import triton
 import triton.language as tl
 
 from workers.kernels.formats import e4m3_to_f16, f32_to_e4m3, pow2_reciprocal, pow2_scale_ceil
-from workers.kernels.launch import prefetch_l2
 
 
 @triton.jit
 def inputs_of(x, HW: tl.constexpr, ACT: tl.constexpr, WIDEN: tl.constexpr):
     """16-bit operand `[KW, R, 128]` and scale fp32 `[KW, R]` of bf16 activations, one group per last axis.
 
-    ACT "round": e4m3 codes in f16. "rounded": x is code * scale already, exact in bf16. "plain": x in f16, saturating.
+    ACT "round": e4m3 codes in f16. "rounded": x is code * scale already, exact in bf16. "plain": x in f16.
     The first two give the same sums: their scales are powers of two.
     """
     scale = tl.full([x.shape[0], x.shape[1]], 1.0, tl.float32)
@@ -32,7 +31,7 @@ def inputs_of(x, HW: tl.constexpr, ACT: tl.constexpr, WIDEN: tl.constexpr):
         scale, _ = pow2_scale_ceil(tl.max(tl.abs(x), 2), 448.0, 1e-4)
         x = e4m3_to_f16(f32_to_e4m3(x * pow2_reciprocal(scale)[:, :, None], HW), HW)
     elif ACT == "plain":
-        x = tl.minimum(tl.maximum(x.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
+        x = x.to(tl.float16)
     elif WIDEN:
         x = x.to(tl.float32)
     return x, scale
@@ -55,14 +54,6 @@ def spread(value, BT: tl.constexpr):
     if value.shape[1] != BT:
         value = tl.broadcast_to(value, (value.shape[0], BT, value.shape[2]))
     return tl.permute(value, (0, 2, 1))
-
-
-@triton.jit
-def prefetch_rows(base, row, valid, ROW_BYTES: tl.constexpr, BYTES: tl.constexpr):
-    """Ask L2 for the first `BYTES` (whole lines) of each row, `ROW_BYTES` apart, of a uint8 matrix."""
-    for line in tl.static_range(0, BYTES, 1024):
-        column = tl.minimum(line + tl.arange(0, 8) * 128, ROW_BYTES - 1)
-        prefetch_l2(tl.where(valid[:, None], base + row.to(tl.int64)[:, None] * ROW_BYTES + column[None, :], base))
 
 
 @triton.jit

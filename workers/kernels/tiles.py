@@ -55,9 +55,10 @@ class Tile:
 
 TILES: dict[str, dict[int, Tile]] = {
     # few: up to 8 tokens. `group` of wide: programs per multiprocessor.
-    "linear_decode.few": {80: Tile(n=16, stages=4), 89: Tile(n=16, stages=3), 90: Tile(n=16, stages=5)},
+    "linear_decode.few": {80: Tile(n=16, stages=4), 89: Tile(n=16, stages=3), 90: Tile(n=16, stages=4)},
+    "linear_decode.head": {80: Tile(n=16, stages=4), 89: Tile(n=16, stages=3), 90: Tile(n=16, stages=5)},
     "linear_decode.many": {80: Tile(n=16, stages=2), 89: Tile(n=16, stages=2), 90: Tile(n=16, stages=3)},
-    "linear_decode.wide": {80: Tile(n=16, stages=3, group=2), 90: Tile(n=16, stages=4, group=2)},
+    "linear_decode.wide": {80: Tile(n=16, stages=3, group=2), 90: Tile(n=32, stages=3, group=2)},
     "experts_prefill.experts": {
         80: Tile(m=128, n=128, k=128, warps=4, stages=2),
         89: Tile(m=64, n=128, k=128, warps=4, stages=2),
