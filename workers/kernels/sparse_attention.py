@@ -280,7 +280,10 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         ("decode_all", attend_decode, {"BH": decode.n, "KEYS": decode.k, "SPLIT": 0}, warps),
         ("combine", combine, {"KEYS": decode.k, "SPLIT": 1}, {}),
         ("expand_rows", expand_rows, {"ROWS": ROWS_OF_PROGRAM}, {"num_warps": 8}),
-        ("prefill", attend_prefill, {"BH": prefill.n, "KEYS": prefill.k}, prefill.options),
+        *(
+            (f"prefill_c{ratio}", attend_prefill, {"BH": prefill.n, "KEYS": prefill.k, "RATIO": ratio}, prefill.options)
+            for ratio in (0, 4, 128)
+        ),
     ]
     return [
         (

@@ -88,7 +88,7 @@ TILES: dict[str, dict[int, Tile]] = {
     "sparse_attention.prefill": {
         80: Tile(n=16, k=32, warps=4, stages=2),
         89: Tile(n=16, k=32, warps=4, stages=1),
-        90: Tile(n=64, k=64, warps=8, stages=3),
+        90: Tile(n=64, k=64, warps=8, stages=2),
         100: Tile(n=16, k=32, warps=4, stages=2),  # with 64 heads Triton 3.6 compiles an empty kernel
     },
     "mhc.mix": {90: Tile(warps=4, stages=1)},
