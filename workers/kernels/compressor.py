@@ -4,10 +4,11 @@ Owns: pooling (`workers/reference/compressor.py`), norm, rope, and the stored by
 head size) and of indexer keys (`workers/reference/kv_format.py`). Does not own: the raw rows, which are columns of the
 fused bf16 projection, or which entries a query reads.
 
-Decode is one launch per layer: a program is one token of one compressor, reads the rows before its own from the ring,
-and writes its own row there; a ring is as long as an entry's sources, so no row is overwritten before it is read. A
-prefill chunk may be longer than the ring, and programs run in any order, so there the rings are written by a second
-launch. An entry is always pooled by one program in one order: its bytes depend neither on batch nor on chunking.
+Decode is one launch per layer: a program is one token of one compressor (C128: some channels of it), reads the rows
+before its own from the ring, and writes its own row there; a ring is as long as an entry's sources, so no row is
+overwritten before it is read. A prefill chunk may be longer than the ring, and programs run in any order, so there the
+rings are written by a second launch. An entry is pooled in one order, so its bytes depend neither on batch nor on
+chunking; C128 entries that decode finishes are summed in another order than those of prefill.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.compressor_entry import finish_token, write_ring_row
+from workers.kernels.compressor_entry import finish_part, finish_token, write_ring_row
 from workers.kernels.compressor_prefill import compress_c4_pool, compress_c128_pool, write_rings
 from workers.kernels.formats import hardware_formats
 from workers.kernels.launch import pdl_options
@@ -36,6 +37,19 @@ class StepMeta(Protocol):
     cu_starts: Tensor  # [B + 1] first token of each sequence (prefill)
 
 
+class C128Work(NamedTuple):
+    """Scratch of the C128 compressor at decode, shared by all layers: parts of entries, and zeroed counters."""
+
+    parts: Tensor  # fp32 [T, hd]
+    arrived: Tensor  # int32 [T]
+
+    @classmethod
+    def allocate(cls, tokens: int, head_dim: int, device: torch.device | str) -> C128Work:
+        """For steps of up to `tokens` tokens."""
+        parts = torch.empty(tokens, head_dim, dtype=torch.float32, device=device)
+        return cls(parts, torch.zeros(tokens, dtype=torch.int32, device=device))
+
+
 class CompressorTensors(NamedTuple):
     """One compressor of one layer: its weights, and the layer's bytes of the two pools it writes."""
 
@@ -46,7 +60,7 @@ class CompressorTensors(NamedTuple):
 
 
 @triton.jit
-def decode_token(
+def decode_c4(
     token,
     rows,
     state,
@@ -59,20 +73,18 @@ def decode_token(
     full_pages,
     page_columns,
     eps,
-    RATIO: tl.constexpr,
     ROW: tl.constexpr,
     STRIDE: tl.constexpr,
     HD: tl.constexpr,
     RD: tl.constexpr,
-    STEP: tl.constexpr,
     IS_KEY: tl.constexpr,
     HW: tl.constexpr,
 ):
-    """One token of one compressor: its ring row, and its entry if it is the last of one. Token b is sequence b's."""
+    """One token of one C4 compressor: its ring row, and its entry if it is the last of one. Token b is sequence b's."""
     position = tl.load(positions + token)
     slot = tl.load(slots + token)
     if position >= 0:
-        if (position + 1) % RATIO == 0:
+        if position % 4 == 3:
             pages = full_pages + token * page_columns
             finish_token(
                 rows,
@@ -87,18 +99,71 @@ def decode_token(
                 position,
                 position,
                 eps,
-                RATIO,
+                4,
                 ROW,
                 STRIDE,
                 HD,
                 RD,
-                STEP,
+                8,
                 IS_KEY,
                 HW,
             )
-        RING: tl.constexpr = 8 if RATIO == 4 else 128
-        WIDTH: tl.constexpr = 4 * HD if RATIO == 4 else 2 * HD
-        write_ring_row(rows, state, slot, token, position, ROW, RING, WIDTH)
+        write_ring_row(rows, state, slot, token, position, ROW, 8, 4 * HD)
+
+
+@triton.jit
+def decode_c128_part(
+    token,
+    part,
+    rows,
+    state,
+    entries,
+    ape,
+    norm,
+    rope_table,
+    positions,
+    slots,
+    full_pages,
+    page_columns,
+    parts,
+    arrived,
+    eps,
+    ROW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HD: tl.constexpr,
+    RD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HW: tl.constexpr,
+):
+    """One token of the C128 compressor, WIDTH channels of its entry if it is the last of one; part 0: its ring row."""
+    position = tl.load(positions + token)
+    slot = tl.load(slots + token)
+    if position >= 0:
+        if position % 128 == 127:
+            finish_part(
+                rows,
+                state,
+                entries,
+                ape,
+                norm,
+                rope_table,
+                full_pages + token * page_columns,
+                slot,
+                token,
+                position,
+                eps,
+                parts,
+                arrived,
+                part,
+                ROW,
+                STRIDE,
+                HD,
+                RD,
+                WIDTH,
+                HW,
+            )
+        if part == 0:
+            write_ring_row(rows, state, slot, token, position, ROW, 128, 2 * HD)
 
 
 @triton.jit
@@ -132,7 +197,7 @@ def compress_c4_decode(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if tl.program_id(1) == 0:
-        decode_token(
+        decode_c4(
             tl.program_id(0),
             rows,
             state,
@@ -145,17 +210,15 @@ def compress_c4_decode(
             full_pages,
             page_columns,
             eps,
-            4,
             ROW,
             STRIDE,
             HD,
             RD,
-            8,
             False,
             HW,
         )
     else:
-        decode_token(
+        decode_c4(
             tl.program_id(0),
             rows + 4 * HD,
             index_state,
@@ -168,12 +231,10 @@ def compress_c4_decode(
             full_pages,
             page_columns,
             eps,
-            4,
             ROW,
             INDEX_STRIDE,
             DI,
             RD,
-            8,
             True,
             HW,
         )
@@ -192,19 +253,22 @@ def compress_c128_decode(
     norm,
     rope_table,
     eps,
+    parts,
+    arrived,
     ROW: tl.constexpr,
     STRIDE: tl.constexpr,
     HD: tl.constexpr,
     RD: tl.constexpr,
-    STEP: tl.constexpr,
+    WIDTH: tl.constexpr,
     HW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (T,)."""
+    """Grid (HD / WIDTH, T)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    decode_token(
+    decode_c128_part(
+        tl.program_id(1),
         tl.program_id(0),
         rows,
         state,
@@ -216,14 +280,14 @@ def compress_c128_decode(
         slots,
         full_pages,
         page_columns,
+        parts,
+        arrived,
         eps,
-        128,
         ROW,
         STRIDE,
         HD,
         RD,
-        STEP,
-        False,
+        WIDTH,
         HW,
     )
 
@@ -235,8 +299,11 @@ Mode = Literal["decode", "prefill"]
 """Decode: one token a sequence, token b is sequence b's, one launch. Prefill: chunks of any length, two launches."""
 
 WARPS = 4
+C128_WIDTH = 64
+"""Channels of a C128 entry that one program pools at decode: 64 KiB of raw rows."""
+
 C128_STEP = 8
-"""Rows pooled at a time. Another value, or other warps, would sum in another order: `kv_step.py` takes these."""
+"""Rows of an entry that prefill pools at a time."""
 
 
 def _static(rows: Tensor, tensors: CompressorTensors, rope_table: Tensor) -> dict[str, Any]:
@@ -295,25 +362,31 @@ def compress_c128(
     rope_table: Tensor,
     eps: float,
     *,
+    work: C128Work | None = None,
     mode: Mode = "decode",
     pdl: bool | None = None,
 ) -> None:
-    """C128 entries that the step finishes, and the raw rows of the ring. rows: fp32 [T, N2], columns kv | score."""
+    """C128 entries that the step finishes, and the raw rows of the ring. rows: fp32 [T, N2], columns kv | score.
+
+    work: for decode; allocated here when None.
+    """
     num_tokens = rows.shape[0]
-    static = _static(rows, main, rope_table) | {"STEP": C128_STEP}
+    static = _static(rows, main, rope_table)
     tensors = (*pointers(main), rope_table, eps)
     pages = (meta.full_pages, meta.full_pages.stride(0))
     if not num_tokens:
         return
     if mode == "decode":
+        work = work or C128Work.allocate(num_tokens, static["HD"], rows.device)
         step = (meta.positions, meta.slots, *pages)
-        options = pdl_options(rows, pdl)
-        compress_c128_decode[(num_tokens,)](rows, *step, *tensors, **static, num_warps=WARPS, **options)
+        options = {"WIDTH": C128_WIDTH, "num_warps": WARPS, **pdl_options(rows, pdl)}
+        grid = (static["HD"] // C128_WIDTH, num_tokens)
+        compress_c128_decode[grid](rows, *step, *tensors, *work, **static, **options)
         return
     step = (meta.positions, meta.sequence_of_token, meta.slots, meta.start, *pages, num_tokens)
     tile = PREFILL_TOKENS[128]
     grid = (triton.cdiv(num_tokens, tile),)
-    compress_c128_pool[grid](rows, *step, *tensors, TOKENS=tile, **static, num_warps=WARPS)
+    compress_c128_pool[grid](rows, *step, *tensors, TOKENS=tile, STEP=C128_STEP, **static, num_warps=WARPS)
     _write_rings(rows, meta, main, None)
 
 
@@ -337,20 +410,25 @@ def _write_rings(rows: Tensor, meta: StepMeta, main: CompressorTensors, index: C
 
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Compilations for V4-Flash, for `tests/workers/kernels/compiling.py`."""
-    pointers = dict.fromkeys(("rows", "state", "ape", "norm", "rope_table"), "*fp32")
+    pointers = dict.fromkeys(("rows", "state", "ape", "norm", "rope_table", "parts"), "*fp32")
     pointers |= {f"index_{name}": "*fp32" for name in ("state", "ape", "norm")}
-    pointers |= dict.fromkeys(("positions", "sequence_of_token", "slots", "start", "full_pages"), "*i32")
+    pointers |= dict.fromkeys(("positions", "sequence_of_token", "slots", "start", "full_pages", "arrived"), "*i32")
     pointers |= {"entries": "*u8", "index_entries": "*u8", "page_columns": "i32", "num_tokens": "i32", "eps": "fp32"}
     static = {"STRIDE": 37440, "HD": 512, "RD": 64, "HW": arch >= 89}
     c4 = static | {"ROW": 2688, "INDEX_STRIDE": 8448, "DI": 128}
-    c128 = static | {"STRIDE": 1728, "ROW": 1024, "STEP": C128_STEP}
+    c128 = static | {"STRIDE": 1728, "ROW": 1024}
     pdl = arch >= 90
     four = {"num_warps": WARPS}
     cases = (
         ("compress_c4_decode", compress_c4_decode, c4 | {"PDL": pdl}, four | {"launch_pdl": pdl}),
-        ("compress_c128_decode", compress_c128_decode, c128 | {"PDL": pdl}, four | {"launch_pdl": pdl}),
+        (
+            "compress_c128_decode",
+            compress_c128_decode,
+            c128 | {"WIDTH": C128_WIDTH, "PDL": pdl},
+            four | {"launch_pdl": pdl},
+        ),
         ("compress_c4_pool", compress_c4_pool, c4 | {"TOKENS": PREFILL_TOKENS[4]}, four),
-        ("compress_c128_pool", compress_c128_pool, c128 | {"TOKENS": PREFILL_TOKENS[128]}, four),
+        ("compress_c128_pool", compress_c128_pool, c128 | {"STEP": C128_STEP, "TOKENS": PREFILL_TOKENS[128]}, four),
     )
     return [
         (name, fn, {arg: pointers[arg] for arg in fn.arg_names if arg in pointers}, constants, options)

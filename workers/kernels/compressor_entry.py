@@ -17,19 +17,31 @@ def _pooled_c4(rows, state, slot, token, position, start, ape, ROW: tl.constexpr
     """fp32 [HD]: the entry whose last token is `position` = 4w + 3, from A parts of 4w-4 .. 4w-1 and B of 4w .. 4w+3.
 
     Row layout kvA | kvB | scA | scB. Rows before `start` come from the ring, rows before the sequence count nothing.
+    A row is a vector of its own, so that a thread holds its channels of every row and nothing crosses threads.
     """
-    r = tl.arange(0, 8)[:, None]
-    column = (r // 4) * HD + tl.arange(0, HD)[None, :]  # A for the first four rows, B for the last four
-    source = position - 7 + r
-    in_chunk = rows + (token - 7 + r).to(tl.int64) * ROW + column
-    in_ring = state + slot.to(tl.int64) * (32 * HD) + ((source & 7) * (4 * HD) + column)
-    at = tl.where(source >= start, in_chunk, in_ring)
-    present = source >= 0
-    kv = tl.load(at, mask=present, other=0.0)
-    score = tl.load(at + 2 * HD, mask=present, other=float("-inf"))
-    score += tl.load(ape + (r % 4) * (2 * HD) + column)
-    weight = tl.exp(score - tl.max(score, 0)[None, :])  # [8, HD]
-    return tl.sum(weight * kv, 0) / tl.sum(weight, 0)
+    channel = tl.arange(0, HD)
+    kvs = ()
+    scores = ()
+    top = tl.full((HD,), float("-inf"), tl.float32)
+    for r in tl.static_range(8):
+        column = (r // 4) * HD + channel  # A for the first four rows, B for the last four
+        source = position - 7 + r
+        in_chunk = rows + (token - 7 + r).to(tl.int64) * ROW
+        in_ring = state + slot.to(tl.int64) * (32 * HD) + (source & 7) * (4 * HD)
+        at = tl.where(source >= start, in_chunk, in_ring) + column
+        present = (source >= 0) & (channel >= 0)
+        score = tl.load(at + 2 * HD, mask=present, other=float("-inf"))
+        score += tl.load(ape + (r % 4) * (2 * HD) + column)
+        kvs = kvs + (tl.load(at, mask=present, other=0.0),)  # noqa: RUF005
+        scores = scores + (score,)  # noqa: RUF005
+        top = tl.maximum(top, score)
+    total = tl.zeros((HD,), tl.float32)
+    pooled = tl.zeros((HD,), tl.float32)
+    for r in tl.static_range(8):
+        weight = tl.exp(scores[r] - top)
+        total += weight
+        pooled += weight * kvs[r]
+    return pooled / total
 
 
 @triton.jit
@@ -56,6 +68,31 @@ def _pooled_c128(
         pooled = pooled * keep + tl.sum(weight * kv, 0)
         top = new_top
     return pooled / total
+
+
+@triton.jit
+def _pooled_c128_part(
+    rows,
+    state,
+    slot,
+    token,
+    position,
+    ape,
+    part,
+    ROW: tl.constexpr,
+    HD: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Decode, fp32 [WIDTH]: channels from part * WIDTH on, all rows at once; only the last is not in the ring."""
+    r = tl.arange(0, 128)[:, None]
+    column = part * WIDTH + tl.arange(0, WIDTH)[None, :]
+    own = rows + token.to(tl.int64) * ROW
+    in_ring = state + slot.to(tl.int64) * (256 * HD) + r * (2 * HD)  # position % 128 == 127: row r is its own
+    at = tl.where(r == 127, own, in_ring) + column
+    kv = tl.load(at)
+    score = tl.load(at + HD) + tl.load(ape + r * HD + column)
+    weight = tl.exp(score - tl.max(score, 0)[None, :])
+    return tl.sum(weight * kv, 0) / tl.sum(weight, 0)
 
 
 @triton.jit
@@ -152,6 +189,33 @@ def _store_index_key(
 
 
 @triton.jit
+def finish_pooled(
+    pooled,
+    entries,
+    norm,
+    rope_table,
+    pages,
+    position,
+    eps,
+    RATIO: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HD: tl.constexpr,
+    RD: tl.constexpr,
+    IS_KEY: tl.constexpr,
+    HW: tl.constexpr,
+):
+    """Finish and store the pooled entry whose last token is `position`. pages: the sequence's row of the page table."""
+    PAGE_ROWS: tl.constexpr = 256 // RATIO
+    page = tl.load(pages + position // 256)
+    entry = _finished(pooled, norm, rope_table, position + 1 - RATIO, eps, HD, RD)
+    row = (position // RATIO) % PAGE_ROWS
+    if IS_KEY:
+        _store_index_key(entry, entries, page, row, PAGE_ROWS, STRIDE, HD, HW)
+    else:
+        _store_entry(entry, entries, page, row, PAGE_ROWS, STRIDE, HD, RD, HW)
+
+
+@triton.jit
 def finish_token(
     rows,
     state,
@@ -174,19 +238,45 @@ def finish_token(
     IS_KEY: tl.constexpr,
     HW: tl.constexpr,
 ):
-    """Pool and store the entry whose last token is `position`. pages: the sequence's row of the page table."""
-    PAGE_ROWS: tl.constexpr = 256 // RATIO
-    page = tl.load(pages + position // 256)
+    """Pool, finish and store the entry whose last token is `position`."""
     if RATIO == 4:
         pooled = _pooled_c4(rows, state, slot, token, position, start, ape, ROW, HD)
     else:
         pooled = _pooled_c128(rows, state, slot, token, position, start, ape, ROW, HD, STEP)
-    entry = _finished(pooled, norm, rope_table, position + 1 - RATIO, eps, HD, RD)
-    row = (position // RATIO) % PAGE_ROWS
-    if IS_KEY:
-        _store_index_key(entry, entries, page, row, PAGE_ROWS, STRIDE, HD, HW)
-    else:
-        _store_entry(entry, entries, page, row, PAGE_ROWS, STRIDE, HD, RD, HW)
+    finish_pooled(pooled, entries, norm, rope_table, pages, position, eps, RATIO, STRIDE, HD, RD, IS_KEY, HW)
+
+
+@triton.jit
+def finish_part(
+    rows,
+    state,
+    entries,
+    ape,
+    norm,
+    rope_table,
+    pages,
+    slot,
+    token,
+    position,
+    eps,
+    parts,  # fp32 [T, HD] and zeroed int32 [T]
+    arrived,
+    part,
+    ROW: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HD: tl.constexpr,
+    RD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HW: tl.constexpr,
+):
+    """Decode, C128: pool WIDTH channels of the entry; the last of the HD / WIDTH programs to arrive finishes it."""
+    pooled = _pooled_c128_part(rows, state, slot, token, position, ape, part, ROW, HD, WIDTH)
+    tl.store(parts + token * HD + part * WIDTH + tl.arange(0, WIDTH), pooled)
+    tl.debug_barrier()  # every thread's stores come before the counter's release
+    if tl.atomic_add(arrived + token, 1, sem="acq_rel", scope="gpu") == HD // WIDTH - 1:
+        tl.store(arrived + token, 0)
+        whole = tl.load(parts + token * HD + tl.arange(0, HD), cache_modifier=".cg")
+        finish_pooled(whole, entries, norm, rope_table, pages, position, eps, 128, STRIDE, HD, RD, False, HW)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Everything a decode step stores of a layer, in one launch: latent norm, window row, compressed entries, rings.
 
 Owns: nothing but the launch. The roles are `kv_store._norm_and_store` (two programs a token) and the compressors of
-`compressor.py` (one program a token and compressor); they share no data, and one launch takes as long as the slowest of
-them where three in a row take the sum. Bytes are those of `norm_and_store` and `compress_*` called one by one.
+`compressor.py`; they share no data, and one launch takes as long as the slowest of them where three in a row take the
+sum. Bytes are those of `norm_and_store` and `compress_*` called one by one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.compressor import C128_STEP, WARPS, CompressorTensors, decode_token, pointers
+from workers.kernels.compressor import (
+    C128_WIDTH,
+    WARPS,
+    C128Work,
+    CompressorTensors,
+    decode_c4,
+    decode_c128_part,
+    pointers,
+)
 from workers.kernels.formats import hardware_formats
 from workers.kernels.kv_store import _norm_and_store
 from workers.kernels.launch import pdl_options
@@ -46,6 +54,8 @@ def _store_step(
     index_entries,
     index_ape,
     index_norm,
+    parts,
+    arrived,
     LATENT: tl.constexpr,
     LATENT_BLOCK: tl.constexpr,
     NOPE: tl.constexpr,
@@ -56,12 +66,12 @@ def _store_step(
     STRIDE: tl.constexpr,
     INDEX_STRIDE: tl.constexpr,
     DI: tl.constexpr,
-    STEP: tl.constexpr,
+    WIDTH: tl.constexpr,
     HW: tl.constexpr,
     WIDEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (4 for C4, 3 for C128; T): latent, window row, main compressor, indexer's compressor."""
+    """Grid (roles, T): latent, window row, then main and indexer's compressor (C4) or HD / WIDTH parts of C128's."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -90,8 +100,32 @@ def _store_step(
             WIDEN,
             False,
         )
+    elif RATIO == 128:
+        decode_c128_part(
+            token,
+            tl.program_id(0) - 2,
+            rows,
+            state,
+            entries,
+            ape,
+            norm,
+            rope_table,
+            positions,
+            slots,
+            full_pages,
+            page_columns,
+            parts,
+            arrived,
+            eps,
+            ROW,
+            STRIDE,
+            HD,
+            64,
+            WIDTH,
+            HW,
+        )
     elif tl.program_id(0) == 2:
-        decode_token(
+        decode_c4(
             token,
             rows,
             state,
@@ -104,17 +138,15 @@ def _store_step(
             full_pages,
             page_columns,
             eps,
-            RATIO,
             ROW,
             STRIDE,
             HD,
             64,
-            STEP,
             False,
             HW,
         )
-    elif RATIO == 4:
-        decode_token(
+    else:
+        decode_c4(
             token,
             rows + 4 * HD,
             index_state,
@@ -127,12 +159,10 @@ def _store_step(
             full_pages,
             page_columns,
             eps,
-            RATIO,
             ROW,
             INDEX_STRIDE,
             DI,
             64,
-            STEP,
             True,
             HW,
         )
@@ -151,17 +181,23 @@ def store_and_compress(
     index: CompressorTensors | None,
     eps: float,
     *,
+    work: C128Work | None = None,
     pdl: bool | None = None,
 ) -> None:
     """Decode: `kv_store.norm_and_store` and `compress_c4` (`index` None: `compress_c128`) of one layer at once.
 
     Arguments as theirs; `rows` fp32 [T, N2] are the raw rows of the compressors. Token b is sequence b's.
+    work: for C128; allocated here when None.
     """
     num_tokens, q_lora = latent.shape
     if not num_tokens:
         return
     second = main if index is None else index
-    _store_step[(3 if index is None else 4, num_tokens)](
+    roles, scratch = 4, (rows, meta.slots)  # C4 uses no scratch
+    if index is None:
+        roles = 2 + main.norm.shape[0] // C128_WIDTH
+        scratch = work or C128Work.allocate(num_tokens, main.norm.shape[0], rows.device)
+    _store_step[roles, num_tokens](
         out_fp8,
         q_norm,
         kv_norm,
@@ -180,6 +216,7 @@ def store_and_compress(
         meta.full_pages.stride(0),
         *pointers(main),
         *pointers(second),
+        *scratch,
         LATENT=q_lora,
         LATENT_BLOCK=triton.next_power_of_2(q_lora),
         NOPE=kv_norm.shape[0] - 64,
@@ -190,7 +227,7 @@ def store_and_compress(
         STRIDE=main.entries.stride(0),
         INDEX_STRIDE=second.entries.stride(0),
         DI=second.norm.shape[0],
-        STEP=C128_STEP,
+        WIDTH=C128_WIDTH,
         HW=hardware_formats(rows.device),
         WIDEN=not rows.is_cuda,
         num_warps=WARPS,
@@ -200,14 +237,14 @@ def store_and_compress(
 
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Compilations for V4-Flash, for `tests/workers/kernels/compiling.py`."""
-    floats = ("q_norm", "kv_norm", "rope_table", "rows", "state", "ape", "norm", "index_state", "index_ape")
+    floats = ("q_norm", "kv_norm", "rope_table", "rows", "state", "ape", "norm", "index_state", "index_ape", "parts")
     kinds = dict.fromkeys((*floats, "index_norm"), "*fp32") | {"eps": "fp32"}
     kinds |= dict.fromkeys(("out_fp8", "window_words", "latent"), "*bf16")
-    kinds |= dict.fromkeys(("positions", "sequence_of_token", "window_pages", "slots", "full_pages"), "*i32")
+    kinds |= dict.fromkeys(("positions", "sequence_of_token", "window_pages", "slots", "full_pages", "arrived"), "*i32")
     kinds |= dict.fromkeys(("window_columns", "page_columns"), "i32")
     kinds |= dict.fromkeys(("window_codes", "entries", "index_entries"), "*u8")
     static = {"LATENT": 1024, "LATENT_BLOCK": 1024, "NOPE": 448, "OUT_ROW": 1536, "WINDOW_STRIDE": 149_760}
-    static |= {"STEP": C128_STEP, "HW": arch >= 89, "WIDEN": False, "PDL": arch >= 90}
+    static |= {"WIDTH": C128_WIDTH, "HW": arch >= 89, "WIDEN": False, "PDL": arch >= 90}
     c4 = static | {"RATIO": 4, "ROW": 2624, "STRIDE": 37440, "INDEX_STRIDE": 8448, "DI": 128}
     c128 = static | {"RATIO": 128, "ROW": 1024, "STRIDE": 1728, "INDEX_STRIDE": 1728, "DI": 512}
     options = {"num_warps": WARPS, "launch_pdl": arch >= 90}

@@ -141,8 +141,8 @@ def _choose_candidates(scores, ids, count, selected, K: tl.constexpr, N: tl.cons
     """The K best of `count` <= N candidates, K < count; entries are ids[i]."""
     at = tl.arange(0, N)
     live = at < count
-    score = tl.load(scores + at, mask=live, other=0.0)
-    entry = tl.load(ids + at, mask=live, other=0)
+    score = tl.load(scores + at, mask=live, other=0.0, cache_modifier=".cg")
+    entry = tl.load(ids + at, mask=live, other=0, cache_modifier=".cg")
     chosen, place = _chosen(tl.where(live, _ordered(score), -2147483648), entry, live, count, K, THREADS)
     tl.store(selected + place, entry, mask=chosen & (place < K))
 

@@ -172,9 +172,9 @@ def assert_same_rows(found: Tensor, expected: Tensor, part: Compressor) -> None:
 
 
 PLANS = {
-    "one chunk": [{0: 262, 1: 131, 2: 5}],
-    "cuts anywhere": [{0: 1, 1: 3}, {0: 2, 2: 1, 1: 6}, {1: 118, 0: 9}, {0: 150, 1: 4, 2: 4}],
-    "many short ones": [{0: 4, 1: 4, 2: 4}, {0: 3, 1: 3, 2: 1}, {0: 1, 1: 1}, {0: 1, 1: 121}, {0: 125}],
+    "one chunk": [{0: 262, 1: 7, 2: 5}],
+    "cuts anywhere": [{0: 1, 1: 3}, {0: 2, 2: 1, 1: 6}, {1: 20, 0: 9}, {0: 120, 1: 4, 2: 4}],
+    "many short ones": [{0: 4, 1: 4, 2: 4}, {0: 3, 1: 3, 2: 1}, {0: 1, 1: 1}, {0: 1, 1: 21}, {0: 125, 1: 100}],
 }
 
 
@@ -184,7 +184,7 @@ def test_prefill_chunks_store_what_the_reference_stores(ratio: int, plan: str, d
     run = Run(device, seed, ratio=ratio, head_dim=128, lengths=[300, 131, 5])
     for counts in PLANS[plan]:
         run.step(counts, "prefill")
-        run.check()
+    run.check()
 
 
 @pytest.mark.parametrize(("ratio", "length"), [(4, 22), (128, 130)])
@@ -217,14 +217,28 @@ def test_flash_head_size(ratio: int, device: torch.device, seed: int) -> None:
 
 @pytest.mark.parametrize("ratio", [4, 128])
 def test_bytes_do_not_depend_on_chunks_or_batch(ratio: int, device: torch.device, seed: int) -> None:
-    """Sequence 0 alone in one chunk, and cut up beside others: equal bytes of entries and keys."""
-    alone, beside = (Run(device, seed, ratio=ratio, head_dim=128, lengths=[140, 140, 140]) for _ in range(2))
-    alone.step({0: 140}, "prefill")
+    """Sequence 0 alone in one chunk, and cut up beside others (C4: some tokens decoded): equal entries and keys."""
+    length, mode = (30, "decode") if ratio == 4 else (140, "prefill")
+    alone, beside = (Run(device, seed, ratio=ratio, head_dim=128, lengths=[length] * 3) for _ in range(2))
+    alone.step({0: length}, "prefill")
     beside.rows[1].fill_(1e15)  # what others hold must not matter
-    beside.step({1: 2, 0: 61, 2: 9}, "prefill")
-    for i in range(70):
-        beside.step({1: 1, 0: 1} if i % 2 else {0: 1, 2: 1}, "decode", padding=1)
-    beside.step({2: 90, 0: 9}, "prefill")
+    beside.step({1: 2, 0: length - 23, 2: 9}, "prefill")
+    for i in range(9):
+        beside.step({1: 1, 0: 1} if i % 2 else {0: 1, 2: 1}, mode, padding=int(mode == "decode"))
+    beside.step({2: 10, 0: 14}, "prefill")
+    for one, other in zip(alone.parts, beside.parts, strict=True):
+        assert torch.equal(alone.stored_entries(one, 0), beside.stored_entries(other, 0))
+
+
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_a_decoded_entry_does_not_depend_on_its_batch(ratio: int, device: torch.device, seed: int) -> None:
+    alone, beside = (Run(device, seed, ratio=ratio, head_dim=128, lengths=[130, 140, 140]) for _ in range(2))
+    for run in (alone, beside):
+        run.step({0: 126, 1: 127, 2: 128}, "prefill")
+    beside.rows[1].fill_(1e15)
+    for counts in ({0: 1}, {0: 1}, {0: 1}):
+        alone.step(counts, "decode")
+        beside.step({2: 1, **counts, 1: 1}, "decode", padding=2)
     for one, other in zip(alone.parts, beside.parts, strict=True):
         assert torch.equal(alone.stored_entries(one, 0), beside.stored_entries(other, 0))
 
