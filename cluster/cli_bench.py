@@ -146,6 +146,9 @@ def expert_cache(
     fetch: Annotated[
         bool, typer.Option("--fetch/--in-place", help="Copy a step's absent experts to scratch, or read them in place.")
     ] = True,
+    bank_experts: Annotated[
+        int | None, typer.Option(min=1, help="Different experts of a layer in host memory; the others share bytes.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
 ) -> None:
     """Decode at every budget of expert slots, the rest of the experts read in place from pinned host memory.
@@ -170,6 +173,7 @@ def expert_cache(
             routings=wanted_routings,
             policy=policy,
             fetch=fetch,
+            bank_experts=bank_experts,
             json_file=json_file,
             say=lambda line: err.print(line, style="dim"),
         )

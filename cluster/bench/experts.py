@@ -88,9 +88,20 @@ class ExpertScene:
     """Model, bank and slab."""
 
     def __init__(
-        self, config: ModelConfig, layers: int, batches: Sequence[int], most_slots: int, say: Say, *, fetch: bool
+        self,
+        config: ModelConfig,
+        layers: int,
+        batches: Sequence[int],
+        most_slots: int,
+        say: Say,
+        *,
+        fetch: bool,
+        bank_experts: int | None,
     ) -> None:
-        """`fetch`: absent experts of a decode step are copied to scratch first, instead of being read in place."""
+        """`fetch`: absent experts of a decode step are copied to scratch first, instead of being read in place.
+
+        `bank_experts`: different experts of a layer in the bank, where host memory cannot hold all; others share bytes.
+        """
         self.fetch = fetch
         self.scratch_experts = min(max(batches) * config.num_experts_per_tok, MOST_SCRATCH)
         began = time.perf_counter()
@@ -102,7 +113,11 @@ class ExpertScene:
         say(f"model beside its experts: {self.scene.weights.nbytes / 1e9:.1f} GB, {time.perf_counter() - began:.1f} s")
         shape = ExpertShape(config.hidden_size, config.moe_intermediate_size)
         pairs = layers * config.n_routed_experts
-        self.bank = HostBank(range(pairs), pairs, shape.expert_bytes)
+        self.held = min(bank_experts or config.n_routed_experts, config.n_routed_experts)
+        layer, expert = np.divmod(np.arange(pairs), config.n_routed_experts)
+        self.bank = HostBank(
+            range(layers * self.held), pairs, shape.expert_bytes, places=layer * self.held + expert % self.held
+        )
         began = time.perf_counter()
         self.bank.lock()
         self.lock_s = time.perf_counter() - began
@@ -127,11 +142,11 @@ class ExpertScene:
         """Every expert from its own seed, a layer at a time on the device, straight into its place."""
         experts = self.config.n_routed_experts
         staging = torch.empty(experts, shape.expert_bytes, dtype=torch.uint8, device="cuda")
-        places = self.bank.memory.view(layers, experts, shape.expert_bytes)
+        places = self.bank.memory.view(layers, self.held, shape.expert_bytes)
         for layer in range(layers):
             layer_experts(staging, shape, layer)
             # One copy an expert: the driver refuses a copy over the border of two pieces that were locked apart.
-            for expert in range(experts):
+            for expert in range(self.held):
                 places[layer, expert].copy_(staging[expert], non_blocking=True)
         torch.cuda.synchronize()
 
@@ -192,10 +207,13 @@ def run_experts(
     json_file: Path | None,
     say: Say,
     fetch: bool = True,
+    bank_experts: int | None = None,
 ) -> ExpertResults:
     """Every routing x batch x budget; what is measured is written at once."""
     named = budgets_of([b for b in budgets if not b.endswith("t")], config, 0)
-    scene = ExpertScene(config, layers, batches, max(b.slots for b in named), say, fetch=fetch)
+    scene = ExpertScene(
+        config, layers, batches, max(b.slots for b in named), say, fetch=fetch, bank_experts=bank_experts
+    )
     beside = torch.cuda.memory_allocated() - scene.memory.slab.numel()
     named = budgets_of(budgets, scene.config, beside)
     setup = {

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,13 +35,27 @@ Progress = Callable[[int, int], None]
 class HostBank:
     """Experts of one model in host memory."""
 
-    def __init__(self, pairs: Sequence[int], num_pairs: int, expert_bytes: int, *, name: str = "dsv4-experts") -> None:
-        """Maps memory for `pairs`; nothing is touched yet. Raises `BadConfig` when an expert is not whole pages."""
+    def __init__(
+        self,
+        pairs: Sequence[int],
+        num_pairs: int,
+        expert_bytes: int,
+        *,
+        places: npt.NDArray[np.int64] | None = None,
+        name: str = "dsv4-experts",
+    ) -> None:
+        """Maps memory for `pairs`; nothing is touched yet. Raises `BadConfig` when an expert is not whole pages.
+
+        `places` [num_pairs]: where each pair lies, for benchmarks in which several pairs share bytes; `pairs` is then
+        only how many places there are.
+        """
         if expert_bytes % mmap.PAGESIZE:
             raise BadConfig("expert_bytes", expert_bytes, f"a multiple of {mmap.PAGESIZE}", "expert bank")
         self.expert_bytes, self.num_pairs = expert_bytes, num_pairs
-        self.place = np.full(num_pairs, -1, np.int64)
-        self.place[list(pairs)] = np.arange(len(pairs))
+        if places is None:
+            places = np.full(num_pairs, -1, np.int64)
+            places[list(pairs)] = np.arange(len(pairs))
+        self.place = places
         self._fd = os.memfd_create(name)
         os.ftruncate(self._fd, max(mmap.PAGESIZE, len(pairs) * expert_bytes))
         self._open(len(pairs))
