@@ -66,7 +66,17 @@ class MakeKernels(Protocol):
 
 def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     """Triton's ops for steps of one token a sequence; batch invariant bit for bit."""
-    from workers.kernels import experts_decode, indexer, kv_step, kv_store, linear_decode, mhc, routing, sampling
+    from workers.kernels import (
+        compressor,
+        experts_decode,
+        indexer,
+        kv_step,
+        kv_store,
+        linear_decode,
+        mhc,
+        routing,
+        sampling,
+    )
     from workers.kernels import sparse_attention as attention
 
     c, tokens, device = config, sizes.num_tokens, sizes.device
@@ -81,6 +91,7 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     counts = experts_decode.num_counters(tokens, c.num_experts_per_tok, c.n_routed_experts, c.moe_intermediate_size)
     counters = torch.zeros(counts, dtype=torch.int32, device=device)
     attention_work = torch.empty(max(1, floats), device=device)
+    c128_work = compressor.C128Work.allocate(tokens, c.head_dim, device)
 
     def for_many(x_quantised: Tensor) -> Tensor | None:
         """Few tokens are rounded by the products themselves."""
@@ -96,7 +107,7 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         if rows is None:
             kv_store.norm_and_store(*tensors, eps)
         else:
-            kv_step.store_and_compress(*tensors, rows, main, index, eps)
+            kv_step.store_and_compress(*tensors, rows, main, index, eps, work=c128_work)
 
     return KernelSet(
         embed_streams=mhc.embed_streams,
