@@ -113,6 +113,7 @@ def hc_post_pre(
     *,
     x_quantised: Tensor | None = None,
     x_experts: Tensor | None = None,
+    finish: bool = True,
     pdl: bool | None = None,
 ) -> None:
     """Writes a sublayer's output back and reads the next one's input.
@@ -120,10 +121,11 @@ def hc_post_pre(
     `sub_out [T, R, D] bf16`: R parts that are added in order in fp32. `streams`, `post` and `comb` are updated in
     place; `hc`, `norm_weight` belong to the next sublayer, whose input is `x [T, D] bf16` (and `x_quantised`, as in
     `hc_pre`). `x_experts [T, D] bf16`, if given: the same values in expert order (`experts_decode.expert_gate_up`):
-    inside each 128 channels, place 32 j + h holds channel 4 h + j.
+    inside each 128 channels, place 32 j + h holds channel 4 h + j. With `finish` False, `comb` is left as logits, and
+    a launch before the next write-back must turn them into matrices (`mhc_gates.finish_comb`; `routing.route` can).
     """
     _sums(sub_out, streams, post, comb, hc.fn, None, work, streams.shape[0], pdl)
-    _collapsed(streams, None, hc, norm_weight, work, x, x_quantised, x_experts, post, comb, pdl)
+    _collapsed(streams, None, hc, norm_weight, work, x, x_quantised, x_experts, post, comb, pdl, finish)
 
 
 def hc_post_head(
@@ -197,6 +199,7 @@ def _collapsed(
     post: Tensor,
     comb: Tensor,
     pdl: bool | None,
+    finish: bool = True,
 ) -> None:
     num_rows, hidden = x.shape
     if num_rows == 0:
@@ -227,6 +230,7 @@ def _collapsed(
         QUANTISE=x_quantised is not None,
         EXPERTS=x_experts is not None,
         HW=hardware_formats(x.device),
+        FINISH=finish,
         ITERS=hc.iters,
         EPS=hc.eps,
         NORM_EPS=hc.norm_eps,
@@ -250,7 +254,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
 
     mix = {"NUM_FN": 24, "TM": TOKENS, "C": TILE_CHANNELS, "HAS_ROWS": False, "WIDEN": False}
     sums = {"NUM_TILES": num_tiles, "TILES_POW2": num_tiles, "HW": arch >= 89, "EXPERTS": True}
-    gates = {"ITERS": 20, "EPS": 1e-6, "NORM_EPS": 1e-6, "HEAD": False, "HAS_ROWS": False}
+    gates = {"ITERS": 20, "EPS": 1e-6, "NORM_EPS": 1e-6, "HEAD": False, "HAS_ROWS": False, "FINISH": True}
     options = tile("mhc.mix", arch).options
     return [
         case("embed_streams", embed_streams_kernel, {"num_warps": 4}, BLOCK=1024),

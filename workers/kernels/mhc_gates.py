@@ -154,11 +154,12 @@ def _write_gates(
     NUM_TILES: tl.constexpr,
     TILES_POW2: tl.constexpr,
     W: tl.constexpr,
+    FINISH: tl.constexpr,
     ITERS: tl.constexpr,
     EPS: tl.constexpr,
     NORM_EPS: tl.constexpr,
 ):
-    """The post gates and the Sinkhorn matrix of one token."""
+    """The post gates and the Sinkhorn matrix of one token, or its logits for `finish_comb`."""
     g00 = _total(sums, 24, NUM_TILES, TILES_POW2, W)
     g11 = _total(sums, 25, NUM_TILES, TILES_POW2, W)
     g22 = _total(sums, 26, NUM_TILES, TILES_POW2, W)
@@ -174,9 +175,29 @@ def _write_gates(
     for k in tl.static_range(4):
         gate = tl.sigmoid(_total(sums, 4 + k, NUM_TILES, TILES_POW2, W) * post_scale + tl.load(base + 4 + k))
         tl.store(post + token * 4 + k + same, 2.0 * gate)
+    if FINISH:
+        logits = sinkhorn_rows(logits, ITERS, EPS)
+    for i in tl.static_range(16):
+        tl.store(comb + token * 16 + i + same, logits[i])
+
+
+@triton.jit
+def finish_comb(comb, first, num_tokens, TOKENS: tl.constexpr, ITERS: tl.constexpr, EPS: tl.constexpr):
+    """Logits to Sinkhorn matrices in place, `comb [T, 16]`, for TOKENS tokens from `first` on.
+
+    For a program of its own in any launch between `hc_post_pre(finish=False)` and the next write-back: the steps of
+    Sinkhorn take about 1 us, one after the other, which there nobody waits for.
+    """
+    token = (first + tl.arange(0, TOKENS)).to(tl.int64)
+    inside = token < num_tokens
+    logits = ()
+    for i in tl.static_range(16):
+        logits = logits + (tl.load(comb + token * 16 + i, mask=inside, other=0.0),)
+    # Every warp computes the same: all must have read before one writes.
+    tl.debug_barrier()
     matrix = sinkhorn_rows(logits, ITERS, EPS)
     for i in tl.static_range(16):
-        tl.store(comb + token * 16 + i + same, matrix[i])
+        tl.store(comb + token * 16 + i, matrix[i], mask=inside)
 
 
 @triton.jit
@@ -202,6 +223,7 @@ def collapse_kernel(
     QUANTISE: tl.constexpr,
     EXPERTS: tl.constexpr,
     HW: tl.constexpr,
+    FINISH: tl.constexpr,
     ITERS: tl.constexpr,
     EPS: tl.constexpr,
     NORM_EPS: tl.constexpr,
@@ -245,7 +267,7 @@ def collapse_kernel(
             NORM_EPS,
         )
     elif not HEAD:
-        _write_gates(base, scale, sums, post, comb, index, D, NUM_TILES, TILES_POW2, W, ITERS, EPS, NORM_EPS)
+        _write_gates(base, scale, sums, post, comb, index, D, NUM_TILES, TILES_POW2, W, FINISH, ITERS, EPS, NORM_EPS)
 
 
 @triton.jit

@@ -194,6 +194,7 @@ def _collapse(
         QUANTISE=x_quantised is not None,
         EXPERTS=x_experts is not None,
         HW=hardware_formats(x.device),
+        FINISH=True,
         ITERS=hc.iters,
         EPS=hc.eps,
         NORM_EPS=hc.norm_eps,

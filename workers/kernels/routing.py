@@ -17,12 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.launch import pdl_options
+from workers.kernels.mhc import HyperConnection
+from workers.kernels.mhc_gates import finish_comb
 
 DECODE_TOKENS = 64
 """Most tokens of the one-program form."""
 
 DECODE_TILES = ((1, 1), (8, 4), (DECODE_TOKENS, 16))
 """(tokens, warps) of that program: the smallest that holds the step. Changes no result."""
+
+COMB_TOKENS = 32
+"""Tokens of mHC that a program finishes: one per thread of a warp."""
 
 TILE_TOKENS = 32
 """Tokens of one program in prefill."""
@@ -195,6 +200,7 @@ def route_decode_kernel(
     active_begin,
     pair_order,
     heat,
+    comb,
     num_tokens,
     vocab,
     scaling,
@@ -205,12 +211,19 @@ def route_decode_kernel(
     TILE: tl.constexpr,
     HASH: tl.constexpr,
     HEAT: tl.constexpr,
+    COMB_TOKENS: tl.constexpr,
+    ITERS: tl.constexpr,
+    EPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program: `num_tokens <= TILE`."""
+    """One program: `num_tokens <= TILE`. With `COMB_TOKENS`, further programs finish that many tokens of mHC each."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    if tl.program_id(0) > 0:
+        if COMB_TOKENS > 0:
+            finish_comb(comb, (tl.program_id(0) - 1) * COMB_TOKENS, num_tokens, COMB_TOKENS, ITERS, EPS)
+        return
     token = tl.arange(0, TILE)
     experts, pair, counted = _choose(
         logits, chooser, token_ids, ids, weights, token, num_tokens, vocab, scaling, E, EP, K, KP, HASH
@@ -355,6 +368,7 @@ def route(
     *,
     heat: Tensor | None = None,
     work: Tensor | None = None,
+    comb: tuple[Tensor, HyperConnection] | None = None,
     pdl: bool | None = None,
 ) -> None:
     """Chosen experts of T tokens and the groups of their pairs.
@@ -367,6 +381,7 @@ def route(
         groups: written.
         heat: int32 [E], grows by the uses of each expert.
         work: int32 [`work_words`], for more than 64 tokens; allocated when None (not inside a graph).
+        comb: fp32 [T, 16] of `hc_post_pre(finish=False)`, and its weights: finished by the way. Decode only.
     """
     num_tokens, num_experts = logits.shape
     if num_tokens == 0:
@@ -382,10 +397,15 @@ def route(
     options = pdl_options(logits, pdl)
     if num_tokens <= DECODE_TOKENS:
         tile, warps = next(choice for choice in DECODE_TILES if num_tokens <= choice[0])
-        operands = (logits, chooser, token_ids, ids, weights, *lists, heat_or_any, num_tokens, vocab, scaling)
-        flags = {"HASH": hashed, "HEAT": heat is not None}
-        route_decode_kernel[(1,)](*operands, **shape, TILE=tile, **flags, num_warps=warps, **options)
+        flags: dict[str, Any] = {"HASH": hashed, "HEAT": heat is not None, "COMB_TOKENS": 0, "ITERS": 0, "EPS": 0.0}
+        matrices, programs = weights, 1
+        if comb is not None:
+            matrices, programs = comb[0], 1 + triton.cdiv(num_tokens, COMB_TOKENS)
+            flags |= {"COMB_TOKENS": COMB_TOKENS, "ITERS": comb[1].iters, "EPS": comb[1].eps}
+        operands = (logits, chooser, token_ids, ids, weights, *lists, heat_or_any, matrices, num_tokens, vocab, scaling)
+        route_decode_kernel[(programs,)](*operands, **shape, TILE=tile, **flags, num_warps=warps, **options)
         return
+    assert comb is None
     if work is None:
         work = torch.empty(work_words(num_tokens, num_experts), dtype=torch.int32, device=logits.device)
     num_tiles = triton.cdiv(num_tokens, TILE_TOKENS)
@@ -411,9 +431,10 @@ def route(
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """V4-Flash, for the check that every architecture compiles."""
     shape = {"E": 256, "EP": 256, "K": 6, "KP": 8, "PDL": arch >= 90}
+    comb = {"COMB_TOKENS": COMB_TOKENS, "ITERS": 20, "EPS": 1e-6}
     ints = ("chooser", "token_ids", "ids", "num_active", "active_experts", "active_begin", "pair_order", "heat")
     types = dict.fromkeys((*ints, "tile_counts", "totals"), "*i32")
-    types |= {"logits": "*fp32", "weights": "*fp32", "scaling": "fp32"}
+    types |= {"logits": "*fp32", "weights": "*fp32", "comb": "*fp32", "scaling": "fp32"}
     types |= {"num_tokens": "i32", "num_tiles": "i32", "vocab": "i32"}
 
     def case(name: str, kernel: Any, warps: int, *, hashed: bool = False, **constexprs: Any) -> Any:
@@ -426,8 +447,8 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
 
     scan = {"TILES": SCAN_TILES, "EXPERTS": SCAN_EXPERTS}
     return [
-        *(case(f"decode {t}", route_decode_kernel, w, TILE=t, HEAT=True) for t, w in DECODE_TILES),
-        case("decode hash", route_decode_kernel, 16, hashed=True, TILE=DECODE_TOKENS, HEAT=False),
+        *(case(f"decode {t}", route_decode_kernel, w, TILE=t, HEAT=True, **comb) for t, w in DECODE_TILES),
+        case("decode hash", route_decode_kernel, 16, hashed=True, TILE=DECODE_TOKENS, HEAT=False, **comb),
         case("choose", choose_kernel, 8, TILE=TILE_TOKENS),
         case("scan_tiles", scan_tiles_kernel, 8, HEAT=True, **scan),
         case("order", order_kernel, 8, TILE=TILE_TOKENS),

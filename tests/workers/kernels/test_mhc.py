@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.workers.kernels.test_routing import learned
 from workers.reference import mhc as reference
 from workers.reference.norm_rope import rms_norm
 from workers.reference.quant import fp8_fake_quant
@@ -54,9 +55,9 @@ class Step:
         )
         return rms_norm(mixed, self.norm_weight, NORM_EPS), post, comb.flatten(1)
 
-    def post_pre(self) -> None:
+    def post_pre(self, *, finish: bool = True) -> None:
         operands = (self.sub_out, self.streams, self.post, self.comb, self.hc, self.norm_weight, self.x, self.work)
-        mhc.hc_post_pre(*operands, x_quantised=self.x_quantised, x_experts=self.x_experts)
+        mhc.hc_post_pre(*operands, x_quantised=self.x_quantised, x_experts=self.x_experts, finish=finish)
 
     def take(self, rows: slice) -> Step:
         """The same step with a part of its tokens."""
@@ -158,6 +159,17 @@ def test_zero_streams_of_padding_rows_stay_finite(device: torch.device) -> None:
     step.sub_out.zero_()
     step.post_pre()
     assert all(torch.isfinite(t.float()).all() for t in (step.x, step.post, step.comb, step.streams))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_routing_finishes_the_matrices_that_were_left_open(device: torch.device, num_tokens: int) -> None:
+    open_, closed = Step(num_tokens, device), Step(num_tokens, device)
+    closed.post_pre()
+    open_.post_pre(finish=False)
+    case = learned(num_tokens, device)
+    case.run(comb=(open_.comb, open_.hc))
+    assert torch.equal(open_.comb, closed.comb)
+    assert torch.equal(open_.x, closed.x) and torch.equal(open_.post, closed.post)
 
 
 def test_repeated_steps_give_the_same_bits(device: torch.device) -> None:

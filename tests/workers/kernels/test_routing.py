@@ -33,10 +33,9 @@ class Case:
             pair_order=poison(pairs),
         )
 
-    def run(self, heat: Tensor | None = None) -> Case:
-        routing.route(
-            self.logits, self.chooser, self.token_ids, SCALING, self.ids, self.weights, self.groups, heat=heat
-        )
+    def run(self, heat: Tensor | None = None, comb: object = None) -> Case:
+        operands = (self.logits, self.chooser, self.token_ids, SCALING, self.ids, self.weights, self.groups)
+        routing.route(*operands, heat=heat, comb=comb)
         return self
 
 
