@@ -52,7 +52,10 @@ def rounded_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return reference.linear(x.cpu().float(), weight.float(), act_fp8=True).double()
 
 
-SIZES = [(256, 256), (384, 512), (128, 1536), (128, 2048)]
+SIZES = [(256, 128), (256, 256), (384, 512), (128, 1536), (128, 2048)]
+
+NANO_SIZES = [(256, 256), (1536, 128), (256, 512), (256, 256), (256, 256)]
+"""x_fp8, q_fp8, wo_a, wo_b, w13 of dsv4-nano."""
 
 
 @pytest.mark.parametrize("T", [1, 3, 8, 21])
@@ -119,8 +122,8 @@ def test_head_has_fp32_logits_for_any_vocabulary(B: int, device: torch.device) -
     assert_close(out, F.linear(x.cpu().double(), weight.cpu().double()), TOLERANCE)
 
 
-@pytest.mark.parametrize("T", [2, 8, 9, 40])
-@pytest.mark.parametrize("columns", [512, 2048])
+@pytest.mark.parametrize("T", [4, 8, 9, 40])
+@pytest.mark.parametrize("columns", [128, 256, 512, 2048])
 def test_a_tokens_bits_do_not_depend_on_its_batch(columns: int, T: int, device: torch.device) -> None:
     weight = fp8_weight(128, columns, device)
     x = tokens(T, columns, device=device)
@@ -134,8 +137,9 @@ def test_a_tokens_bits_do_not_depend_on_its_batch(columns: int, T: int, device: 
 
 
 @pytest.mark.parametrize("T", [2, 9, pytest.param(40, marks=pytest.mark.gpu)])  # numpy sums 64 columns otherwise
-def test_projection_and_router_bits_do_not_depend_on_the_batch(T: int, device: torch.device) -> None:
-    K, inner = 512, 128
+@pytest.mark.parametrize("K", [256, 512])
+def test_projection_and_router_bits_do_not_depend_on_the_batch(K: int, T: int, device: torch.device) -> None:
+    inner = 128
     weight, w13 = fp8_weight(128, K, device), fp8_weight(2 * inner, K, device)
     plain = torch.randn(48, K, generator=torch.Generator().manual_seed(5)).bfloat16().to(device)
 
@@ -154,6 +158,34 @@ def test_projection_and_router_bits_do_not_depend_on_the_batch(T: int, device: t
     x[1:] = float("nan")
     for batch, single in zip(run(x), alone, strict=True):
         assert torch.equal(batch[0], single[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 4, 16])
+def test_every_row_of_a_step_repeats_bit_for_bit(T: int, device: torch.device) -> None:
+    """The shapes of dsv4-nano, each launch against itself, with and without dependent launches."""
+    x, latent = tokens(T, 256, device=device), tokens(T, 128, device=device)
+    groups = tokens(T, 2, 512, device=device)
+    x_fp8, q, wo_a, wo_b, w13 = (fp8_weight(*size, device) for size in NANO_SIZES)
+    generator = torch.Generator().manual_seed(6)
+    x_bf16, gate = (torch.randn(rows, 256, generator=generator).bfloat16().to(device) for rows in (1028, 12))
+
+    def run(pdl: bool) -> list[torch.Tensor]:
+        outs = [poisoned(T, n, dtype=torch.bfloat16, device=device) for n in (256, 1536, 256, 256, 128)]
+        raw, logits = (poisoned(T, n, dtype=torch.float32, device=device) for n in (1028, 12))
+        for _ in range(3):
+            kernels.project_x(x, x_fp8, x_bf16, outs[0], raw, pdl=pdl)
+            kernels.linear(latent, q, outs[1], pdl=pdl)
+            kernels.grouped_linear(groups, wo_a, outs[2], pdl=pdl)
+            kernels.linear(outs[2], wo_b, outs[3], pdl=pdl)
+            kernels.gate_and_shared(outs[3], gate, w13, 10.0, logits, outs[4], pdl=pdl)
+        return [*outs, raw, logits]
+
+    first = run(pdl=False)
+    assert all(out.isfinite().all() for out in first)
+    for _ in range(20):
+        for mine, again in zip(first, run(pdl=True), strict=True):
+            assert torch.equal(mine, again)
 
 
 @pytest.mark.parametrize("T", [9, 16])
