@@ -34,11 +34,6 @@ from workers.kernels.expert_numbers import (
     slot_address,
     times,
 )
-from workers.kernels.expert_numbers import dot as _dot  # noqa: F401
-from workers.kernels.expert_numbers import fp4_column as _column  # noqa: F401
-from workers.kernels.expert_numbers import slot_address as _slot  # noqa: F401
-from workers.kernels.expert_numbers import times as _times  # noqa: F401
-from workers.kernels.expert_numbers import word_factors as _scales  # noqa: F401
 from workers.kernels.formats import e4m3_to_f32, f32_to_e4m3, hardware_formats, pow2_reciprocal, pow2_scale_ceil
 from workers.kernels.launch import pdl_options, prefetch_l2
 
@@ -267,8 +262,6 @@ def _gate_up(
     quantises the shared expert's hidden rows."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-        # Only now: the successor reads the groups, which this kernel's predecessors wrote, before its own wait.
-        tl.extra.cuda.gdc_launch_dependents()
     block = tl.program_id(0)
     member = tl.program_id(1)
     if member == tl.num_programs(1) - 1:
@@ -313,6 +306,10 @@ def _gate_up(
         tl.store(target, value.to(tl.bfloat16), mask=(at < end)[None, :])
         first += N
 
+    if PDL:
+        # Not earlier: programs of the successor would take room from this launch, and they read the groups, which this
+        # kernel's predecessors wrote, before their own wait.
+        tl.extra.cuda.gdc_launch_dependents()
     tl.debug_barrier()
     counter = counters + member * (INNER // 128) + block // 16
     if tl.atomic_add(counter, 1) == 15:
@@ -337,10 +334,8 @@ def _down(
 ):  # fmt: skip
     """Grid (D / 16, 1 + most active experts): 16 rows of w2. The first column of programs, whose codes are twice as
     wide, is the shared expert's."""
-    if PDL:
-        # The wait comes inside the products: weights and groups are older than the predecessor, `expert_gate_up`, which
-        # lets this kernel start only after its own wait.
-        tl.extra.cuda.gdc_launch_dependents()
+    # The wait comes inside the products: weights and groups are older than the predecessor, `expert_gate_up`, which
+    # lets this kernel start only after its own wait.
     block = tl.program_id(0)
     member = tl.program_id(1) - 1
     row = block * 16 + tl.arange(0, 16)
@@ -353,6 +348,8 @@ def _down(
             token = first + tl.arange(0, N)
             inputs = shared_hidden + tl.minimum(token, num_tokens - 1).to(tl.int64)[None, :] * INNER
             total = _fp8_product(codes, scales, inputs + tl.arange(0, 32)[:, None], lines, INNER, PACKED, PDL)
+            if PDL:
+                tl.extra.cuda.gdc_launch_dependents()
             target = out + (token.to(tl.int64) * (CHOICES + 1) + CHOICES)[None, :] * D + row[:, None]
             tl.store(target, total.to(tl.bfloat16), mask=(token < num_tokens)[None, :])
             first += N
@@ -375,6 +372,8 @@ def _down(
         pair = tl.load(pair_order + tl.minimum(at, end - 1))
         inputs = hidden + pair.to(tl.int64)[None, :] * INNER + tl.arange(0, 32)[:, None]
         total = _fp4_product(words, scales, inputs, lines, scale_lines, INNER, PACKED, PDL)
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
         target = out + (pair + pair // CHOICES).to(tl.int64)[None, :] * D + row[:, None]
         tl.store(target, total.to(tl.bfloat16), mask=(at < end)[None, :])
         first += N
