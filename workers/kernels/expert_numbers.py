@@ -77,14 +77,6 @@ def scale_factors(codes):
 
 
 @triton.jit
-def word_factors(codes, GROUPS: tl.constexpr):
-    """`scale_factors` of `codes [M, GROUPS]` repeated for every word of four columns: `[M, GROUPS * 8]`."""
-    M: tl.constexpr = codes.shape[0]
-    factor = scale_factors(codes)
-    return tl.reshape(tl.broadcast_to(factor[:, :, None], (M, GROUPS, 8)), (M, GROUPS * 8))
-
-
-@triton.jit
 def times(value, factor, PACKED: tl.constexpr):
     """Product of two bf16 that is exact in bf16."""
     return value * factor if PACKED else (value.to(tl.float32) * factor.to(tl.float32)).to(tl.bfloat16)
