@@ -23,8 +23,8 @@ from workers.kernels.mhc_gates import finish_comb
 DECODE_TOKENS = 64
 """Most tokens of the one-program form."""
 
-DECODE_TILES = ((1, 1), (8, 4), (DECODE_TOKENS, 16))
-"""(tokens, warps) of that program: the smallest that holds the step. Changes no result."""
+DECODE_TILES = ((1, 1), (8, 8), (DECODE_TOKENS, 16))
+"""(tokens, most warps) of that program: the smallest that holds the step. Changes no result."""
 
 COMB_TOKENS = 32
 """Tokens of mHC that a program finishes: one per thread of a warp."""
@@ -138,7 +138,7 @@ def _choose(
     KP: tl.constexpr,
     HASH: tl.constexpr,
 ):
-    """Writes ids and weights of a block of tokens. Returns `[tokens, KP]`: experts, pairs, and which pairs count."""
+    """Writes ids and weights of a block of tokens."""
     inside = token < num_tokens
     chosen = _chosen(logits, chooser, token_ids, token, inside, vocab, E, EP, K, HASH)
     choice = tl.arange(0, KP)[None, :]
@@ -154,8 +154,6 @@ def _choose(
         total += tl.sum(tl.where(choice == c, score, 0.0), 1)
     tl.store(ids + pair, experts, mask=wanted)
     tl.store(weights + pair, score / total[:, None] * scaling, mask=wanted)
-    counted = wanted & (tl.load(token_ids + token, mask=inside, other=-1) >= 0)[:, None]
-    return experts, pair, counted
 
 
 @triton.jit
@@ -172,11 +170,25 @@ def _store_groups(num_active, active_experts, active_begin, expert, counts, begi
 
 
 @triton.jit
-def _sorted(experts, counted, local, PAIRS: tl.constexpr):
+def _pairs(ids, token_ids, first_token, num_tokens, K: tl.constexpr, PAIRS: tl.constexpr):
+    """Experts of the pairs from a token on, `[PAIRS]`, and which of them count.
+
+    Read back from memory, where this program or an earlier launch wrote them. NOTE: flattening the block of choices
+    would save the round trip, but leaves a layout with gaps between its lanes, over which Triton 3.6 adds up wrongly.
+    """
+    local = tl.arange(0, PAIRS)
+    token = first_token + local // K
+    inside = token < num_tokens
+    expert = tl.load(ids + first_token.to(tl.int64) * K + local, mask=inside, other=0)
+    return expert, inside & (tl.load(token_ids + token, mask=inside, other=-1) >= 0)
+
+
+@triton.jit
+def _sorted(experts, counted, PAIRS: tl.constexpr):
     """Pairs by (expert, pair), those that do not count last: expert and pair of each place, whether it is one, whether
-    its expert begins there. `local`: numbers below PAIRS in the order of the pairs."""
-    key = tl.sort(tl.where(counted, experts * PAIRS + local, 0x7FFFFFFF))
+    its expert begins there."""
     place = tl.arange(0, PAIRS)
+    key = tl.sort(tl.where(counted, experts * PAIRS + place, 0x7FFFFFFF))
     real = key != 0x7FFFFFFF
     expert = key // PAIRS
     before = tl.gather(expert, tl.maximum(place - 1, 0), 0)
@@ -225,12 +237,11 @@ def route_decode_kernel(
             finish_comb(comb, (tl.program_id(0) - 1) * COMB_TOKENS, num_tokens, COMB_TOKENS, ITERS, EPS)
         return
     token = tl.arange(0, TILE)
-    experts, pair, counted = _choose(
-        logits, chooser, token_ids, ids, weights, token, num_tokens, vocab, scaling, E, EP, K, KP, HASH
-    )
+    _choose(logits, chooser, token_ids, ids, weights, token, num_tokens, vocab, scaling, E, EP, K, KP, HASH)
+    tl.debug_barrier()
     PAIRS: tl.constexpr = TILE * KP
-    counted = tl.reshape(counted, (PAIRS,))
-    expert, local, real, first = _sorted(tl.reshape(experts, (PAIRS,)), counted, tl.reshape(pair, (PAIRS,)), PAIRS)
+    experts, counted = _pairs(ids, token_ids, tl.zeros((), tl.int32), num_tokens, K, PAIRS)
+    expert, local, real, first = _sorted(experts, counted, PAIRS)
     place = tl.arange(0, PAIRS)
     flags = first.to(tl.int32)
     slot = tl.cumsum(flags, 0) - 1
@@ -269,10 +280,10 @@ def choose_kernel(
         tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     token = tile * TILE + tl.arange(0, TILE)
-    experts, _, counted = _choose(
-        logits, chooser, token_ids, ids, weights, token, num_tokens, vocab, scaling, E, EP, K, KP, HASH
-    )
-    counts = tl.histogram(tl.reshape(experts, (TILE * KP,)), EP, mask=tl.reshape(counted, (TILE * KP,)))
+    _choose(logits, chooser, token_ids, ids, weights, token, num_tokens, vocab, scaling, E, EP, K, KP, HASH)
+    tl.debug_barrier()
+    experts, counted = _pairs(ids, token_ids, tile * TILE, tl.minimum(num_tokens, (tile + 1) * TILE), K, TILE * KP)
+    counts = tl.histogram(experts, EP, mask=counted)
     expert = tl.arange(0, EP)
     tl.store(tile_counts + tile * E + expert, counts, mask=expert < E)
 
@@ -333,25 +344,19 @@ def order_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
-    token = tile * TILE + tl.arange(0, TILE)
-    inside = token < num_tokens
     expert = tl.arange(0, EP)
     counts = tl.load(totals + expert, mask=expert < E, other=0)
     begin = tl.cumsum(counts, 0) - counts
     if tile == 0:
         _store_groups(num_active, active_experts, active_begin, expert, counts, begin)
     start = begin + tl.load(tile_counts + tile * E + expert, mask=expert < E, other=0)
-    choice = tl.arange(0, KP)[None, :]
-    wanted = inside[:, None] & (choice < K)
-    experts = tl.load(ids + token.to(tl.int64)[:, None] * K + choice, mask=wanted, other=0)
-    counted = wanted & (tl.load(token_ids + token, mask=inside, other=-1) >= 0)[:, None]
     PAIRS: tl.constexpr = TILE * KP
+    experts, counted = _pairs(ids, token_ids, tile * TILE, tl.minimum(num_tokens, (tile + 1) * TILE), K, PAIRS)
+    chosen, local, real, first = _sorted(experts, counted, PAIRS)
     place = tl.arange(0, PAIRS)
-    counted = tl.reshape(counted, (PAIRS,))
-    chosen, local, real, first = _sorted(tl.reshape(experts, (PAIRS,)), counted, place, PAIRS)
     run = tl.associative_scan(tl.where(first, place, 0), 0, _larger)
     target = tl.gather(start, tl.where(real, chosen, 0), 0) + place - run
-    tl.store(pair_order + target, (tile * TILE + local // KP) * K + local % KP, mask=real)
+    tl.store(pair_order + target, tile * TILE * K + local, mask=real)
 
 
 # -- launchers ----------------------------------------------------------------------------------------------------
@@ -397,6 +402,7 @@ def route(
     options = pdl_options(logits, pdl)
     if num_tokens <= DECODE_TOKENS:
         tile, warps = next(choice for choice in DECODE_TILES if num_tokens <= choice[0])
+        warps = _warps(warps, tile * shape["KP"])
         flags: dict[str, Any] = {"HASH": hashed, "HEAT": heat is not None, "COMB_TOKENS": 0, "ITERS": 0, "EPS": 0.0}
         matrices, programs = weights, 1
         if comb is not None:
@@ -411,7 +417,8 @@ def route(
     num_tiles = triton.cdiv(num_tokens, TILE_TOKENS)
     totals, tile_counts = work[:num_experts], work[num_experts:]
     operands = (logits, chooser, token_ids, ids, weights, tile_counts, num_tokens, vocab, scaling)
-    choose_kernel[(num_tiles,)](*operands, **shape, TILE=TILE_TOKENS, HASH=hashed, num_warps=8, **options)
+    warps = _warps(8, TILE_TOKENS * shape["KP"])
+    choose_kernel[(num_tiles,)](*operands, **shape, TILE=TILE_TOKENS, HASH=hashed, num_warps=warps, **options)
     scan_tiles_kernel[(triton.cdiv(num_experts, SCAN_EXPERTS),)](
         tile_counts,
         totals,
@@ -425,7 +432,12 @@ def route(
         **options,
     )
     operands = (token_ids, ids, tile_counts, totals, *lists, num_tokens)
-    order_kernel[(num_tiles,)](*operands, **shape, TILE=TILE_TOKENS, num_warps=8, **options)
+    order_kernel[(num_tiles,)](*operands, **shape, TILE=TILE_TOKENS, num_warps=warps, **options)
+
+
+def _warps(most: int, pairs: int) -> int:
+    """No more threads than pairs: copies of a pair in several threads would be counted twice by a histogram."""
+    return max(1, min(most, pairs // 32))
 
 
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -447,7 +459,10 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
 
     scan = {"TILES": SCAN_TILES, "EXPERTS": SCAN_EXPERTS}
     return [
-        *(case(f"decode {t}", route_decode_kernel, w, TILE=t, HEAT=True, **comb) for t, w in DECODE_TILES),
+        *(
+            case(f"decode {t}", route_decode_kernel, _warps(w, t * 8), TILE=t, HEAT=True, **comb)
+            for t, w in DECODE_TILES
+        ),
         case("decode hash", route_decode_kernel, 16, hashed=True, TILE=DECODE_TOKENS, HEAT=False, **comb),
         case("choose", choose_kernel, 8, TILE=TILE_TOKENS),
         case("scan_tiles", scan_tiles_kernel, 8, HEAT=True, **scan),
