@@ -23,7 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.formats import e4m3_to_f16, hardware_formats
+from workers.kernels.formats import (
+    e4m3_to_f16,
+    e4m3_to_f32,
+    f32_to_e4m3,
+    hardware_formats,
+    pow2_reciprocal,
+    pow2_scale_ceil,
+)
 from workers.kernels.launch import num_sms, pdl_options
 from workers.kernels.row_products import bf16_rows, fp8_rows, inputs_of, spread, store_rows, tokens_of
 from workers.kernels.tiles import Tile, tile
@@ -190,6 +197,23 @@ def _wide_kernel(
         store_rows(out, out_stride, tl.sum(sums, 0), row, valid, start, num_tokens, BT)
 
 
+@triton.jit
+def _round_kernel(
+    x, rounded, X_STRIDE: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, HW: tl.constexpr, PDL: tl.constexpr
+):
+    """Programs (token, GROUPS groups of 128 columns): `rounded` bf16 `[T, K]` = `x` through e4m3, exact in bf16."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    token = tl.program_id(0).to(tl.int64)
+    value = tl.load(x + token * X_STRIDE + column).to(tl.float32)
+    scale, _ = pow2_scale_ceil(tl.max(tl.abs(value), 1), 448.0, 1e-4)
+    codes = f32_to_e4m3(value * pow2_reciprocal(scale)[:, None], HW)
+    tl.store(rounded + token * K + column, (e4m3_to_f32(codes, HW) * scale[:, None]).to(tl.bfloat16))
+
+
 class _Launch(NamedTuple):
     """Constants of one launch that follow from its sizes."""
 
@@ -275,27 +299,41 @@ def linear(
     out: Tensor,
     *,
     act_fp8: bool = True,
-    quantised: bool = False,
+    rounded: Tensor | None = None,
     pdl: bool | None = None,
 ) -> None:
     """`out [T, N]` bf16 = `x [T, K]` bf16 times an FP8 weight; with `act_fp8` the input first passes e4m3.
 
-    `quantised`: it has passed already (rounding twice changes nothing, but costs time beyond `ROUNDED_TOKENS`).
-    Without `act_fp8` the input is taken in f16: exact for magnitudes from 6e-5 to 65504, saturating above.
+    `rounded`: room for T * K bf16. With it, more than `ROUNDED_TOKENS` tokens are rounded once, by a launch of its own,
+    and not by every program: the same bits, sooner. Without `act_fp8` the input is taken in f16: exact for magnitudes
+    from 6e-5 to 65504.
     """
     if x.shape[0] == 0:
         return
     N, K = weight.codes.shape
+    act = "round" if act_fp8 else "plain"
+    if act_fp8 and rounded is not None and x.shape[0] > (WIDE_TOKENS if K <= WIDE_COLUMNS else ROUNDED_TOKENS):
+        x, act = _round(x, rounded, pdl), "rounded"
     plan = _plan(x, K, pdl)
-    act = _fp8_input(x, x if quantised else None)[1] if act_fp8 else "plain"
     if K <= WIDE_COLUMNS and plan.constants["BT"] <= WIDE_TOKENS:
-        _wide(x, weight, out, plan, "round" if act_fp8 else act)
+        _wide(x, weight, out, plan, act)
         return
     _project_kernel[(N // plan.constants["BN"], plan.token_tiles)](
         x, x, _bytes(weight.codes), weight.scales, weight.scales, out, out,
         x.shape[0], out.stride(0), out.stride(0),
         N_BF16=0, ACT=act, GROUP_ROWS=N, GROUP_COLUMNS=0, **plan.constants, **plan.options,
     )  # fmt: skip
+
+
+def _round(x: Tensor, room: Tensor, pdl: bool | None) -> Tensor:
+    T, K = x.shape
+    rounded = room[: T * K].view(T, K)
+    groups = K // BLOCK
+    each = min(8, groups & -groups)
+    _round_kernel[(T, groups // each)](
+        x, rounded, X_STRIDE=x.stride(0), K=K, GROUPS=each, HW=hardware_formats(x.device), **pdl_options(x, pdl)
+    )
+    return rounded
 
 
 def _wide(x: Tensor, weight: Weight, out: Tensor, plan: _Launch, act: str) -> None:
@@ -403,7 +441,9 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     }
     q = x | fp8 | {"out": "*bf16", "out_stride": "i32"}
     words = x | {"weight": "*bf16", "out": "*fp32", "N": "i32"}
+    rounding = {"X_STRIDE": 8192, "K": 8192, "GROUPS": 8, "HW": hw, "PDL": pdl}
     return [
+        ("round", _round_kernel, {"x": "*bf16", "rounded": "*bf16"}, rounding, options),
         ("project_x one", _project_kernel, project, one | rows, options),
         ("project_x many", _project_kernel, project, large | rows | {"ACT": "rounded"}, options),
         ("gate_and_shared one", _gate_kernel, gate, one | experts, options),
