@@ -5,12 +5,13 @@ the predecessor wrote; in a CUDA graph the launches of a chain then overlap. A k
 
     @triton.jit
     def kernel(..., PDL: tl.constexpr):
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()    # the successor may start now
         ...                                          # addresses; loads and prefetches of weights only
         if PDL:
             tl.extra.cuda.gdc_wait()                 # the predecessor has ended and its writes are visible
-        ...                                          # everything else, all stores
+        ...                                          # everything else
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()    # once all programs are here or gone, the successor may start
+        ...                                          # the last stores
 
     kernel[grid](..., **pdl_options(x, pdl))
 
