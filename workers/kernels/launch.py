@@ -17,7 +17,11 @@ the predecessor wrote; in a CUDA graph the launches of a chain then overlap. A k
 
 Every program must reach `gdc_wait`, also one without work: a kernel counts as ended when its programs have, and that is
 what makes the writes of the kernel before the predecessor visible. Nothing may be stored before the wait, for the
-predecessor may still read it. Triton's interpreter and GPUs before sm_90 know none of this: `PDL` is False there.
+predecessor may still read it. What is read before the wait must be older than two launches where the predecessor
+signals early. A kernel of few programs may signal first of all; one that fills the GPU must not, for its successor's
+waiting programs take places and crowd the launch after them.
+# measured: a 33 MB linear 12.4 us signalling at its end, 19.8 us at its start, 12.9 us without PDL (H200, 2026-11-21).
+Triton's interpreter and GPUs before sm_90 know none of this: `PDL` is False there.
 """
 
 from __future__ import annotations
