@@ -6,7 +6,7 @@ expert 4.5 us, head 250 us; together 43 layers of C4 would take 1.6 ms. Predicti
 unless it overlaps its predecessor, so 80 % needs overlap.
 
 Result (H200, 2026-11-21, one token, variants of the same loops in one run): wo_b 12.4 us (64 %), wo_a 11.7 us (68 %),
-4096x4096 alone 7.6 us (52 %); before, with all rows in one `wide` tile of 32: q 13.7 us (72 %), head 267 us (94 %). A
+4096x4096 alone 7.6 us (52 %); in an earlier run, with an early signal: q 13.7 us (72 %), head 267 us (94 %). A
 bare read of 34 MB takes 9.5 us (84 %) and of 1 GiB 4,490 GB/s: ramp and drain are 2 us a launch, the loop over
 activations another 1-2 us (11.2 us with a constant operand). Tried and left out: signalling the successor at the start
 (19.8 us), line prefetches to L2 (+3 us), 8 or 16 warps a program (13-20 us), activations as codes for 8 rows (14 us).
