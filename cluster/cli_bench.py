@@ -183,16 +183,20 @@ def expert_cache(
 
 @app.command()
 def plot(
-    file: Annotated[Path, typer.Argument(help="What --json wrote, perhaps on another machine.")],
+    file: Annotated[Path, typer.Argument(help="What --json of model or experts wrote, perhaps elsewhere.")],
     image: Annotated[Path | None, typer.Option("--out", help="PNG or SVG; beside FILE when not given.")] = None,
 ) -> None:
-    """Draw the roofline of a finished run."""
+    """Draw a finished run: the roofline of `model`, or speed over budget of `experts`."""
     with _user_errors():
+        from cluster.bench.expert_plot import draw_experts, holds_experts
         from cluster.bench.plot import draw
         from cluster.bench.results import read_results
 
         target = image or file.with_suffix(".png")
-        draw(read_results(file), target)
+        if holds_experts(file):
+            draw_experts(file, target)
+        else:
+            draw(read_results(file), target)
     out.print(str(target), soft_wrap=True)
 
 

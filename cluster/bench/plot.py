@@ -18,13 +18,7 @@ class CannotPlot(ClusterError):
 
 def draw(results: Results, path: Path) -> None:
     """Kernels under the roofline on the left, decode steps over their floor on the right. Raises `CannotPlot`."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError as exc:
-        raise CannotPlot(f"drawing needs matplotlib: pip install 'dsv4-cluster[plot]' ({exc})") from exc
+    pyplot = pyplot_module()
     if not results.kernels and not results.decode:
         raise CannotPlot("neither kernels nor decode steps were measured")
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 6.5), layout="constrained")
@@ -39,6 +33,18 @@ def draw(results: Results, path: Path) -> None:
         raise CannotPlot(f"{path}: {exc}") from exc
     finally:
         pyplot.close(figure)
+
+
+def pyplot_module() -> Any:
+    """matplotlib's pyplot without a screen. Raises `CannotPlot` where it is missing."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as exc:
+        raise CannotPlot(f"drawing needs matplotlib: pip install 'dsv4-cluster[plot]' ({exc})") from exc
+    return pyplot
 
 
 def _roofline(axes: Any, results: Results) -> None:
