@@ -30,11 +30,12 @@ PAGE_ENTRIES = 64
 HEAD_DIM = 128
 """Dimensions of an indexer vector, half of them rotary: the kernels are written for the two halves."""
 
-PROGRAMS_PER_SM = 2
-"""Programs of decode scores that the grid offers for each multiprocessor."""
+PROGRAMS_PER_SM = ((1, 1), (7, 2), (1 << 30, 4))
+"""(largest batch, programs of decode scores for each multiprocessor): a program makes its token's queries once, so few
+for few tokens; many tokens need more to hide latency. measured: H200, 2026-11, at 64K tokens of context."""
 
 PREFILL_ENTRIES = 128
-PREFILL_TOKENS = 32
+PREFILL_TOKENS = 16
 """Tile of prefill scores: keys held by a program, and tokens that pass by them."""
 
 _PREFILL_WARPS = 4
@@ -257,7 +258,8 @@ def index_scores(
     if not num_tokens:
         return
     _check_shapes(q, heads, rope_table)
-    splits = -(-PROGRAMS_PER_SM * num_sms(q.device) // num_tokens)
+    programs = next(count for most, count in PROGRAMS_PER_SM if num_tokens <= most) * num_sms(q.device)
+    splits = -(-programs // num_tokens)
     splits = max(1, min(splits, scores.shape[1] // PAGE_ENTRIES))
     scores_decode[splits, num_tokens](
         q,

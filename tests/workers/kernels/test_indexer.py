@@ -170,7 +170,7 @@ def test_scores_do_not_depend_on_the_number_of_programs(
     case = Case(device, seed, heads=4, lengths=[1800])
     expected = case.scores()
     monkeypatch.setattr(module, "num_sms", lambda device: splits)
-    monkeypatch.setattr(module, "PROGRAMS_PER_SM", 1)
+    monkeypatch.setattr(module, "PROGRAMS_PER_SM", ((1 << 30, 1),))
     assert torch.equal(case.scores(), expected)
 
 
