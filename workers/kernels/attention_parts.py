@@ -58,7 +58,7 @@ def chunk_rows(chunk, position, num_entries, selected, WINDOW: tl.constexpr, RAT
         live_entry = is_entry & (entry < num_entries)
         if RATIO == 4:
             entry = tl.load(selected + entry, mask=live_entry, other=-1)
-            live_entry = entry >= 0
+            live_entry = (entry >= 0) & (entry < (position + 1) // 4)
         row = tl.where(is_entry, entry, row)
         live = tl.where(is_entry, live_entry, live)
     return row, live

@@ -250,45 +250,40 @@ def combine(
         tl.extra.cuda.gdc_wait()
     HD: tl.constexpr = W * 64
     PARTS_OF_RUN: tl.constexpr = RUN if SPLIT == 1 else 1
-    STEP: tl.constexpr = 16  # parts whose loads are in flight together
-    tl.static_assert(STEP % PARTS_OF_RUN == 0)
+    STEP: tl.constexpr = 8 if SPLIT == 1 else 1
+    tl.static_assert(PARTS_OF_RUN % STEP == 0)
     token = tl.program_id(1)
     head = tl.program_id(0)
     position = tl.load(positions + token)
-    sink = tl.load(sink + head)
     num_chunks = (WINDOW + KEYS - 1) // KEYS + (visible_entries(position, SELECTED, RATIO) + KEYS - 1) // KEYS
     live_parts = tl.where(position < 0, 0, num_chunks if SPLIT == 1 else (num_chunks + RUN - 1) // RUN)
     at = (token.to(tl.int64) * HEADS + head) * num_parts
     statistics = work + (tl.num_programs(1).to(tl.int64) * HEADS * num_parts) * HD + at * 2
     every = tl.arange(0, MOST)
     maximum = tl.max(tl.load(statistics + every * 2, mask=every < live_parts, other=-float("inf")), 0)
-    dim = tl.arange(0, HD)
+    shift = finite(maximum)
+    dim = tl.arange(0, HD // 2)[:, None] * 2 + tl.arange(0, 2)[None, :]
     work += at * HD + dim
     total = 0.0
-    values = tl.zeros((HD,), tl.float32)
-    for first in range(0, live_parts, STEP):
-        tops, totals, parts = (), (), ()
-        for i in tl.static_range(STEP):
-            live = first + i < live_parts
-            tops += (tl.load(statistics + (first + i) * 2, mask=live, other=-float("inf")),)
-            totals += (tl.load(statistics + (first + i) * 2 + 1, mask=live, other=0.0),)
-            parts += (tl.load(work + (first + i) * HD, mask=live, other=0.0),)
-        tl.debug_barrier()  # else the compiler saves registers and waits for one load after the other
-        for run in tl.static_range(STEP // PARTS_OF_RUN):
-            run_total = 0.0
-            run_values = tl.zeros((HD,), tl.float32)
-            for i in tl.static_range(PARTS_OF_RUN):
-                added = _power_of_two(tops[run * PARTS_OF_RUN + i] - finite(maximum))
-                run_total += totals[run * PARTS_OF_RUN + i] * added
-                run_values += parts[run * PARTS_OF_RUN + i] * added
-            total += run_total
-            values += run_values
-    values *= divisor(maximum, total, sink)
+    values = tl.zeros((HD // 2, 2), tl.float32)
+    for run in range(0, live_parts, PARTS_OF_RUN):
+        run_total = 0.0
+        run_values = tl.zeros((HD // 2, 2), tl.float32)
+        for part in range(run, tl.minimum(run + PARTS_OF_RUN, live_parts), STEP):
+            for i in tl.static_range(STEP):
+                live = part + i < live_parts
+                top = tl.load(statistics + (part + i) * 2, mask=live, other=-float("inf"))
+                added = _power_of_two(top - shift)
+                run_total += tl.load(statistics + (part + i) * 2 + 1, mask=live, other=0.0) * added
+                run_values += tl.load(work + (part + i) * HD, mask=live, other=0.0) * added
+        total += run_total
+        values += run_values
+    values *= divisor(maximum, total, tl.load(sink + head))
     pair = tl.arange(0, HD // 2)
     angle = rope_table + tl.maximum(position, 0).to(tl.int64) * 64 + (pair - (HD // 2 - 32))
     rotary = pair >= HD // 2 - 32
     cos = tl.load(angle, mask=rotary, other=1.0)
     sin = tl.load(angle + 32, mask=rotary, other=0.0)
-    even, odd = tl.split(tl.reshape(values, (HD // 2, 2)))
+    even, odd = tl.split(values)
     values = tl.join(tl.fma(even, cos, odd * sin), tl.fma(odd, cos, -(even * sin)))
-    tl.store(out + (token.to(tl.int64) * HEADS + head) * HD + dim, as_bf16(tl.reshape(values, (HD,)), WIDEN))
+    tl.store(out + (token.to(tl.int64) * HEADS + head) * HD + dim, as_bf16(values, WIDEN))

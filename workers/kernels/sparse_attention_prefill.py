@@ -37,9 +37,11 @@ def workspace_rows(num_tokens: int, num_sequences: int, num_entries: int) -> int
 def _tokens_of_sequence(b, positions, sequence_of_token, cu_starts, start, num_tokens):
     """Of sequence b's tokens in this call: index of the first, its position, and the position after the last."""
     first_sequence = tl.load(sequence_of_token)
-    skipped = tl.load(cu_starts + first_sequence) + tl.load(positions) - tl.load(start + first_sequence)
+    first_position = tl.load(positions)
+    skipped = tl.load(cu_starts + first_sequence) + first_position - tl.load(start + first_sequence)
     begin = tl.load(cu_starts + b) - skipped
     end = tl.minimum(tl.load(cu_starts + b + 1) - skipped, num_tokens)
+    end = tl.where(first_position < 0, 0, end)  # padding comes last: such a call has no other tokens
     index = tl.maximum(begin, 0)
     position = tl.load(start + b) + index - begin
     return index, position, position + tl.maximum(end - index, 0)

@@ -110,6 +110,12 @@ def test_prefill_in_blocks_of_the_step_gives_the_same_bits(device: torch.device)
         assert torch.equal(found, whole[first:last])
 
 
+def test_prefill_of_padding_alone_writes_zeros_and_no_row(device: torch.device) -> None:
+    step = attention_step(device, [(500, 3)], ratio=4, head_dim=128, num_selected=64)
+    step.meta.positions.fill_(-1)
+    assert not attend(step, mode="prefill").any()
+
+
 @pytest.mark.filterwarnings("ignore:(All-NaN slice|invalid value):RuntimeWarning")  # the interpreter's, of NaN
 @pytest.mark.parametrize("ratio", [4, 128])
 def test_a_tokens_bits_do_not_depend_on_its_batch(
