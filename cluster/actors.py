@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.backends import ReplaceableBackend, WorkerAddress, introduce
-from cluster.config import RetractSettings
+from cluster.config import ExpertSettings, RetractSettings
 from workers.checkpoint.progress import Progress
 from workers.errors import WorkerError
 from workers.messages import WorkerRole, WorkerStats
@@ -57,6 +57,7 @@ class WorkerSpec:
     """(field of `WorkerConfig`, units) of pools that are not sized by the budget."""
     retract: RetractSettings = RetractSettings()
     """Decode only."""
+    experts: ExpertSettings = ExpertSettings()
     allow_retract_control: bool = False
     """Decode only."""
 

@@ -19,6 +19,7 @@ from cluster.metrics import Member, render
 from kvstore.tiers.config import TiersConfig
 from workers.config import WorkerConfig
 from workers.errors import RequestError
+from workers.experts.config import ExpertConfig
 from workers.messages import WorkerRole, WorkerStats
 from workers.retract.config import RetractConfig
 
@@ -58,6 +59,7 @@ def worker_config(spec: WorkerSpec, advertise_host: str) -> WorkerConfig:
         request_timeout_s=spec.request_deadline_s,
         lease_s=spec.lease_s,
         retract=retract_config(spec),
+        experts=expert_config(spec),
         allow_retract_control=spec.allow_retract_control,
         **dict(spec.pool_units),
     )
@@ -85,6 +87,21 @@ def retract_config(spec: WorkerSpec) -> RetractConfig:
         time_slice_steps=settings.time_slice_steps,
         guest_budget_bytes=settings.guest_budget,
         tiers=tiers,
+    )
+
+
+def expert_config(spec: WorkerSpec) -> ExpertConfig:
+    """The worker's own settings of its routed experts."""
+    settings = spec.experts
+    return ExpertConfig(
+        hbm_bytes=settings.hbm,
+        slots=settings.slots,
+        host_bytes=settings.host,
+        policy=settings.policy.value,
+        source=settings.source.value,
+        preload=settings.preload,
+        packed="" if settings.packed is None else str(settings.packed),
+        verify=settings.verify,
     )
 
 

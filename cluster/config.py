@@ -13,7 +13,7 @@ import enum
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NewType
@@ -36,6 +36,10 @@ _BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**1
 _BYTE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SECOND_UNITS = {"": 1.0, "MS": 1e-3, "S": 1.0, "M": 60.0, "H": 3600.0}
 _QUANTITY = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*$")
+
+
+Preload = NewType("Preload", str)
+"""`none`, `prefix`, or a file; YAML's relative paths count from its own folder."""
 
 
 class ConfigError(ClusterError):
@@ -177,6 +181,48 @@ class RetractSettings:
     """Whether an image is on stable storage before it counts as saved."""
 
 
+class ExpertPolicy(enum.Enum):
+    """Which experts deserve fast memory; `dsv4 experts simulate` compares them. STATIC never changes its mind."""
+
+    LRU = "lru"
+    LFU = "lfu"
+    HEAT = "heat"
+    LFRU = "lfru"
+    STATIC = "static"
+
+
+class ExpertSource(enum.Enum):
+    """How absent experts are read. MMAP leaves caching to the kernel, RESIDENCY bounds it, DIRECT does without."""
+
+    MMAP = "mmap"
+    RESIDENCY = "residency"
+    DIRECT = "direct"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSettings:
+    """Routed experts of every worker: how many sit in fast memory, and where the others come from. Any budget answers
+    with the same tokens. Fast memory is the GPU's; on CPU workers, memory for experts in the kernels' layout."""
+
+    hbm: NumBytes | None = None
+    """Fast memory for experts of one worker, never exceeded; unset keeps all of them there."""
+    slots: int | None = None
+    """Experts in fast memory, instead of what `hbm` buys."""
+    host: NumBytes = NumBytes(0)
+    """Host memory of one worker for absent experts: a bank filled at start, or, with `residency`, mapped pages."""
+    policy: ExpertPolicy = ExpertPolicy.LFRU
+    """lru, lfu, heat, lfru or static (which needs a trace in `preload`)."""
+    source: ExpertSource = ExpertSource.MMAP
+    """mmap, residency (needs `host`) or direct."""
+    preload: Preload = Preload("none")
+    """In fast memory before the first request: none, prefix (first experts of each layer), or a recorded trace's
+    most used (a file of `dsv4 experts record`)."""
+    packed: Path | None = None
+    """File of `dsv4 experts repack`, read instead of the checkpoint's shards."""
+    verify: bool = False
+    """Check every read against the first one's checksum, and slots against what was read; for fault hunts."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdminSettings:
     """What operators may do to a running deployment beyond serving it; everything is off by default."""
@@ -222,6 +268,7 @@ class ClusterConfig:
     decode: DecodeSettings = field(default_factory=DecodeSettings)
     ray: RaySettings = field(default_factory=RaySettings)
     retract: RetractSettings = field(default_factory=RetractSettings)
+    experts: ExpertSettings = field(default_factory=ExpertSettings)
     admin: AdminSettings = field(default_factory=AdminSettings)
     source: str = field(default="defaults", metadata={"internal": True})
     """Where the values came from, for error messages. Not a key."""
@@ -261,6 +308,7 @@ class ClusterConfig:
         check(0 < quantile <= 1, "retract.forecast_quantile", f"found {quantile}, expected more than 0, at most 1")
         check(self.decode.lease > 0, "decode.lease", "expected more than 0 s")
         check(self.decode.max_waiting >= 0, "decode.max_waiting", "expected at least 0")
+        self._check_experts(check)
         check(self.router.request_deadline > 0, "router.request_deadline", "expected more than 0 s")
         check(self.router.max_concurrent >= 1, "router.max_concurrent", "expected at least 1")
         check(self.ray.max_restarts >= 0, "ray.max_restarts", "expected at least 0")
@@ -275,6 +323,20 @@ class ClusterConfig:
             for port in range(first, first + count) if first else ():
                 check(port not in used, key, f"port {port} is also taken by {used.get(port)}")
                 used[port] = key
+
+    def _check_experts(self, check: Callable[[bool, str, str], None]) -> None:
+        experts = self.experts
+        limited = experts.hbm is not None or experts.slots is not None
+        check(experts.hbm is None or experts.hbm >= 1, "experts.hbm", f"found {experts.hbm}, expected at least 1 byte")
+        check(experts.slots is None or experts.slots >= 1, "experts.slots", f"found {experts.slots}, expected >= 1")
+        check(experts.hbm is None or experts.slots is None, "experts.slots", "found beside hbm, expected one of them")
+        bounded = not limited or experts.source is not ExpertSource.RESIDENCY or experts.host > 0
+        check(bounded, "experts.host", "found 0, expected a size with source: residency")
+        recorded = experts.preload not in ("none", "prefix")
+        is_static = experts.policy is ExpertPolicy.STATIC
+        check(recorded or not is_static, "experts.policy", "static needs a recorded trace in experts.preload")
+        for key in ("host", "packed", "verify"):
+            check(limited or not getattr(experts, key), f"experts.{key}", "has no effect without experts.hbm or slots")
 
     @property
     def served_name(self) -> str:
@@ -347,6 +409,10 @@ def _value_from(hint: Any, value: object, key: str, source: str, base: Path) -> 
     if isinstance(hint, types.UnionType):
         inner = next(option for option in typing.get_args(hint) if option is not types.NoneType)
         return None if value is None else _value_from(inner, value, key, source, base)
+    if hint is Preload:
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"found {value!r}, expected none, prefix or a file")
+        return value if value in ("none", "prefix") else str((base / Path(value).expanduser()).resolve())
     if hint in (NumBytes, Seconds):
         if not isinstance(value, int | float | str):
             raise ValueError(f"found {value!r}, expected a number with a unit")

@@ -331,6 +331,7 @@ def worker_spec(item: ActorPlan, config: ClusterConfig) -> WorkerSpec:
         port=item.port,
         pool_units=pool_units(config, item.role),
         retract=config.retract,
+        experts=config.experts,
         allow_retract_control=config.admin.allow_retract_control,
     )
 

@@ -24,7 +24,12 @@ class Metric:
 
     @property
     def kind(self) -> str:
-        return "counter" if self.name.endswith("_total") else "gauge"
+        return kind_of(self.name)
+
+
+def kind_of(name: str) -> str:
+    """Prometheus type of a series: its name tells."""
+    return "counter" if name.endswith("_total") else "gauge"
 
 
 METRICS = (
@@ -69,6 +74,15 @@ METRICS = (
     ),
     Metric("dsv4_resumes_total", "resumes", "Retracted requests that joined the batch again"),
     Metric("dsv4_resume_wait_seconds_total", "resume_wait_s_total", "Seconds that resumes waited for room or bytes"),
+    Metric("dsv4_expert_lookups_total", "expert_lookups", "Unique (layer, expert) pairs that steps needed"),
+    Metric("dsv4_expert_hits_total", "expert_hits", "Of those, in fast memory before their step"),
+    Metric("dsv4_expert_evictions_total", "expert_evictions", "Experts that gave up their slot"),
+    Metric("dsv4_expert_moves_total", "expert_moves", "Experts brought into a slot between steps"),
+    Metric("dsv4_expert_loads_total", "expert_loads", "Reads of absent experts inside steps"),
+    Metric("dsv4_expert_stall_seconds_total", "expert_stall_s_total", "Seconds inside steps spent on absent experts"),
+    Metric("dsv4_expert_read_seconds_total", "expert_read_s_total", "Seconds inside reads of experts"),
+    Metric("dsv4_expert_io_errors_total", "expert_io_errors", "Reads of experts that failed or brought wrong bytes"),
+    Metric("dsv4_expert_oracle_hit_ratio", "expert_oracle_hit_ratio", "Hit rate of the best fixed set of that size"),
     Metric("dsv4_event_streams", "routers", "Routers connected for token events"),
     Metric("dsv4_kv_pool_bytes", "kv_bytes_total", "Bytes of all KV pools"),
 )
@@ -84,6 +98,15 @@ LABELLED = (
     ),
     ("dsv4_retract_milliseconds_total", "retract_ms", ("direction", "tier"), "Milliseconds that those bytes took"),
     ("dsv4_retract_fallbacks_total", "retract_fallbacks", ("what",), "What was done instead of the first choice"),
+    ("dsv4_expert_misses_total", "expert_misses", ("cause",), "Needed experts that were not in fast memory"),
+    ("dsv4_expert_bytes_total", "expert_bytes", ("path",), "Bytes of experts read, by where from"),
+    ("dsv4_expert_step_seconds_total", "expert_step_s", ("miss",), "Seconds of steps, by misses in them"),
+    ("dsv4_expert_slots", "expert_slots", ("state",), "Places of experts in fast memory"),
+    ("dsv4_expert_budget_bytes", "expert_budget_bytes", ("kind",), "Fast memory for experts"),
+    ("dsv4_expert_host_bytes", "expert_host_bytes", ("holder",), "Host memory for absent experts"),
+    ("dsv4_expert_layer_lookups_total", "expert_layer_lookups", ("layer",), "Experts that steps needed of a layer"),
+    ("dsv4_expert_layer_hits_total", "expert_layer_hits", ("layer",), "Of those, in fast memory before their step"),
+    ("dsv4_expert_layer_resident", "expert_layer_resident", ("layer",), "Experts of a layer in fast memory"),
 )
 """Mappings of `WorkerStats`: series name, field, labels that a key holds (joined by `/`), help."""
 
@@ -120,7 +143,7 @@ def render(workers: Iterable[WorkerStats], members: Iterable[Member] = ()) -> st
             value = getattr(stats, metric.stats_field)
             lines.append(f"{metric.name}{_labels(stats)} {float(value):.17g}")
     for name, field, labels, text in LABELLED:
-        lines += [f"# HELP {name} {text}", f"# TYPE {name} counter"]
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind_of(name)}"]
         for stats in workers:
             for key, value in sorted(getattr(stats, field).items()):
                 extra = dict(zip(labels, key.split("/"), strict=True))

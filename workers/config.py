@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from workers.experts.config import ExpertConfig
 from workers.messages import WorkerRole
 from workers.retract.config import RetractConfig
 
@@ -61,6 +62,8 @@ class WorkerConfig:
     """Decode: when requests leave the batch, and where their KV waits."""
     allow_retract_control: bool = False
     """Decode: whether `SetRetractControl` is served: forced retracts and planned errors, for proofs."""
+    experts: ExpertConfig = field(default_factory=ExpertConfig)
+    """Which routed experts sit in fast memory, and where the others come from."""
     drain_s: float = 2.0
     """Longest wait for running work when the server closes."""
 

@@ -37,7 +37,8 @@ class StepModel(Protocol):
     """What an engine runs; `workers.model.transformer.Transformer` satisfies it.
 
     A model may have an attribute `ahead`, an `AheadModel` for decode steps that run beside the host (None: it has
-    none), and `batch_device`, where it wants its batches (default: the pools' device).
+    none), `batch_device`, where it wants its batches (default: the pools' device), and `experts`, an
+    `ExpertStatistics`.
     """
 
     def forward(self, batch: ForwardBatch, logits_for: Literal["last", "all"] = "last") -> Tensor:
@@ -54,6 +55,13 @@ class ModelFacts:
     name: str
     vocab_size: int
     eos_token_id: int
+
+
+class ExpertStatistics(Protocol):
+    """A cache of routed experts, as seen by whoever reports on a worker."""
+
+    def stats_fields(self) -> dict[str, object]:
+        """Its fields of `WorkerStats`. Any thread."""
 
 
 class BrokenLogits(RequestError):
@@ -149,6 +157,8 @@ class Engine:
         )
         self.times = StepTimes()
         self.batch_device: torch.device = getattr(model, "batch_device", pools.device)
+        self.experts: ExpertStatistics | None = getattr(model, "experts", None)
+        """Where some of the model's experts are absent from fast memory."""
         self._inputs = DecodeInputs(self.batch_device)
         ahead: AheadModel | None = getattr(model, "ahead", None)
         self._pipeline = None if ahead is None else DecodePipeline(ahead)

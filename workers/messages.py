@@ -433,6 +433,40 @@ class WorkerStats:
     resumes: int = 0
     resume_wait_s_total: float = 0.0
     """Counter: seconds between a resume's turn and its first step."""
+    expert_lookups: int = 0
+    """Counter: unique (layer, expert) pairs that steps needed, where some experts are absent from fast memory."""
+    expert_hits: int = 0
+    """Counter: those that were in fast memory before their step."""
+    expert_misses: Mapping[str, int] = field(default_factory=dict)
+    """Counter by cause: `cold` (first use), `capacity`."""
+    expert_evictions: int = 0
+    expert_moves: int = 0
+    """Counter: experts brought into a slot between steps."""
+    expert_loads: int = 0
+    """Counter: reads of absent experts inside steps; a long step may read one more than once."""
+    expert_stall_s_total: float = 0.0
+    """Counter: seconds inside steps spent on absent experts."""
+    expert_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Counter by path: `disk`, `host` (bank)."""
+    expert_read_s_total: float = 0.0
+    """Counter: seconds inside reads of either path."""
+    expert_io_errors: int = 0
+    """Counter: reads of experts that failed or brought wrong bytes, each try counted."""
+    expert_step_s: Mapping[str, float] = field(default_factory=dict)
+    """Counter by misses of the step, `0` or `1+`: seconds."""
+    expert_slots: Mapping[str, int] = field(default_factory=dict)
+    """Gauge by state: `used`, `free`."""
+    expert_budget_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Gauge: bytes of fast memory `requested`, `effective` (what the plan takes of it), `measured`."""
+    expert_host_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Gauge by holder: the `bank`, and what the disk strategy keeps."""
+    expert_oracle_hit_ratio: float = 0.0
+    """Gauge: hit rate so far of the best fixed set of as many experts, known only afterwards."""
+    expert_layer_lookups: Mapping[str, int] = field(default_factory=dict)
+    """Counter by layer; likewise hits."""
+    expert_layer_hits: Mapping[str, int] = field(default_factory=dict)
+    expert_layer_resident: Mapping[str, int] = field(default_factory=dict)
+    """Gauge by layer: experts in slots."""
     rss_bytes: int = 0
     kv_bytes_total: int = 0
     """Bytes of all KV pools."""

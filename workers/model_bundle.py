@@ -20,11 +20,15 @@ from kvstore.checksum import checksum
 from kvstore.pools.aggregate import KVPools, PoolSizes
 from workers import ops
 from workers.checkpoint.check import check_directory
-from workers.checkpoint.load import HEAD_BYTES, TensorHead, load_named
+from workers.checkpoint.load import HEAD_BYTES, TensorHead, load_named, load_without_experts
 from workers.checkpoint.progress import OnProgress
 from workers.config import WorkerConfig
 from workers.engine import Engine, ModelFacts
 from workers.errors import BadConfig, InexactWeights
+from workers.experts.config import ExpertConfig
+from workers.experts.records import ExpertRecords
+from workers.experts.repack import read_packed
+from workers.experts.supply import ExpertSupply
 from workers.messages import WorkerRole
 from workers.model.config import ModelConfig
 from workers.model.kv_layout import kv_spec
@@ -49,6 +53,8 @@ class ModelBundle:
     name: str
     model_hash: str
     """Identity of the weights, however they are held: KV images of another model are refused."""
+    supply: ExpertSupply | None = None
+    """Where routed experts come from when `weights` have none in memory (meta tensors)."""
 
     @classmethod
     def from_named(cls, config: ModelConfig, tensors: dict[str, Tensor], name: str) -> ModelBundle:
@@ -64,6 +70,33 @@ class ModelBundle:
         bundle = cls.from_named(config, tensors, name or Path(directory).resolve().name)
         logger.info("model=%s hash=%s load_s=%.1f", bundle.name, bundle.model_hash, time.perf_counter() - began)
         return bundle
+
+    @classmethod
+    def load_limited(
+        cls,
+        directory: str | Path,
+        experts: ExpertConfig,
+        *,
+        num_readers: int = 1,
+        name: str = "",
+        on_progress: OnProgress | None = None,
+    ) -> ModelBundle:
+        """As `load`, without the routed experts: those are read when they are needed, by up to `num_readers` threads.
+
+        Raises `BadCheckpoint`, `BadConfig`, or `OSError` for a repacked file that cannot be opened.
+        """
+        began = time.perf_counter()
+        checked, tensors, heads = load_without_experts(directory, on_progress=on_progress)
+        records = ExpertRecords.of_checkpoint(checked)
+        if experts.packed:
+            records = read_packed(experts.packed, records)
+        supply = ExpertSupply(records, experts, num_readers=num_readers)
+        identity = identity_of_heads(heads | {key: head_of_values(tensor) for key, tensor in tensors.items()})
+        absent = {key: torch.empty(head.shape, device="meta") for key, head in heads.items()}
+        weights = ModelWeights.from_named(checked.config, tensors | absent)
+        name = name or Path(directory).resolve().name
+        logger.info("model=%s hash=%s load_s=%.1f, experts elsewhere", name, identity, time.perf_counter() - began)
+        return cls(checked.config, weights, name, identity, supply)
 
     @classmethod
     def load_for(
@@ -96,11 +129,13 @@ class ModelBundle:
 
 def identity_of(tensors: dict[str, Tensor]) -> str:
     """Hex digest of names, shapes and the first bytes of every tensor."""
-    heads = {}
-    for key, tensor in tensors.items():
-        head = tensor.reshape(-1)[: HEAD_BYTES // tensor.element_size()].contiguous()
-        heads[key] = TensorHead(tuple(tensor.shape), head.cpu())
-    return identity_of_heads(heads)
+    return identity_of_heads({key: head_of_values(tensor) for key, tensor in tensors.items()})
+
+
+def head_of_values(tensor: Tensor) -> TensorHead:
+    """Shape and first bytes of a decoded tensor."""
+    head = tensor.reshape(-1)[: HEAD_BYTES // tensor.element_size()].contiguous()
+    return TensorHead(tuple(tensor.shape), head.cpu())
 
 
 def identity_of_heads(heads: Mapping[str, TensorHead]) -> str:
@@ -135,9 +170,33 @@ def make_engine(
     pools = KVPools(spec, sizes, device, model_hash=bundle.model_hash)
     facts = ModelFacts(bundle.name, bundle.config.vocab_size, bundle.config.eos_token_id)
     model = Transformer(
-        bundle.config, bundle.weights, precision, pools, num_threads=num_threads, max_context=max_context
+        bundle.config,
+        bundle.weights,
+        precision,
+        pools,
+        num_threads=num_threads,
+        max_context=max_context,
+        supply=bundle.supply,
     )
     return Engine(model, pools, facts)
+
+
+def _load(config: WorkerConfig, precision: Precision, on_progress: OnProgress | None) -> ModelBundle:
+    """The worker's checkpoint, as its device and its experts' budget want it."""
+    if not config.experts.is_limited:
+        return ModelBundle.load_for(
+            config.model_dir, config.device, precision, name=config.model_name, on_progress=on_progress
+        )
+    if torch.device(config.device).type != "cpu":
+        expected = "unset: a budget of experts is for CPU workers as yet"
+        raise BadConfig("experts.hbm", config.experts.hbm_bytes or config.experts.slots, expected, "worker config")
+    return ModelBundle.load_limited(
+        config.model_dir,
+        config.experts,
+        num_readers=config.num_threads,
+        name=config.model_name,
+        on_progress=on_progress,
+    )
 
 
 def build_engine(
@@ -149,9 +208,7 @@ def build_engine(
     """
     torch.set_num_threads(config.num_threads)
     precision = precision_of(config.precision)
-    bundle = bundle or ModelBundle.load_for(
-        config.model_dir, config.device, precision, name=config.model_name, on_progress=on_progress
-    )
+    bundle = bundle or _load(config, precision, on_progress)
     longest = bundle.config.max_position_embeddings
     if config.max_context > longest:
         raise BadConfig("max_context", config.max_context, f"at most {longest}, the model's own limit", "worker config")

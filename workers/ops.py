@@ -17,6 +17,8 @@ from workers.model.config import ModelConfig
 from workers.model.precision import Precision
 
 if TYPE_CHECKING:
+    from workers.cpu.model import CpuModel
+    from workers.experts.supply import ExpertSupply
     from workers.gpu.model import GpuModel
     from workers.gpu.weights import GpuWeights
     from workers.model.weights import ModelWeights
@@ -68,12 +70,20 @@ def no_triton_reason(config: ModelConfig, precision: Precision) -> str | None:
 
 
 def build_cpu_model(
-    config: ModelConfig, weights: ModelWeights, precision: Precision, pools: KVPools, num_threads: int | None
-) -> PagedModel:
-    """The numba path. Raises ValueError when it has no kernels for the model, ImportError without numba."""
+    config: ModelConfig,
+    weights: ModelWeights,
+    precision: Precision,
+    pools: KVPools,
+    num_threads: int | None,
+    supply: ExpertSupply | None = None,
+) -> CpuModel:
+    """The numba path. Raises ValueError when it has no kernels for the model, ImportError without numba.
+
+    `supply`: where routed experts come from that `weights` leave out.
+    """
     from workers.cpu.model import CpuModel
 
-    return CpuModel(config, weights, precision, pools, num_threads)
+    return CpuModel(config, weights, precision, pools, num_threads, supply=supply)
 
 
 def build_gpu_model(

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from rich.table import Table
 
 from workers.experts.generator import PUBLISHED_HITS, UNIFORM, V4_LIKE, generate
-from workers.experts.policy import POLICIES, Policy, Values
+from workers.experts.policy import POLICIES, Policy
+from workers.experts.profile import step_shares
 from workers.experts.simulate import Hits, belady, best_static, simulate
 from workers.experts.trace import RoutingTrace
 
@@ -132,14 +132,6 @@ def run(
         cells += [Cell(share, hits, best.rate) for hits in found]
     steps, layers, batch, top_k = trace.experts.shape
     return Simulation(name, trace.source, layers, trace.num_experts, batch, top_k, split, moves, tuple(cells))
-
-
-def step_shares(trace: RoutingTrace) -> Values:
-    """Share of steps that needed each pair: float64 [L * E]."""
-    uses = np.zeros(trace.num_pairs)
-    for step in range(trace.num_steps):
-        uses[trace.needed(step)] += 1
-    return uses / max(1, trace.num_steps)
 
 
 def table(simulation: Simulation) -> Table:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from workers.checkpoint.check import CheckedCheckpoint, MatchedTensor, check_directory
 from workers.checkpoint.index import CheckpointIndex, ShardReader, StoredTensor
-from workers.checkpoint.names import StoredForm, TensorSpec
+from workers.checkpoint.names import Organ, StoredForm, TensorSpec
 from workers.checkpoint.progress import OnProgress, ProgressCounter
 from workers.checkpoint.quant import (
     TORCH_DTYPES,
@@ -95,6 +95,29 @@ def load_named(
     return checked.config, tensors
 
 
+def load_without_experts(
+    directory: str | Path, *, on_progress: OnProgress | None = None
+) -> tuple[CheckedCheckpoint, dict[str, Tensor], dict[str, TensorHead]]:
+    """As `load_named` without draft blocks, but of routed experts only the heads: their payload stays on disk.
+
+    Their values are checked whenever an expert is read, not here. Raises `BadCheckpoint`.
+    """
+    checked = check_directory(directory).require_sound()
+    matched = _selected(checked, draft_blocks=False)
+    counter = ProgressCounter(sum(m.nbytes for m in matched if not _is_expert(m)), on_progress)
+    tensors: dict[str, Tensor] = {}
+    heads: dict[str, TensorHead] = {}
+    with ShardReader(checked.index.directory) as reader:
+        for item in matched:
+            name = item.spec.name
+            if _is_expert(item):
+                heads[name] = _load_head(item, reader)
+                continue
+            tensors[name] = _load_decoded(item, checked, reader)
+            counter.add(item.nbytes, name)
+    return checked, tensors, heads
+
+
 def iter_tensors(
     directory: str | Path, *, draft_blocks: bool = True, on_progress: OnProgress | None = None
 ) -> Iterator[RawTensor]:
@@ -131,6 +154,20 @@ def scan_values(checked: CheckedCheckpoint, on_progress: OnProgress | None = Non
 
 def _selected(checked: CheckedCheckpoint, *, draft_blocks: bool) -> list[MatchedTensor]:
     return [m for m in checked.matched if draft_blocks or not m.spec.block.startswith("mtp.")]
+
+
+def _is_expert(item: MatchedTensor) -> bool:
+    return item.spec.organ is Organ.ROUTED_EXPERTS
+
+
+def _load_head(item: MatchedTensor, reader: ShardReader) -> TensorHead:
+    """As `head_of` the whole tensor, from its first rows alone."""
+    shape, granularity = item.spec.shape, row_granularity(item.form)
+    rows = -(-HEAD_BYTES // 4 // max(1, math.prod(shape[1:])))
+    rows = min(shape[0], -(-rows // granularity) * granularity)
+    scale = None if item.scale is None else _read_rows(item.scale, reader, 0, -(-rows // granularity))
+    raw = RawTensor(item.spec, item.form, _read_rows(item.weight, reader, 0, rows), scale)
+    return head_of(raw)
 
 
 def _load_decoded(item: MatchedTensor, checked: CheckedCheckpoint, reader: ShardReader) -> Tensor:

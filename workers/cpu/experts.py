@@ -1,6 +1,7 @@
 """The MoE sublayer on a tile of tokens: routing, then each expert once over the tokens that chose it.
 
-The shared expert comes first, routed experts follow in ascending id, so a token's sum has one order in any batch.
+The shared expert comes first, routed experts follow in ascending id, so a token's sum has one order in any batch. An
+expert that is absent from memory is fetched when its turn comes; the same product reads it from wherever it was put.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from workers.cpu import tables as t
 from workers.cpu.compile import jit
 from workers.cpu.compress import LOWEST
 from workers.cpu.rows import F0, F1, ONE, ZERO, copy_row, linear, round_activations, sqrt_softplus, swiglu
-from workers.cpu.simd import LANES, f32_at, i32_at, i64_at
+from workers.cpu.simd import LANES, f32_at, fetch, i32_at, i64_at, u16_at
 from workers.cpu.streams import mix_streams
 
 
@@ -53,6 +54,11 @@ def route_tile(model, real, layer, scratch, lo, hi):
             total += scores[ids[k]]
         for k in range(chosen):
             weights[k] = scores[ids[k]] / total * real[t.ROUTED_SCALING]
+        if model[t.ROUTES] != 0:
+            place = (lo + r) * model[t.LAYERS] + layer[t.FIRST_PAIR] // experts
+            routes = u16_at(model[t.ROUTES] + place * chosen * 2)
+            for k in range(chosen):
+                routes[k] = ids[k]
 
 
 @jit
@@ -86,6 +92,7 @@ def run_routed(model, real, layer, scratch, count):
     hidden, chosen, inner = model[t.HIDDEN], model[t.CHOSEN], model[t.INNER]
     ids, picks = i64_at(scratch[t.ROUTE_IDS]), i64_at(scratch[t.EXPERT_ROWS])
     step, gathered, result = scratch[t.OUT_STEP], scratch[t.EXPERT_IN], scratch[t.EXPERT_OUT]
+    homes, uses = i64_at(layer[t.EXPERT_HOMES]), i64_at(scratch[t.EXPERT_USES] + layer[t.FIRST_PAIR] * 8)
     for expert in range(model[t.EXPERTS]):
         n = ZERO
         for i in range(count * chosen):
@@ -95,8 +102,13 @@ def run_routed(model, real, layer, scratch, count):
                 n += 1
         if n == 0:
             continue
-        w13, w2 = layer[t.W13] + expert * layer[t.W13_STEP], layer[t.W2] + expert * layer[t.W2_STEP]
-        e13, e2 = layer[t.W13_ELEMENT], layer[t.W2_ELEMENT]
+        uses[expert] += 1
+        w13 = homes[expert]
+        if w13 == 0:
+            w13 = fetch(model[t.FETCH_EXPERT], layer[t.FIRST_PAIR] + expert, scratch[t.THREAD])
+            if w13 == 0:  # it failed: whoever launched the step knows, and throws its result away
+                continue
+        w2, e13, e2 = w13 + layer[t.W2_OFFSET], layer[t.W13_ELEMENT], layer[t.W2_ELEMENT]
         run_expert(model, real, scratch, gathered, w13, e13, w2, e2, inner, n, result, step, ONE)
         for j in range(n):
             add_row(result + j * step, scratch[t.OUT] + (picks[j] // chosen) * step, hidden)

@@ -19,6 +19,7 @@ per thread.
 from __future__ import annotations
 
 import itertools
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -30,8 +31,10 @@ from workers.batch import ForwardBatch
 from workers.cpu import step as steps
 from workers.cpu import tables as t
 from workers.cpu.arena import Activations, make_scratch
+from workers.cpu.expert_cache import CpuExperts
 from workers.cpu.packing import PackedWeights
 from workers.cpu.panels import padded
+from workers.experts.supply import ExpertSupply
 from workers.model.config import PAGE_TOKENS, LayerKind, ModelConfig
 from workers.model.precision import Precision
 from workers.model.weights import ModelWeights
@@ -82,7 +85,13 @@ class CpuModel:
         precision: Precision,
         pools: KVPools,
         num_threads: int | None = None,
+        *,
+        supply: ExpertSupply | None = None,
     ) -> None:
+        """`supply`: where routed experts come from when `weights` do not hold them (theirs are meta tensors then).
+
+        Raises ValueError for a model without kernels, and what `CpuExperts` raises.
+        """
         reason = unsupported_reason(config, precision, pools)
         if reason is not None:
             raise ValueError(reason)
@@ -90,6 +99,11 @@ class CpuModel:
         self.packed = PackedWeights(config, weights)
         self.num_threads = num_threads or torch.get_num_threads()
         self._table = np.zeros(t.MODEL_SIZE, dtype=np.int64)
+        pairs = config.num_hidden_layers * config.n_routed_experts
+        self._uses = np.zeros((self.num_threads, pairs), dtype=np.int64)
+        self.experts = None if supply is None else CpuExperts(config, supply, num_threads=self.num_threads)
+        if self.experts is not None:
+            self.experts.attach(self._table, self.packed.layers)
         self._real = np.array(
             [
                 config.rms_norm_eps,
@@ -106,6 +120,7 @@ class CpuModel:
         self._activations = Activations(config)
         self._positions = 0
         self._scratch: list[np.ndarray] = []
+        self._routes: np.ndarray | None = None
         self._owned: list[list[np.ndarray]] = []
         self._threads = ThreadPoolExecutor(self.num_threads) if self.num_threads > 1 else None
 
@@ -132,6 +147,7 @@ class CpuModel:
             t.SINKHORN_ITERS: c.hc_sinkhorn_iters,
             t.KV_FP8: int(precision.kv_fp8),
             t.ACT_FP8: int(precision.act_fp8),
+            t.LAYERS: c.num_hidden_layers,
         }
         for place, value in (sizes | self.packed.top).items():
             table[place] = value
@@ -177,6 +193,8 @@ class CpuModel:
                 self._rope.append(kept)
                 self._table[place] = kept.data_ptr()
         pairs = [make_scratch(self.config, size) for _ in range(self.num_threads)]
+        for thread, (table, _) in enumerate(pairs):
+            table[t.THREAD], table[t.EXPERT_USES] = thread, self._uses[thread].ctypes.data
         self._scratch, self._owned = [table for table, _ in pairs], [owned for _, owned in pairs]
         self._positions = size
 
@@ -208,23 +226,42 @@ class CpuModel:
         return [ends, *finished]
 
     def forward(self, batch: ForwardBatch, logits_for: LogitsFor = "last") -> torch.Tensor:
-        """As `Transformer.forward`. Raises ValueError for ids and pages that kernels would follow out of memory."""
+        """As `Transformer.forward`. Raises ValueError for ids and pages that kernels would follow out of memory.
+
+        Raises `ExpertUnavailable` when an expert could not be read: the step's KV is worthless then, too.
+        """
         check_batch(batch, self.config, self.pools.sizes)
         tokens = batch.num_tokens
         self._grow(tokens, int(batch.positions.max()) + 1)
+        if self._routes is not None and len(self._routes) < tokens:
+            raise ValueError(f"a step of {tokens} tokens, room for the routes of {len(self._routes)}")
         rows = torch.arange(tokens) if logits_for == "all" else batch.last_token_rows.contiguous()
         logits = torch.empty(len(rows), padded(self.config.vocab_size))
         kept = self._bind(batch, rows, logits)
+        began = time.perf_counter()
         if self._threads is not None and tokens >= 2 * t.TILE:
             self._run_threads(tokens, len(rows))
         else:
             self._run(self._scratch[0], steps.EVERY_STAGE, 0, self.config.num_hidden_layers, 0, tokens)
         del kept
+        if self.experts is not None:
+            self.experts.end_step(self._uses, time.perf_counter() - began)
         return logits[:, : self.config.vocab_size]
 
     def decode(self, batch: ForwardBatch) -> torch.Tensor:
         """As `Transformer.decode`."""
         return self.forward(batch)
+
+    def record_routes(self, routes: np.ndarray | None) -> None:
+        """Steps from now on write each token's choices to the first rows of `routes` uint16 [>= T, L, k]; None ends it.
+
+        Raises ValueError for another form, as do steps of more tokens than there are rows.
+        """
+        shape = (self.config.num_hidden_layers, self.config.num_experts_per_tok)
+        if routes is not None and (routes.dtype != np.uint16 or routes.shape[1:] != shape):
+            raise ValueError(f"routes must be uint16 [tokens, {shape[0]}, {shape[1]}]")
+        self._routes = routes
+        self._table[t.ROUTES] = 0 if routes is None else routes.ctypes.data
 
     def _run(self, scratch: np.ndarray, stage: int, first: int, last: int, lo: int, hi: int) -> None:
         steps.run(self._table, self._real, self.packed.layers, scratch, stage, first, last, lo, hi)

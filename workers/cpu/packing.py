@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from workers.cpu import tables as t
-from workers.cpu.panels import pack_panels
+from workers.cpu.panels import Panels, pack_panels
 from workers.model.config import ModelConfig
 from workers.model.weights import AttentionWeights, FfnWeights, HyperConnectionWeights, LayerWeights, ModelWeights
 from workers.reference.moe import ExpertWeights
@@ -25,6 +25,7 @@ class PackedWeights:
         self.layers = np.zeros((config.num_hidden_layers, t.LAYER_SIZE), dtype=np.int64)
         for index, layer in enumerate(weights.layers):
             self._fill_layer(self.layers[index], layer, config.layer_kinds[index].value)
+            self.layers[index, t.FIRST_PAIR] = index * config.n_routed_experts
         self.top = self._top(weights)
 
     @property
@@ -45,9 +46,9 @@ class PackedWeights:
         self._kept.append(packed.memory)
         return packed.address, packed.element
 
-    def _stack(self, matrices: torch.Tensor, *, allow_fp4: bool = False) -> tuple[int, int, int]:
-        """(address, element form, bytes per matrix) of packed matrices [E, N, K], one form for all."""
-        packed = [pack_panels(matrix, allow_fp4=allow_fp4) for matrix in matrices]
+    def _stack(self, matrices: torch.Tensor) -> tuple[int, int, int]:
+        """(address, element form, bytes per matrix) of packed matrices [G, N, K], one form for all."""
+        packed = [pack_panels(matrix) for matrix in matrices]
         if len({p.element for p in packed}) > 1:
             packed = [pack_panels(matrix, widest=True) for matrix in matrices]
         memory = np.stack([p.memory for p in packed])
@@ -108,11 +109,30 @@ class PackedWeights:
             row[t.GATE_BIAS] = self._plain(ffn.gate.bias)
         if ffn.gate.tid2eid is not None:
             row[t.HASH_TABLE] = self._plain(ffn.gate.tid2eid, np.int32)
-        row[t.W13 : t.W13 + 3], row[t.W2 : t.W2 + 3] = self._expert_stack(ffn.experts)
+        if not ffn.experts.w1.is_meta:
+            self._fill_experts(row, ffn.experts)
         shared = ffn.shared_experts
         row[t.SHARED_13], row[t.SHARED_13_ELEMENT] = self._panels(torch.cat((shared.w1, shared.w3)))
         row[t.SHARED_2], row[t.SHARED_2_ELEMENT] = self._panels(shared.w2)
 
-    def _expert_stack(self, experts: ExpertWeights) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    def _fill_experts(self, row: np.ndarray, experts: ExpertWeights) -> None:
+        """All experts of a layer side by side, each as [w1 | w3] panels and then w2's, and their addresses."""
         both = torch.cat((experts.w1, experts.w3), dim=1)
-        return self._stack(both, allow_fp4=True), self._stack(experts.w2, allow_fp4=True)
+        stacks = (self._packed_alike(both), self._packed_alike(experts.w2))
+        row[t.W13_ELEMENT], row[t.W2_ELEMENT] = (stack[0].element for stack in stacks)
+        row[t.W2_OFFSET] = stacks[0][0].memory.nbytes
+        memory = np.stack(
+            [np.concatenate([part.memory.view(np.uint8) for part in pair]) for pair in zip(*stacks, strict=True)]
+        )
+        self._kept.append(memory)
+        homes = memory.ctypes.data + memory.strides[0] * np.arange(len(memory), dtype=np.int64)
+        self._kept.append(homes)
+        row[t.EXPERT_HOMES] = homes.ctypes.data
+
+    @staticmethod
+    def _packed_alike(matrices: torch.Tensor) -> list[Panels]:
+        """Packed matrices [E, N, K], one form for all."""
+        packed = [pack_panels(matrix, allow_fp4=True) for matrix in matrices]
+        if len({p.element for p in packed}) > 1:
+            packed = [pack_panels(matrix, widest=True) for matrix in matrices]
+        return packed

@@ -60,6 +60,17 @@ f32_at, i32_at, i64_at = _pointer(types.float32), _pointer(types.int32), _pointe
 u8_at, u16_at = _pointer(types.uint8), _pointer(types.uint16)
 
 
+@intrinsic
+def fetch(typingctx, function, pair, thread):  # type: ignore[no-untyped-def]
+    """Calls the C function at address `function` with (pair, thread); its int64 result. It takes the GIL itself."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(I64, [I64, I64])
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+
+    return types.int64(types.int64, types.int64, types.int64), codegen
+
+
 def _scalar(result: types.Type, argument: types.Type, build: Callable[[ir.IRBuilder, ir.Value], ir.Value]) -> Any:
     """Intrinsic of one value to one value, emitted in place."""
 

@@ -17,7 +17,7 @@ KEY_BLOCK = 64
 (
     # sizes, from ModelConfig
     HIDDEN, STREAMS, HEADS, HEAD_DIM, ROPE_DIM, Q_LORA, O_GROUPS, O_LORA, WINDOW, INDEX_HEADS, INDEX_DIM, TOPK,
-    EXPERTS, CHOSEN, INNER, SHARED_INNER, VOCAB, SINKHORN_ITERS, KV_FP8, ACT_FP8,
+    EXPERTS, CHOSEN, INNER, SHARED_INNER, VOCAB, SINKHORN_ITERS, KV_FP8, ACT_FP8, LAYERS,
     # pools: bytes of a unit, rows of a unit, bytes of a data row, offset of the scale plane, bytes of a scale row
     WINDOW_UNIT, WINDOW_ROWS, ENTRY_DATA, WINDOW_SCALES, ENTRY_SCALE,
     C4_UNIT, C4_ROWS, C4_SCALES, C128_UNIT, C128_ROWS, C128_SCALES,
@@ -31,8 +31,10 @@ KEY_BLOCK = 64
     # activations of the step, one row per token, and their row bytes
     STREAM, GATES, GATES_STEP, QUERY, QUERY_STEP, RAW, RAW_STEP,
     EMBED, HEAD, HEAD_ELEMENT, NORM, HC_HEAD, HC_HEAD_ELEMENT, HC_HEAD_BASE, HC_HEAD_SCALE,
+    FETCH_EXPERT,                               # function that brings an absent expert; 0 when none is absent
+    ROUTES,                                     # uint16 [tokens, layers, chosen] to record into; 0 when nobody asks
     MODEL_SIZE,
-) = range(78)
+) = range(81)
 
 (NORM_EPS, HC_EPS, ROUTED_SCALING, SWIGLU_LIMIT, ATTENTION_SCALE, INDEX_SCALE_FACTOR, REAL_SIZE) = range(7)
 
@@ -45,17 +47,21 @@ KEY_BLOCK = 64
     WO_A, WO_A_ELEMENT, WO_A_STEP, WO_B, WO_B_ELEMENT,
     HC_FFN, HC_FFN_ELEMENT, HC_FFN_BASE, HC_FFN_SCALE, FFN_NORM,
     GATE, GATE_ELEMENT, GATE_BIAS, HASH_TABLE,
-    W13, W13_ELEMENT, W13_STEP, W2, W2_ELEMENT, W2_STEP,
+    EXPERT_HOMES,                               # int64 [experts]: address of [w1 | w3] panels, 0 while absent
+    W13_ELEMENT, W2_ELEMENT, W2_OFFSET,         # w2 panels follow at this distance
+    FIRST_PAIR,                                 # number of the layer's first (layer, expert) pair
     SHARED_13, SHARED_13_ELEMENT, SHARED_2, SHARED_2_ELEMENT,
     WINDOW_POOL, ENTRY_POOL, INDEX_POOL, RING_POOL, INDEX_RING_POOL,
     LAYER_SIZE,
-) = range(51)
+) = range(50)
 
 (
     MIX, OLD_STREAMS, LANES_PRE, LANES_COMB, X, XQ, DOWN_OUT, LATENT, POOL_MAX, POOL_SUM, POOL_TOTAL,
     QUERY_PANELS, WINDOW_LOGITS, INDEX_PANELS, WEIGHT_PANELS, KEYS, DOTS, SCORES, ORDER, CHOSEN_ROWS, CHOSEN_COUNTS,
     ENTRIES, LOGITS, PEAK, TOTAL, HEADS_OUT, HEAD_ROWS, LOW_RANK, LOW_RANK_STEP, OUT, OUT_STEP,
     ROUTE_LOGITS, ROUTE_IDS, ROUTE_WEIGHTS, EXPERT_IN, EXPERT_HIDDEN, EXPERT_ACT, EXPERT_OUT, EXPERT_ROWS,
+    EXPERT_USES,                                # int64 [pairs]: tiles of this thread's tokens that used each expert
+    THREAD,                                     # number of the thread, for what FETCH_EXPERT brings
     SCRATCH_SIZE,
-) = range(40)
+) = range(42)
 # fmt: on

@@ -16,7 +16,7 @@ from torch import Tensor
 from kvstore.pools.aggregate import KVPools
 from workers import ops
 from workers.batch import ForwardBatch
-from workers.errors import InexactWeights
+from workers.errors import BadConfig, InexactWeights
 from workers.model import layers as parts
 from workers.model.config import ModelConfig
 from workers.model.paged_attention import PagedAttention
@@ -28,6 +28,8 @@ from workers.reference.moe import moe
 from workers.reference.norm_rope import rms_norm
 
 if TYPE_CHECKING:
+    from workers.cpu.expert_cache import CpuExperts
+    from workers.experts.supply import ExpertSupply
     from workers.gpu.model import GpuModel
     from workers.gpu.weights import GpuWeights
 
@@ -39,8 +41,8 @@ class Transformer:
 
     `weights` are fp32, or already the GPU path's operands. `backend` forces one (`reference` for checks); `num_threads`
     bounds the threads of the CPU path, by default torch's; `max_context` bounds the sequences of the GPU path, by
-    default the model's own limit. Runs on the thread that owns the pools. Raises ValueError when the pools were laid
-    out for another precision.
+    default the model's own limit; `supply` brings the routed experts that `weights` leave out (CPU path only). Runs on
+    the thread that owns the pools. Raises ValueError when the pools were laid out for another precision.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Transformer:
         backend: ops.Backend | None = None,
         num_threads: int | None = None,
         max_context: int | None = None,
+        supply: ExpertSupply | None = None,
     ) -> None:
         chosen, reason = (backend, "asked for") if backend else ops.choose_backend(config, precision, pools)
         gpu: GpuModel | None = None
@@ -67,6 +70,8 @@ class Transformer:
         self.backend: ops.Backend = chosen
         self.ahead = gpu
         """The model as the decode pipeline drives it, where steps run beside the host."""
+        self.experts: CpuExperts | None = None
+        """Where some routed experts are absent from fast memory."""
         self.batch_device = torch.device("cpu") if gpu is not None else pools.device
         """Where `forward` and `decode` want their batches."""
         if gpu is not None:
@@ -74,8 +79,11 @@ class Transformer:
             return
         if not isinstance(weights, ModelWeights):
             raise ValueError(f"backend {chosen} needs fp32 weights")
+        if supply is not None and chosen != "cpu":
+            raise BadConfig("experts.hbm", "a budget", f"none: the model runs on {chosen} ({reason})", "worker config")
         if chosen == "cpu":
-            self._model = ops.build_cpu_model(config, weights, precision, pools, num_threads)
+            cpu = ops.build_cpu_model(config, weights, precision, pools, num_threads, supply)
+            self._model, self.experts = cpu, cpu.experts
         else:
             # On a GPU the reference holds fp32 weights; the Triton path above never does.
             here = weights if pools.device.type == "cpu" else weights.to(config, pools.device)

@@ -164,6 +164,7 @@ class RunningWorker(ABC):
             "step_ms_mean": times.mean_s * 1e3,
             "rss_bytes": _rss_bytes(),
             "kv_bytes_total": engine.pools.nbytes,
+            **({} if engine.experts is None else engine.experts.stats_fields()),
         }
 
 

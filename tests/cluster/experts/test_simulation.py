@@ -11,8 +11,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cluster.cli_experts import app
-from cluster.experts.simulation import SHARES, generated, published_at, run, step_shares, table
+from cluster.experts.simulation import SHARES, generated, published_at, run, table
 from workers.experts.policy import LFRU, LRU, STATIC
+from workers.experts.profile import step_shares
 
 SMALL = ["--steps", "40", "--layers", "2", "--shares", "5.5,50", "--policies", "lru,static"]
 
