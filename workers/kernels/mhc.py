@@ -222,7 +222,6 @@ def _collapsed(
         comb,
         D=hidden,
         NUM_TILES=num_tiles,
-        TILES_POW2=triton.next_power_of_2(num_tiles),
         BLOCK=block,
         W=warps,
         HEAD=head,
@@ -253,7 +252,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         return name, kernel, {name: types[name] for name in names}, {"D": hidden, **constexprs, **pdl}, options
 
     mix = {"NUM_FN": 24, "TM": TOKENS, "C": TILE_CHANNELS, "HAS_ROWS": False, "WIDEN": False}
-    sums = {"NUM_TILES": num_tiles, "TILES_POW2": num_tiles, "HW": arch >= 89, "EXPERTS": True}
+    sums = {"NUM_TILES": num_tiles, "HW": arch >= 89, "EXPERTS": True}
     gates = {"ITERS": 20, "EPS": 1e-6, "NORM_EPS": 1e-6, "HEAD": False, "HAS_ROWS": False, "FINISH": True}
     options = tile("mhc.mix", arch).options
     return [

@@ -18,11 +18,20 @@ def token_work(index, NUM_TILES: tl.constexpr):
 
 
 @triton.jit
-def _total(sums, row: tl.constexpr, NUM_TILES: tl.constexpr, TILES_POW2: tl.constexpr, W: tl.constexpr):
+def _total(sums, row: tl.constexpr, NUM_TILES: tl.constexpr, W: tl.constexpr):
     """Sum of one row of partial sums, as a block `[W]` of equal values: each of the program's W warps adds for itself,
-    which saves the exchange between warps."""
-    tile = tl.arange(0, TILES_POW2)[None, :] + 0 * tl.arange(0, W)[:, None]
-    return tl.sum(tl.load(sums + row * NUM_TILES + tile, mask=tile < NUM_TILES, other=0.0), axis=1)
+    which saves the exchange between warps.
+
+    NOTE: the order of the sum must not depend on W. A block of 128 is four values a thread for one warp and for four;
+    of wider or narrower ones Triton would give a row to several warps, or several rows to a warp.
+    """
+    WIDTH: tl.constexpr = 128
+    lane = tl.arange(0, WIDTH)[None, :] + 0 * tl.arange(0, W)[:, None]
+    source = sums + row * NUM_TILES + lane
+    values = tl.load(source, mask=lane < NUM_TILES, other=0.0)
+    for start in tl.static_range(WIDTH, NUM_TILES, WIDTH):
+        values += tl.load(source + start, mask=lane < NUM_TILES - start, other=0.0)
+    return tl.sum(values, axis=1)
 
 
 @triton.jit
@@ -91,7 +100,6 @@ def _read_input(
     channel,
     D: tl.constexpr,
     NUM_TILES: tl.constexpr,
-    TILES_POW2: tl.constexpr,
     W: tl.constexpr,
     QUANTISE: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -106,23 +114,23 @@ def _read_input(
     x1 = tl.load(source + D, mask=inside, other=0.0).to(tl.float32)
     x2 = tl.load(source + 2 * D, mask=inside, other=0.0).to(tl.float32)
     x3 = tl.load(source + 3 * D, mask=inside, other=0.0).to(tl.float32)
-    g00 = _total(sums, 24, NUM_TILES, TILES_POW2, W)
-    g11 = _total(sums, 25, NUM_TILES, TILES_POW2, W)
-    g22 = _total(sums, 26, NUM_TILES, TILES_POW2, W)
-    g33 = _total(sums, 27, NUM_TILES, TILES_POW2, W)
+    g00 = _total(sums, 24, NUM_TILES, W)
+    g11 = _total(sums, 25, NUM_TILES, W)
+    g22 = _total(sums, 26, NUM_TILES, W)
+    g33 = _total(sums, 27, NUM_TILES, W)
     inverse_rms = _inverse_rms(g00, g11, g22, g33, D, NORM_EPS)
     pre_scale = tl.load(scale) * inverse_rms
-    a0 = tl.sigmoid(_total(sums, 0, NUM_TILES, TILES_POW2, W) * pre_scale + tl.load(base)) + EPS
-    a1 = tl.sigmoid(_total(sums, 1, NUM_TILES, TILES_POW2, W) * pre_scale + tl.load(base + 1)) + EPS
-    a2 = tl.sigmoid(_total(sums, 2, NUM_TILES, TILES_POW2, W) * pre_scale + tl.load(base + 2)) + EPS
-    a3 = tl.sigmoid(_total(sums, 3, NUM_TILES, TILES_POW2, W) * pre_scale + tl.load(base + 3)) + EPS
+    a0 = tl.sigmoid(_total(sums, 0, NUM_TILES, W) * pre_scale + tl.load(base)) + EPS
+    a1 = tl.sigmoid(_total(sums, 1, NUM_TILES, W) * pre_scale + tl.load(base + 1)) + EPS
+    a2 = tl.sigmoid(_total(sums, 2, NUM_TILES, W) * pre_scale + tl.load(base + 2)) + EPS
+    a3 = tl.sigmoid(_total(sums, 3, NUM_TILES, W) * pre_scale + tl.load(base + 3)) + EPS
     squares = a0 * a0 * g00 + a1 * a1 * g11 + a2 * a2 * g22 + a3 * a3 * g33
-    products = a0 * a1 * _total(sums, 28, NUM_TILES, TILES_POW2, W)
-    products += a1 * a2 * _total(sums, 29, NUM_TILES, TILES_POW2, W)
-    products += a2 * a3 * _total(sums, 30, NUM_TILES, TILES_POW2, W)
-    products += a3 * a0 * _total(sums, 31, NUM_TILES, TILES_POW2, W)
-    products += a0 * a2 * _total(sums, 32, NUM_TILES, TILES_POW2, W)
-    products += a1 * a3 * _total(sums, 33, NUM_TILES, TILES_POW2, W)
+    products = a0 * a1 * _total(sums, 28, NUM_TILES, W)
+    products += a1 * a2 * _total(sums, 29, NUM_TILES, W)
+    products += a2 * a3 * _total(sums, 30, NUM_TILES, W)
+    products += a3 * a0 * _total(sums, 31, NUM_TILES, W)
+    products += a0 * a2 * _total(sums, 32, NUM_TILES, W)
+    products += a1 * a3 * _total(sums, 33, NUM_TILES, W)
     # The sum of squares of the mix; rounding may leave a tiny negative number where the streams cancel.
     inverse = tl.rsqrt(tl.maximum(squares + 2.0 * products, 0.0) / D + NORM_EPS)
     mixed = a0[:, None] * x0 + a1[:, None] * x1 + a2[:, None] * x2 + a3[:, None] * x3
@@ -152,7 +160,6 @@ def _write_gates(
     token,
     D: tl.constexpr,
     NUM_TILES: tl.constexpr,
-    TILES_POW2: tl.constexpr,
     W: tl.constexpr,
     FINISH: tl.constexpr,
     ITERS: tl.constexpr,
@@ -160,20 +167,20 @@ def _write_gates(
     NORM_EPS: tl.constexpr,
 ):
     """The post gates and the Sinkhorn matrix of one token, or its logits for `finish_comb`."""
-    g00 = _total(sums, 24, NUM_TILES, TILES_POW2, W)
-    g11 = _total(sums, 25, NUM_TILES, TILES_POW2, W)
-    g22 = _total(sums, 26, NUM_TILES, TILES_POW2, W)
-    g33 = _total(sums, 27, NUM_TILES, TILES_POW2, W)
+    g00 = _total(sums, 24, NUM_TILES, W)
+    g11 = _total(sums, 25, NUM_TILES, W)
+    g22 = _total(sums, 26, NUM_TILES, W)
+    g33 = _total(sums, 27, NUM_TILES, W)
     inverse_rms = _inverse_rms(g00, g11, g22, g33, D, NORM_EPS)
     post_scale = tl.load(scale + 1) * inverse_rms
     comb_scale = tl.load(scale + 2) * inverse_rms
     same = tl.zeros((W,), tl.int32)  # equal values to one address
     logits = ()
     for i in tl.static_range(16):
-        total = _total(sums, 8 + i, NUM_TILES, TILES_POW2, W)
+        total = _total(sums, 8 + i, NUM_TILES, W)
         logits = logits + (total * comb_scale + tl.load(base + 8 + i),)
     for k in tl.static_range(4):
-        gate = tl.sigmoid(_total(sums, 4 + k, NUM_TILES, TILES_POW2, W) * post_scale + tl.load(base + 4 + k))
+        gate = tl.sigmoid(_total(sums, 4 + k, NUM_TILES, W) * post_scale + tl.load(base + 4 + k))
         tl.store(post + token * 4 + k + same, 2.0 * gate)
     if FINISH:
         logits = sinkhorn_rows(logits, ITERS, EPS)
@@ -215,7 +222,6 @@ def collapse_kernel(
     comb,
     D: tl.constexpr,
     NUM_TILES: tl.constexpr,
-    TILES_POW2: tl.constexpr,
     BLOCK: tl.constexpr,
     W: tl.constexpr,
     HEAD: tl.constexpr,
@@ -258,7 +264,6 @@ def collapse_kernel(
             channel,
             D,
             NUM_TILES,
-            TILES_POW2,
             W,
             QUANTISE,
             EXPERTS,
@@ -267,7 +272,7 @@ def collapse_kernel(
             NORM_EPS,
         )
     elif not HEAD:
-        _write_gates(base, scale, sums, post, comb, index, D, NUM_TILES, TILES_POW2, W, FINISH, ITERS, EPS, NORM_EPS)
+        _write_gates(base, scale, sums, post, comb, index, D, NUM_TILES, W, FINISH, ITERS, EPS, NORM_EPS)
 
 
 @triton.jit

@@ -186,7 +186,6 @@ def _collapse(
         work,
         D=hidden,
         NUM_TILES=num_parts(hidden),
-        TILES_POW2=triton.next_power_of_2(num_parts(hidden)),
         BLOCK=block,
         W=shape.warps,
         HEAD=True,
