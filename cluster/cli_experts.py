@@ -6,14 +6,17 @@ arguments.
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 
 from cluster.errors import ClusterError
 from workers.errors import WorkerError
@@ -95,6 +98,109 @@ def simulate(
 
             draw(found, plot_file)
             out.print(f"drawn to {plot_file}", soft_wrap=True)
+
+
+@app.command()
+def record(
+    output: Annotated[Path, typer.Argument(help="Trace file to write (.npz).")],
+    model: Annotated[Path | None, typer.Option(help="Checkpoint folder; the bundled dsv4-nano when not given.")] = None,
+    task: Annotated[str, typer.Option(help="Held-out questions: arithmetic, recall or all.")] = "all",
+    samples: Annotated[int, typer.Option(min=1, help="Questions of each task.")] = 32,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Instead: a file with one prompt a line, text or a JSON list of token ids.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer to a prompt of --prompts.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that generate together in every step.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Most steps to record.")] = 4096,
+    seed: Annotated[int, typer.Option(help="Which questions.")] = 0,
+) -> None:
+    """Answer prompts greedily on the CPU, in this process, and write down which experts each token chose."""
+    from cluster.config import BUNDLED_MODEL
+    from cluster.experts import record as recording
+    from workers.model_bundle import ModelBundle
+
+    folder = model or BUNDLED_MODEL
+    with _user_errors():
+        if not output.resolve().parent.is_dir():
+            raise ClusterError(f"{output}: its folder does not exist")
+        bundle = ModelBundle.load(folder)
+        if prompts is not None:
+            known, what = recording.file_prompts(folder, prompts, max_tokens), prompts.name
+        else:
+            try:
+                known, what = recording.task_prompts(folder, task, samples, seed), f"{task}, seed {seed}"
+            except ValueError as exc:
+                raise typer.BadParameter(str(exc), param_hint="--task") from exc
+        source = f"{bundle.name}, {what}, greedy answers"
+        with err.status("") as line:
+
+            def tell(done: int, left: int) -> None:
+                if done % 16 == 0:
+                    line.update(f"{done} steps, {left} prompts waiting")
+
+            trace = recording.record(bundle, known, batch=batch, max_steps=steps, source=source, tell=tell)
+        with _files():
+            trace.save(output)
+    used = int((trace.histogram() > 0).sum())
+    shape = f"{trace.num_steps} steps x {trace.num_layers} layers x batch {batch} x top {trace.experts.shape[-1]}"
+    out.print(f"{output}: {shape}; {used} of {trace.num_pairs} experts used", soft_wrap=True)
+
+
+@app.command()
+def repack(
+    output: Annotated[Path, typer.Argument(help="File to write, about the size of all experts.")],
+    model: Annotated[Path | None, typer.Option(help="Checkpoint folder; the bundled dsv4-nano when not given.")] = None,
+) -> None:
+    """Write all experts of a checkpoint back to back, each at a page of its own with a checksum (`experts.packed`)."""
+    from cluster.cli_checkpoint import tensor_progress
+    from cluster.config import BUNDLED_MODEL
+    from workers.checkpoint.check import check_directory
+    from workers.checkpoint.progress import ProgressCounter
+    from workers.experts.records import ExpertRecords
+    from workers.experts.repack import write_packed
+
+    with _user_errors(), _files():
+        records = ExpertRecords.of_checkpoint(check_directory(model or BUNDLED_MODEL).require_sound())
+        with tensor_progress("repacking", err) as on_progress:
+            counter = ProgressCounter(records.total_bytes, on_progress)
+            size = write_packed(records, output, lambda done, total: counter.add(records.record_bytes, "expert"))
+    out.print(f"{output}: {records.num_pairs:,} experts, {size / 1e9:.2f} GB", soft_wrap=True)
+
+
+@app.command()
+def top(
+    name: Annotated[str, typer.Option(help="Name of the deployment, when several run at once.")] = "default",
+    url: Annotated[str | None, typer.Option(help="Router address; the running deployment's if not given.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="DSV4_API_KEY", help="Bearer token.")] = None,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print what happened since the start, and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON once.")] = False,
+) -> None:
+    """Show live, for each worker and layer, how many experts are in fast memory and how often they were there."""
+    from cluster.experts.top import read_experts, tables
+    from cluster.http_client import RouterClient
+    from cluster.state import read_state
+
+    state = None if url else read_state(name)
+    with _user_errors():
+        if url is None and state is None:
+            raise ClusterError("no deployment runs here; start one with `dsv4 up`, or name one with --url")
+        address = url or (state.url if state else "")
+        with RouterClient(address, api_key or (state.api_key if state else None)) as client:
+            found = read_experts(client)
+            if as_json:
+                print(json.dumps([worker.as_dict() for worker in found], indent=2))
+                return
+            if once:
+                for made in tables(found):
+                    out.print(made)
+                return
+            before = None
+            with Live(Group(*tables(found)), console=out, auto_refresh=False, screen=out.is_terminal) as live:
+                while True:
+                    time.sleep(interval)
+                    before, found = found, read_experts(client)
+                    live.update(Group(*tables(found, before)), refresh=True)
 
 
 def _policies(text: str) -> list[Policy]:
