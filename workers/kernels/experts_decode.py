@@ -40,102 +40,184 @@ from workers.kernels.launch import pdl_options, prefetch_l2
 TOKENS = 8
 """Pairs of one product: the smallest column count of the tensor cores. Must not depend on the batch."""
 
+AHEAD = tl.constexpr(8)
+"""Steps beyond those on their way to registers whose weights are on their way to L2, in groups of four."""
+
 ROWS = 16
 """Weight rows of one program: one tile of the tensor cores."""
 
 GROUP = 128
 """Columns that share one activation scale."""
 
-OPTIONS = {"num_warps": 1, "num_stages": 3, "maxnreg": 128}
+OPTIONS = {"num_warps": 1, "num_stages": 1, "maxnreg": 128}
 """One warp, and no pipelining through shared memory: loads run ahead in registers. 16 programs share an SM."""
 
 
 # -- products -----------------------------------------------------------------------------------------------------
 #
-# A step is 64 bytes of each of 16 rows: thread t of a row's four has words 8t .. 8t + 7. The tensor cores want `RUN`
-# words in a row from every thread in turn, so the words of a step are renumbered, for weights and inputs alike: word
-# 8t + RUN * r + i counts as 4 * RUN * r + RUN * t + i. Layouts on both sides then agree and nothing moves between
-# threads. `RUN` is what Triton chooses for an operand made of bytes (4, FP4 with its scales) or of words (2, FP8);
-# another choice would cost exchanges, not change a result.
+# A step is 64 bytes of each of 16 rows: thread t of a row's four loads words 8t .. 8t + 7 at once. The tensor cores
+# want words 2t, 2t + 1 of every eight from it, so the words of a step are renumbered: word 8t + 2r + i counts as
+# 8r + 2t + i, for weights and inputs alike. Layouts on both sides then agree and nothing moves between threads.
 
 
 @triton.jit
-def _a_order(words, RUN: tl.constexpr):
+def _a_order(words):
     """`[M, 32]` words of a step, renumbered."""
     M: tl.constexpr = words.shape[0]
-    return tl.reshape(tl.permute(tl.reshape(words, (M, 4, 8 // RUN, RUN)), (0, 2, 1, 3)), (M, 32))
+    return tl.reshape(tl.permute(tl.reshape(words, (M, 4, 4, 2)), (0, 2, 1, 3)), (M, 32))
 
 
 @triton.jit
-def _step_factors(codes, RUN: tl.constexpr):
+def _b_order(inputs):
+    """`[32, N]` inputs of a step, renumbered."""
+    N: tl.constexpr = inputs.shape[1]
+    return tl.reshape(tl.permute(tl.reshape(inputs, (4, 4, 2, N)), (1, 0, 2, 3)), (32, N))
+
+
+@triton.jit
+def _step_factors(codes):
     """bf16 `[M, 32]` in `_a_order` of the four e8m0 bytes `[4, M]` of a step: one per thread."""
     M: tl.constexpr = codes.shape[1]
     factor = tl.permute(scale_factors(codes), (1, 0))
-    return tl.reshape(tl.broadcast_to(factor[:, None, :, None], (M, 8 // RUN, 4, RUN)), (M, 32))
+    return tl.reshape(tl.broadcast_to(factor[:, None, :, None], (M, 4, 4, 2)), (M, 32))
 
 
 @triton.jit
-def _to_l2(pointers, PACKED: tl.constexpr):
-    """Starts reading the lines behind a block of pointers to L2."""
+def _hold_loads(PACKED: tl.constexpr):
+    """Loads before it stay before it: the assembler would delay them until their registers are free, and wait then."""
     if PACKED:
-        prefetch_l2(pointers)
+        tl.inline_asm_elementwise(
+            "{ bar.warp.sync 0xffffffff; mov.u32 $0, $1; }",
+            "=r,r", [tl.full((), 0, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
-def _load_inputs(pointers, here, like, RUN: tl.constexpr):
-    """The bf16 inputs of a step behind `pointers [32, N]`, renumbered; `here` is always true. Under a condition the
-    load is not staged through shared memory, which the weights need: inputs are in the L1 cache anyway."""
-    value = like
-    if here:
-        value = tl.load(pointers)
-    N: tl.constexpr = value.shape[1]
-    return tl.reshape(tl.permute(tl.reshape(value, (4, 8 // RUN, RUN, N)), (1, 0, 2, 3)), (32, N))
+def _to_l2(lines, at, ROW_BYTES: tl.constexpr, PACKED: tl.constexpr):
+    """Starts reading 256 bytes of each of 16 rows to L2, from byte `at`, or the last ones; `lines`: uint8 pointers
+    `[16, 2]` to the first two lines of the rows."""
+    if PACKED:
+        prefetch_l2(lines + tl.minimum(at, ROW_BYTES - 256))
 
 
 @triton.jit
-def _fp4_step(total, words, codes, inputs, here, like, PACKED: tl.constexpr):
+def _fp4_inputs(inputs):
+    """The four operands of a step: inputs behind bf16 pointers `[32, N]`."""
+    x0, x1 = _b_order(tl.load(inputs)), _b_order(tl.load(inputs + 32))
+    x2, x3 = _b_order(tl.load(inputs + 64)), _b_order(tl.load(inputs + 96))
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _fp4_step(total, words, codes, x, PACKED: tl.constexpr):
     """Adds one step of 128 columns."""
-    words = _a_order(words, 4)
-    factor = _step_factors(codes, 4)
+    words = _a_order(words)
+    factor = _step_factors(codes)
     for j in tl.static_range(4):
-        x = _load_inputs(inputs + 32 * j, here, like, 4)
-        total = dot(times(fp4_column(words, j, PACKED), factor, PACKED), x, total, PACKED)
+        total = dot(times(fp4_column(words, j, PACKED), factor, PACKED), x[j], total, PACKED)
     return total
 
 
 @triton.jit
-def _fp4_product(words, scales, inputs, here, K: tl.constexpr, PACKED: tl.constexpr):
-    """fp32 `[16, N]`: rows behind `words` (uint16 `[16, 32]`) and `scales` (uint8 `[4, 16]`) times inputs behind
-    `inputs` (bf16 `[32, N]`), all pointers at the first step."""
+def _fp4_product(words, scales, inputs, lines, scale_lines, K: tl.constexpr, PACKED: tl.constexpr, WAIT: tl.constexpr):
+    """fp32 `[16, N]`: rows behind `words` (uint16 `[16, 32]`) and `scales` (uint8 `[4, 16]`) times inputs
+    behind `inputs` (bf16 `[32, N]`), all pointers at the first step. Four steps are on their way at any time, the first
+    ones before the launch's wait if `WAIT`; the `AHEAD` steps after these are on their way to L2."""
     STEPS: tl.constexpr = K // 128
-    TOGETHER: tl.constexpr = 4 if STEPS % 4 == 0 else 1
     total = tl.zeros((words.shape[0], inputs.shape[1]), tl.float32)
-    like = tl.zeros(inputs.shape, tl.bfloat16)
-    for step in range(0, STEPS, TOGETHER):
-        for j in tl.static_range(TOGETHER):
-            codes = tl.load(words + 32 * (step + j))
-            at = step + j
-            total = _fp4_step(total, codes, tl.load(scales + 4 * at), inputs + 128 * at, here, like, PACKED)
+    if STEPS % 4 == 0:
+        w0, s0 = tl.load(words), tl.load(scales)
+        w1, s1 = tl.load(words + 32), tl.load(scales + 4)
+        w2, s2 = tl.load(words + 64), tl.load(scales + 8)
+        w3, s3 = tl.load(words + 96), tl.load(scales + 12)
+        for step in tl.static_range(4, 4 + AHEAD, 4):
+            _to_l2(lines, step * 64, K // 2, PACKED)
+        _to_l2(scale_lines, 0, 256, PACKED)
+        if WAIT:
+            tl.extra.cuda.gdc_wait()
+        last = inputs + 128 * (STEPS - 4)
+        x = _fp4_inputs(inputs)
+        for i in range(STEPS // 4 - 1):
+            words += 128
+            scales += 16
+            _to_l2(lines, (i * 4 + 4 + AHEAD) * 64, K // 2, PACKED)
+            next_x = _fp4_inputs(inputs + 128)
+            total = _fp4_step(total, w0, s0, x, PACKED)
+            w0, s0 = tl.load(words), tl.load(scales)
+            _hold_loads(PACKED)
+            x = _fp4_inputs(inputs + 256)
+            total = _fp4_step(total, w1, s1, next_x, PACKED)
+            w1, s1 = tl.load(words + 32), tl.load(scales + 4)
+            _hold_loads(PACKED)
+            next_x = _fp4_inputs(inputs + 384)
+            total = _fp4_step(total, w2, s2, x, PACKED)
+            w2, s2 = tl.load(words + 64), tl.load(scales + 8)
+            _hold_loads(PACKED)
+            x = _fp4_inputs(inputs + 512)
+            total = _fp4_step(total, w3, s3, next_x, PACKED)
+            w3, s3 = tl.load(words + 96), tl.load(scales + 12)
+            _hold_loads(PACKED)
+            inputs += 512
+        total = _fp4_step(total, w0, s0, x, PACKED)
+        total = _fp4_step(total, w1, s1, _fp4_inputs(last + 128), PACKED)
+        total = _fp4_step(total, w2, s2, _fp4_inputs(last + 256), PACKED)
+        total = _fp4_step(total, w3, s3, _fp4_inputs(last + 384), PACKED)
+    else:
+        if WAIT:
+            tl.extra.cuda.gdc_wait()
+        for step in range(STEPS):
+            codes = tl.load(words + 32 * step)
+            total = _fp4_step(total, codes, tl.load(scales + 4 * step), _fp4_inputs(inputs + 128 * step), PACKED)
     return total * UNSCALE
 
 
 @triton.jit
-def _fp8_product(words, scales, inputs, here, K: tl.constexpr, PACKED: tl.constexpr):
-    """fp32 `[16, N]`: rows behind `words` (uint16 `[16, 32]`) with one fp32 scale per 128 columns behind `scales` times
-    inputs behind `inputs` (bf16 `[32, N]`)."""
-    M: tl.constexpr = words.shape[0]
+def _fp8_block(total, first, second, scale, inputs, PACKED: tl.constexpr):
+    """Adds one block of 128 columns: two steps of e4m3 words, one scale."""
     N: tl.constexpr = inputs.shape[1]
-    total = tl.zeros((M, N), tl.float32)
-    like = tl.zeros(inputs.shape, tl.bfloat16)
-    for block in range(K // 128):
-        part = tl.zeros((M, N), tl.float32)
-        for half in tl.static_range(2):
-            codes = tl.load(words + 64 * block + 32 * half)
-            codes = _a_order(codes, 2)
-            for j in tl.static_range(2):
-                x = _load_inputs(inputs + (128 * block + 64 * j + 32 * half), here, like, 2)
-                part = dot(fp8_column(codes, j, PACKED), x, part, PACKED)
-        total += part * tl.load(scales + block)
+    part = tl.zeros((first.shape[0], N), tl.float32)
+    first, second = _a_order(first), _a_order(second)
+    for j in tl.static_range(2):
+        part = dot(fp8_column(first, j, PACKED), _b_order(tl.load(inputs + 64 * j)), part, PACKED)
+        part = dot(fp8_column(second, j, PACKED), _b_order(tl.load(inputs + 64 * j + 32)), part, PACKED)
+    return total + part * scale
+
+
+@triton.jit
+def _fp8_product(words, scales, inputs, lines, K: tl.constexpr, PACKED: tl.constexpr, WAIT: tl.constexpr):
+    """fp32 `[16, N]`: rows behind `words` (uint16 `[16, 32]`) with one fp32 scale per 128 columns behind `scales` times
+    inputs behind `inputs` (bf16 `[32, N]`). `WAIT` as for `_fp4_product`."""
+    BLOCKS: tl.constexpr = K // 128
+    total = tl.zeros((words.shape[0], inputs.shape[1]), tl.float32)
+    a0, b0 = tl.load(words), tl.load(words + 32)
+    last = inputs + 128 * (BLOCKS - 1)
+    if BLOCKS % 2 == 0:
+        a1, b1 = tl.load(words + 64), tl.load(words + 96)
+        for step in tl.static_range(4, 4 + AHEAD, 4):
+            _to_l2(lines, step * 64, K, PACKED)
+        if WAIT:
+            tl.extra.cuda.gdc_wait()
+        for block in range(0, BLOCKS - 2, 2):
+            words += 128
+            _to_l2(lines, (block * 2 + 4 + AHEAD) * 64, K, PACKED)
+            total = _fp8_block(total, a0, b0, tl.load(scales + block), inputs, PACKED)
+            a0, b0 = tl.load(words), tl.load(words + 32)
+            _hold_loads(PACKED)
+            total = _fp8_block(total, a1, b1, tl.load(scales + block + 1), inputs + 128, PACKED)
+            a1, b1 = tl.load(words + 64), tl.load(words + 96)
+            _hold_loads(PACKED)
+            inputs += 256
+        total = _fp8_block(total, a0, b0, tl.load(scales + BLOCKS - 2), last - 128, PACKED)
+        total = _fp8_block(total, a1, b1, tl.load(scales + BLOCKS - 1), last, PACKED)
+    else:
+        if WAIT:
+            tl.extra.cuda.gdc_wait()
+        for block in range(BLOCKS - 1):
+            words += 64
+            total = _fp8_block(total, a0, b0, tl.load(scales + block), inputs, PACKED)
+            a0, b0 = tl.load(words), tl.load(words + 32)
+            inputs += 128
+        total = _fp8_block(total, a0, b0, tl.load(scales + BLOCKS - 1), last, PACKED)
     return total
 
 
@@ -204,9 +286,10 @@ def _gate_up(
     tile_row = tl.arange(0, 16)
     row = block * 8 + tile_row % 8 + (tile_row // 8) * INNER
     words = slot.to(tl.pointer_type(tl.uint16)) + row[:, None] * (D // 4) + tl.arange(0, 32)[None, :]
+    lines = slot + row[:, None] * (D // 2) + tl.arange(0, 2)[None, :] * 128
     scale_row = slot + 3 * (D * INNER // 2) + row * (D // 32)
     scales = scale_row[None, :] + _thread_groups()[:, None]
-    _to_l2(scale_row[:, None] + tl.minimum(tl.arange(0, 2) * 128, D // 32 - 1)[None, :], PACKED)
+    scale_lines = scale_row[:, None] + tl.minimum(tl.arange(0, 2) * 128, D // 32 - 1)[None, :]
     column = block * 8 + tl.arange(0, 8)
     first = begin
     while first < end:
@@ -214,7 +297,7 @@ def _gate_up(
         # Columns without a pair repeat the last one; they are computed and not stored.
         pair = tl.load(pair_order + tl.minimum(at, end - 1))
         inputs = x + (pair // CHOICES).to(tl.int64)[None, :] * D + tl.arange(0, 32)[:, None]
-        total = _fp4_product(words, scales, inputs, begin < end, D, PACKED)
+        total = _fp4_product(words, scales, inputs, lines, scale_lines, D, PACKED, False)
         gate, up = tl.split(tl.permute(tl.reshape(total, (2, 8, N)), (1, 2, 0)))
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
@@ -251,22 +334,20 @@ def _down(
 ):  # fmt: skip
     """Grid (D / 16, 1 + most active experts): 16 rows of w2. The first column of programs, whose codes are twice as
     wide, is the shared expert's."""
-    # What is read before the wait, weights and groups, is older than the predecessor: `expert_gate_up` lets this kernel
-    # start only after its own wait. Products must follow it: their loads may move up inside a loop, not out of it.
+    # The wait comes inside the products: weights and groups are older than the predecessor, `expert_gate_up`, which
+    # lets this kernel start only after its own wait.
     block = tl.program_id(0)
     member = tl.program_id(1) - 1
     row = block * 16 + tl.arange(0, 16)
     if member < 0:
         codes = shared_codes.to(tl.pointer_type(tl.uint16)) + row[:, None] * (INNER // 2) + tl.arange(0, 32)[None, :]
+        lines = shared_codes + row[:, None] * INNER + tl.arange(0, 2)[None, :] * 128
         scales = shared_scales + (block // 8) * (INNER // 128)
-        if PDL:
-            _to_l2(shared_codes + row[:, None] * INNER + tl.minimum(tl.arange(0, 4) * 128, INNER - 1)[None, :], PACKED)
-            tl.extra.cuda.gdc_wait()
         first = 0
         while first < num_tokens:
             token = first + tl.arange(0, N)
             inputs = shared_hidden + tl.minimum(token, num_tokens - 1).to(tl.int64)[None, :] * INNER
-            total = _fp8_product(codes, scales, inputs + tl.arange(0, 32)[:, None], num_tokens > 0, INNER, PACKED)
+            total = _fp8_product(codes, scales, inputs + tl.arange(0, 32)[:, None], lines, INNER, PACKED, PDL)
             if PDL:
                 tl.extra.cuda.gdc_launch_dependents()
             target = out + (token.to(tl.int64) * (CHOICES + 1) + CHOICES)[None, :] * D + row[:, None]
@@ -279,20 +360,18 @@ def _down(
     begin = tl.load(active_begin + member)
     end = tl.load(active_begin + member + 1)
     slot = slot_address(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
-    code_row = slot + D * INNER + row * (INNER // 2)
-    words = code_row.to(tl.pointer_type(tl.uint16))[:, None] + tl.arange(0, 32)[None, :]
+    words = (slot + D * INNER).to(tl.pointer_type(tl.uint16)) + row[:, None] * (INNER // 4)
+    words += tl.arange(0, 32)[None, :]
+    lines = slot + D * INNER + row[:, None] * (INNER // 2) + tl.arange(0, 2)[None, :] * 128
     scale_row = slot + 3 * (D * INNER // 2) + 2 * (D * INNER // 32) + row * (INNER // 32)
     scales = scale_row[None, :] + _thread_groups()[:, None]
-    _to_l2(scale_row[:, None] + tl.minimum(tl.arange(0, 2) * 128, INNER // 32 - 1)[None, :], PACKED)
-    if PDL:
-        _to_l2(code_row[:, None] + tl.minimum(tl.arange(0, 4) * 128, INNER // 2 - 1)[None, :], PACKED)
-        tl.extra.cuda.gdc_wait()
+    scale_lines = scale_row[:, None] + tl.minimum(tl.arange(0, 2) * 128, INNER // 32 - 1)[None, :]
     first = begin
     while first < end:
         at = first + tl.arange(0, N)
         pair = tl.load(pair_order + tl.minimum(at, end - 1))
         inputs = hidden + pair.to(tl.int64)[None, :] * INNER + tl.arange(0, 32)[:, None]
-        total = _fp4_product(words, scales, inputs, begin < end, INNER, PACKED)
+        total = _fp4_product(words, scales, inputs, lines, scale_lines, INNER, PACKED, PDL)
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
         target = out + (pair + pair // CHOICES).to(tl.int64)[None, :] * D + row[:, None]

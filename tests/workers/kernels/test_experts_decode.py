@@ -29,7 +29,7 @@ def natural_order(x: Tensor) -> Tensor:
 class Case:
     """One layer's experts, their slab in shuffled slots, and a step of `tokens` tokens."""
 
-    def __init__(self, seed: int, device: torch.device, *, tokens: int, experts: int = 4, hidden: int = 128) -> None:
+    def __init__(self, seed: int, device: torch.device, *, tokens: int, experts: int = 5, hidden: int = 256) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.inner, self.choices, self.limit, self.device = 128, 3, 10.0, device
         self.tokens, self.experts, self.hidden = tokens, experts, hidden
@@ -121,21 +121,21 @@ class Case:
         return torch.cat((routed, shared.unsqueeze(1)), dim=1)
 
 
-@pytest.mark.parametrize(("tokens", "hidden"), [(1, 512), (9, 256)])
-def test_both_halves_match_the_reference(device: torch.device, seed: int, tokens: int, hidden: int) -> None:
-    case = Case(seed, device, tokens=tokens, hidden=hidden)
-    inner, out = case.run()
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_both_halves_match_the_reference(device: torch.device, seed: int, tokens: int) -> None:
+    case = Case(seed, device, tokens=tokens)
+    hidden, out = case.run()
     expected = case.expected_hidden()
     # A value next to a rounding boundary of e4m3 may fall on the other side: compare before and after rounding.
-    assert relative_error(inner.float(), quant.fp8_fake_quant(expected.bfloat16(), 128).float()) < 2e-2
-    assert relative_error(inner.float(), expected) < 4e-2
-    assert torch.equal(quant.fp8_fake_quant(inner, 128), inner)
-    assert relative_error(out.float(), case.expected_out(inner)) < BF16_SUM
+    assert relative_error(hidden.float(), quant.fp8_fake_quant(expected.bfloat16(), 128).float()) < 2e-2
+    assert relative_error(hidden.float(), expected) < 4e-2
+    assert torch.equal(quant.fp8_fake_quant(hidden, 128), hidden)
+    assert relative_error(out.float(), case.expected_out(hidden)) < BF16_SUM
 
 
 def test_more_pairs_than_a_tile_for_one_expert(device: torch.device, seed: int) -> None:
-    case = Case(seed, device, tokens=9)
-    case.ids = torch.tensor([[3, 2, 1]], dtype=torch.int32).repeat(9, 1)
+    case = Case(seed, device, tokens=18)
+    case.ids = torch.tensor([[3, 4, 1]], dtype=torch.int32).repeat(18, 1)
     hidden, out = case.run()
     assert relative_error(out.float(), case.expected_out(hidden)) < BF16_SUM
     assert relative_error(hidden.float(), case.expected_hidden()) < 4e-2
