@@ -172,17 +172,19 @@ def assert_same_rows(found: Tensor, expected: Tensor, part: Compressor) -> None:
 
 
 PLANS = {
-    "one chunk": [{0: 262, 1: 7, 2: 5}],
-    "cuts anywhere": [{0: 1, 1: 3}, {0: 2, 2: 1, 1: 6}, {1: 20, 0: 9}, {0: 120, 1: 4, 2: 4}],
-    "many short ones": [{0: 4, 1: 4, 2: 4}, {0: 3, 1: 3, 2: 1}, {0: 1, 1: 1}, {0: 1, 1: 21}, {0: 125, 1: 100}],
+    (4, "into a second page"): [{0: 262, 1: 7, 2: 5}],
+    (4, "cuts anywhere"): [{0: 1, 1: 3}, {0: 2, 2: 1, 1: 6}, {1: 7, 0: 9}, {0: 10, 1: 4, 2: 4}],
+    (4, "many short ones"): [{0: 4, 1: 4, 2: 4}, {0: 3, 1: 3, 2: 1}, {0: 1, 1: 1}, {0: 1, 1: 5}, {0: 14}],
+    (128, "into a second page"): [{0: 262, 1: 7, 2: 5}],
+    (128, "cuts anywhere"): [{0: 1, 1: 3}, {0: 2, 2: 1, 1: 6}, {1: 20, 0: 9}, {0: 120, 1: 4, 2: 4}],
+    (128, "many short ones"): [{0: 4, 1: 4, 2: 4}, {0: 3, 1: 3, 2: 1}, {0: 1, 1: 1}, {0: 1, 1: 21}, {0: 125, 1: 100}],
 }
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("ratio", [4, 128])
+@pytest.mark.parametrize(("ratio", "plan"), PLANS)
 def test_prefill_chunks_store_what_the_reference_stores(ratio: int, plan: str, device: torch.device, seed: int) -> None:
     run = Run(device, seed, ratio=ratio, head_dim=128, lengths=[300, 131, 5])
-    for counts in PLANS[plan]:
+    for counts in PLANS[ratio, plan]:
         run.step(counts, "prefill")
     run.check()
 
@@ -232,9 +234,11 @@ def test_bytes_do_not_depend_on_chunks_or_batch(ratio: int, device: torch.device
 
 @pytest.mark.parametrize("ratio", [4, 128])
 def test_a_decoded_entry_does_not_depend_on_its_batch(ratio: int, device: torch.device, seed: int) -> None:
-    alone, beside = (Run(device, seed, ratio=ratio, head_dim=128, lengths=[130, 140, 140]) for _ in range(2))
+    begin = 6 if ratio == 4 else 126
+    lengths = [begin + 4, begin + 5, begin + 6]
+    alone, beside = (Run(device, seed, ratio=ratio, head_dim=128, lengths=lengths) for _ in range(2))
     for run in (alone, beside):
-        run.step({0: 126, 1: 127, 2: 128}, "prefill")
+        run.step({0: begin, 1: begin + 1, 2: begin + 2}, "prefill")
     beside.rows[1].fill_(1e15)
     for counts in ({0: 1}, {0: 1}, {0: 1}):
         alone.step(counts, "decode")
@@ -249,11 +253,11 @@ def test_a_reused_slot_leaks_nothing(ratio: int, device: torch.device, seed: int
     run = Run(device, seed, ratio=ratio, head_dim=128, lengths=[140, 140])
     run.rows[0].fill_(1e15)
     run.slots[1] = run.slots[0]
-    run.step({0: 135}, "prefill")
+    run.step({0: 15 if ratio == 4 else 135}, "prefill")
     run.step({1: 3}, "prefill")
     for _ in range(6):
         run.step({1: 1}, "decode")
-    run.step({1: 126}, "prefill")
+    run.step({1: 6 if ratio == 4 else 126}, "prefill")
     run.done[0] = 0
     for part in run.parts:
         found, expected = run.stored_entries(part, 1), run.expected_entries(part, 1)
