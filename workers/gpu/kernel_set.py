@@ -80,18 +80,12 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     from workers.kernels import sparse_attention as attention
 
     c, tokens, device = config, sizes.num_tokens, sizes.device
-    heads = (c.num_attention_heads, c.head_dim)
-    # A small batch splits its keys over more programs than a large one: the largest batch is not the largest need.
-    floats = max(
-        attention.work_floats(count, *heads, sizes.num_pages, c.index_topk, kind.value, device)
-        for kind in set(c.layer_kinds)
-        for count in range(1, tokens + 1)
-    )
     streams = torch.empty(mhc.work_floats(tokens, c.hidden_size), device=device)
     counts = experts_decode.num_counters(tokens, c.num_experts_per_tok, c.n_routed_experts, c.moe_intermediate_size)
     counters = torch.zeros(counts, dtype=torch.int32, device=device)
-    attention_work = torch.empty(max(1, floats), device=device)
     c128_work = compressor.C128Work.allocate(tokens, c.head_dim, device)
+    widest = max(c.q_lora_rank, c.o_groups * c.o_lora_rank)
+    rounded = torch.empty(tokens * widest, dtype=torch.bfloat16, device=device)
 
     def for_many(x_quantised: Tensor) -> Tensor | None:
         """Few tokens are rounded by the products themselves."""
@@ -116,9 +110,9 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         hc_post_head=partial(mhc.hc_post_head, work=streams),
         project_x=linear_decode.project_x,
         store_and_compress=store_and_compress,
-        linear=linear_decode.linear,
+        linear=partial(linear_decode.linear, rounded=rounded),
         select_entries=partial(indexer.select_entries, work=_index_work(config, sizes, prefill=False), mode="decode"),
-        sparse_attention=partial(attention.sparse_attention, work=attention_work, mode="decode"),
+        sparse_attention=partial(attention.sparse_attention, work=_split_work(config, sizes), mode="decode"),
         grouped_linear=linear_decode.grouped_linear,
         gate_and_shared=linear_decode.gate_and_shared,
         route=partial(routing.route, work=_route_work(config, sizes)),
@@ -129,83 +123,99 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     )
 
 
-def prefill_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
-    """Triton's ops for steps of many tokens."""
-    from workers.kernels import (
-        compressor,
-        experts_prefill,
-        indexer,
-        kv_store,
-        linear_prefill,
-        mhc,
-        mhc_prefill,
-        routing,
-        sampling,
-    )
-    from workers.kernels import sparse_attention as attention
+class _PrefillOps:
+    """Prefill's forms of ops whose arguments differ from decode's, and their scratch."""
 
-    c, tokens, device = config, sizes.num_tokens, sizes.device
-    width, index = c.num_attention_heads * c.head_dim, c.index_n_heads * c.index_head_dim
-    linears = (c.o_lora_rank * width, (width + index) * c.q_lora_rank, c.hidden_size * c.o_groups * c.o_lora_rank)
-    work = linear_prefill.PrefillWork.empty(
-        tokens,
-        columns=max(c.hidden_size, c.q_lora_rank, c.o_groups * c.o_lora_rank, c.moe_intermediate_size),
-        weight_elements=max(*linears, 2 * c.moe_intermediate_size * c.hidden_size),
-        inner=c.moe_intermediate_size,
-        device=device,
-    )
-    pairs = tokens * c.num_experts_per_tok
-    tiles = torch.empty(experts_prefill.tile_words(pairs, c.n_routed_experts, device), dtype=torch.int32, device=device)
-    streams = torch.empty(mhc_prefill.work_floats(tokens, c.hidden_size), device=device)
-    floats = attention.prefill_work_floats(tokens, sizes.num_sequences, sizes.num_entries, c.head_dim)
-    attention_work = torch.empty(floats, device=device)
+    def __init__(self, config: ModelConfig, sizes: StepSizes) -> None:
+        from workers.kernels import compressor, experts_prefill, kv_store, linear_prefill, mhc_prefill
 
-    def hc_pre(*tensors: Any, x_quantised: Tensor) -> None:
-        mhc_prefill.hc_pre(*tensors, work=streams)
+        self._compressor, self._experts, self._store = compressor, experts_prefill, kv_store
+        self._linear, self._mhc = linear_prefill, mhc_prefill
+        c, tokens, device = config, sizes.num_tokens, sizes.device
+        width, index = c.num_attention_heads * c.head_dim, c.index_n_heads * c.index_head_dim
+        linears = (c.o_lora_rank * width, (width + index) * c.q_lora_rank, c.hidden_size * c.o_groups * c.o_lora_rank)
+        self.work = linear_prefill.PrefillWork.empty(
+            tokens,
+            columns=max(c.hidden_size, c.q_lora_rank, c.o_groups * c.o_lora_rank, c.moe_intermediate_size),
+            weight_elements=max(*linears, 2 * c.moe_intermediate_size * c.hidden_size),
+            inner=c.moe_intermediate_size,
+            device=device,
+        )
+        words = experts_prefill.tile_words(tokens * c.num_experts_per_tok, c.n_routed_experts, device)
+        self._tiles = torch.empty(words, dtype=torch.int32, device=device)
+        self.streams = torch.empty(mhc_prefill.work_floats(tokens, c.hidden_size), device=device)
 
-    def hc_post_pre(*tensors: Any, x_quantised: Tensor, x_experts: Tensor | None = None) -> None:
-        mhc_prefill.hc_post_pre(*tensors, work=streams, x_experts=x_experts)
+    def hc_pre(self, *tensors: Any, x_quantised: Tensor) -> None:
+        self._mhc.hc_pre(*tensors, work=self.streams)
 
-    def project_x(*tensors: Any, x_quantised: Tensor) -> None:
-        linear_prefill.project_x(*tensors, work=work)
+    def hc_post_pre(self, *tensors: Any, x_quantised: Tensor, x_experts: Tensor | None = None) -> None:
+        self._mhc.hc_post_pre(*tensors, work=self.streams, x_experts=x_experts)
 
-    def gate_and_shared(*tensors: Any, x_quantised: Tensor) -> None:
-        linear_prefill.gate_and_shared(*tensors, work=work)
+    def project_x(self, *tensors: Any, x_quantised: Tensor) -> None:
+        self._linear.project_x(*tensors, work=self.work)
+
+    def gate_and_shared(self, *tensors: Any, x_quantised: Tensor) -> None:
+        self._linear.gate_and_shared(*tensors, work=self.work)
 
     def store_and_compress(
-        out_fp8: Tensor, q_norm: Tensor, kv_norm: Tensor, rope: Tensor, meta: Any, window: Tensor, latent: Tensor, *,
-        rows: Tensor | None, main: Any, index: Any, eps: float,
+        self, out_fp8: Tensor, q_norm: Tensor, kv_norm: Tensor, rope: Tensor, meta: Any, window: Tensor,
+        latent: Tensor, *, rows: Tensor | None, main: Any, index: Any, eps: float,
     ) -> None:  # fmt: skip
-        kv_store.norm_and_store(out_fp8, q_norm, kv_norm, rope, meta, window, latent, eps)
+        self._store.norm_and_store(out_fp8, q_norm, kv_norm, rope, meta, window, latent, eps)
         if rows is not None and index is not None:
-            compressor.compress_c4(rows, meta, main, index, rope, eps, mode="prefill")
+            self._compressor.compress_c4(rows, meta, main, index, rope, eps, mode="prefill")
         elif rows is not None:
-            compressor.compress_c128(rows, meta, main, rope, eps, mode="prefill")
+            self._compressor.compress_c128(rows, meta, main, rope, eps, mode="prefill")
 
-    def expert_gate_up(x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, shared_hidden: Tensor) -> None:
-        experts_prefill.expert_gate_up(x, weights, *operands, tiles=tiles)
+    def expert_gate_up(self, x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, shared_hidden: Tensor) -> None:
+        self._experts.expert_gate_up(x, weights, *operands, tiles=self._tiles)
 
-    def expert_down(hidden: Tensor, shared_hidden: Tensor, shared_w2: Any, ids: Tensor, *operands: Any) -> None:
-        experts_prefill.expert_down(hidden, shared_hidden, shared_w2, *operands, tiles=tiles, work=work)
+    def expert_down(self, hidden: Tensor, shared_hidden: Tensor, shared_w2: Any, ids: Tensor, *operands: Any) -> None:
+        self._experts.expert_down(hidden, shared_hidden, shared_w2, *operands, tiles=self._tiles, work=self.work)
 
+
+def prefill_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
+    """Triton's ops for steps of many tokens."""
+    from workers.kernels import indexer, linear_prefill, mhc, mhc_prefill, routing, sampling
+    from workers.kernels import sparse_attention as attention
+
+    ops = _PrefillOps(config, sizes)
+    floats = attention.prefill_work_floats(sizes.num_tokens, sizes.num_sequences, sizes.num_entries, config.head_dim)
+    attention_work = torch.empty(floats, device=sizes.device)
     return KernelSet(
         embed_streams=mhc.embed_streams,
-        hc_pre=hc_pre,
-        hc_post_pre=hc_post_pre,
-        hc_post_head=partial(mhc_prefill.hc_post_head, work=streams),
-        project_x=project_x,
-        store_and_compress=store_and_compress,
-        linear=partial(linear_prefill.linear, work=work),
+        hc_pre=ops.hc_pre,
+        hc_post_pre=ops.hc_post_pre,
+        hc_post_head=partial(mhc_prefill.hc_post_head, work=ops.streams),
+        project_x=ops.project_x,
+        store_and_compress=ops.store_and_compress,
+        linear=partial(linear_prefill.linear, work=ops.work),
         select_entries=partial(indexer.select_entries, work=_index_work(config, sizes, prefill=True), mode="prefill"),
         sparse_attention=partial(attention.sparse_attention, work=attention_work, mode="prefill"),
-        grouped_linear=partial(linear_prefill.grouped_linear, work=work),
-        gate_and_shared=gate_and_shared,
+        grouped_linear=partial(linear_prefill.grouped_linear, work=ops.work),
+        gate_and_shared=ops.gate_and_shared,
         route=partial(routing.route, work=_route_work(config, sizes)),
-        expert_gate_up=expert_gate_up,
-        expert_down=expert_down,
+        expert_gate_up=ops.expert_gate_up,
+        expert_down=ops.expert_down,
         head=linear_prefill.head,
         sample_greedy=sampling.sample_greedy,
     )
+
+
+def _split_work(config: ModelConfig, sizes: StepSizes) -> Tensor:
+    """Scratch of decode attention whose keys are split over programs."""
+    from workers.kernels import sparse_attention as attention
+
+    c = config
+    # A small batch splits its keys over more programs than a large one: the largest batch is not the largest need.
+    floats = max(
+        attention.work_floats(
+            count, c.num_attention_heads, c.head_dim, sizes.num_pages, c.index_topk, kind.value, sizes.device
+        )
+        for kind in set(c.layer_kinds)
+        for count in range(1, sizes.num_tokens + 1)
+    )
+    return torch.empty(max(1, floats), device=sizes.device)
 
 
 def _route_work(config: ModelConfig, sizes: StepSizes) -> Tensor:

@@ -85,7 +85,6 @@ class GpuModel:
             kernels: what makes the ops of decode and of prefill.
             use_graphs: capture decode steps; by default on CUDA.
             before_decode: called on the engine thread right before each decode step is enqueued.
-            weights_ahead: bring weights of decode steps to the L2 cache ahead of their products (CUDA only).
             expert_stream: where prefill steps find their experts, instead of the weights' own slabs.
             decode_experts: the same for decode; what it enqueues is captured in the graphs.
         """

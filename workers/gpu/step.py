@@ -31,11 +31,7 @@ from workers.gpu.buffers import Activations, LayerPools, StepMeta
 from workers.gpu.kernel_set import KernelSet, Recorder
 from workers.gpu.rope_tables import RopeTables
 from workers.gpu.weights import ExpertSlab, GpuLayer, GpuWeights, x_bf16_columns
-from workers.gpu.weights_ahead import WeightsAhead
 from workers.model.config import ModelConfig
-
-HEAD_AHEAD_BYTES = 32 << 20
-"""Part of the head that is brought ahead: what the L2 cache holds beside other data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +66,7 @@ class LayerExperts(Protocol):
 class Step:
     """Launches steps of one kind.
 
-    `recorder` is told which layer the ops of `kernels` belong to. `stream` replaces the layers' own slabs. `ahead`
-    brings weights to the L2 cache during launches that leave memory idle.
+    `recorder` is told which layer the ops of `kernels` belong to. `stream` replaces the layers' own slabs.
     """
 
     parts: StepParts
@@ -79,7 +74,6 @@ class Step:
     buffers: Activations
     recorder: Recorder | None = None
     stream: LayerExperts | None = None
-    ahead: WeightsAhead | None = None
 
     def run(self, meta: StepMeta, *, rows: Tensor | None = None, max_entries: int | None = None) -> Tensor:
         """Launch all layers over the T tokens of `meta`; logits fp32, a view of the buffers.
@@ -103,28 +97,19 @@ class Step:
         for index, layer in enumerate(weights.layers):
             self._at(index)
             self._attention(index, layer, meta, x, rounded, attn_out, max_entries)
-            self._bring(layer.shared_w2.codes)
             between = (streams, post, comb, layer.hc_ffn, layer.ffn_norm, x)
             k.hc_post_pre(attn_out, *between, x_quantised=rounded, x_experts=experts_x)
             self._moe(index, layer, meta, x, rounded, experts_x, moe_out)
             if index + 1 < len(weights.layers):
                 after = weights.layers[index + 1]
-                self._bring(after.x_fp8.codes, after.x_bf16)
                 between = (streams, post, comb, after.hc_attn, after.attn_norm, x)
                 k.hc_post_pre(moe_out, *between, x_quantised=rounded)
         self._at(None)
-        self._bring(weights.head, limit_bytes=HEAD_AHEAD_BYTES)
         num_rows = tokens if rows is None else rows.shape[0]
         x_rows, logits = a.view("x_rows", num_rows, c.hidden_size), a.view("logits", num_rows, c.vocab_size)
         k.hc_post_head(moe_out, streams, post, comb, weights.hc_head, weights.norm, rows, x_rows)
         k.head(x_rows, weights.head, logits)
-        if self.ahead is not None:
-            self.ahead.join()
         return logits
-
-    def _bring(self, *weights: Tensor | None, limit_bytes: int | None = None) -> None:
-        if self.ahead is not None:
-            self.ahead.bring(*weights, limit_bytes=limit_bytes)
 
     def _at(self, layer: int | None) -> None:
         if self.recorder is not None:
@@ -150,7 +135,6 @@ class Step:
         rows = None if layer.x_bf16 is None else a.view("out_bf16", tokens, layer.x_bf16.shape[0])
         latent = a.view("latent", tokens, c.q_lora_rank)
         k.project_x(x, layer.x_fp8, layer.x_bf16, out_fp8, rows, x_quantised=rounded)
-        self._bring(layer.q_fp8.codes)
         k.store_and_compress(
             out_fp8,
             layer.q_norm,
@@ -167,40 +151,35 @@ class Step:
         for lo in range(0, tokens, a.block):
             hi = min(tokens, lo + a.block)
             part = meta if hi - lo == tokens else meta.tokens(lo, hi)
-            q = a.view("q", hi - lo, layer.q_fp8.codes.shape[0])
-            heads = a.view("heads", hi - lo, c.num_attention_heads * c.head_dim)
-            o_latent = a.view("o_latent", hi - lo, c.o_groups * c.o_lora_rank)
-            k.linear(latent[lo:hi], layer.q_fp8, q)
-            self._bring(layer.wo_a.codes)
-            selected = None
-            if rows is not None and pools.index is not None:
-                selected = a.view("selected", hi - lo, c.index_topk)
-                start, end = x_bf16_columns(c, layer.kind)["indexer.weights_proj"]
-                k.select_entries(
-                    q[:, heads.shape[1] :],
-                    rows[lo:hi, start:end],
-                    part,
-                    rope,
-                    pools.index.entries,
-                    selected,
-                    max_entries=max_entries,
-                )
-            k.sparse_attention(
-                q,
-                part,
-                pools.window,
-                pools.entries,
-                selected,
-                layer.kind.value,
-                layer.sink,
-                rope,
-                heads,
-                eps=eps,
-            )
-            self._bring(layer.wo_b.codes)
-            k.grouped_linear(heads.view(hi - lo, c.o_groups, -1), layer.wo_a, o_latent)
-            self._bring(layer.gate, layer.shared_w13.codes)
-            k.linear(o_latent, layer.wo_b, out[lo:hi, 0])
+            some = None if rows is None else rows[lo:hi]
+            self._attend(index, layer, part, latent[lo:hi], some, out[lo:hi, 0], max_entries)
+
+    def _attend(
+        self,
+        index: int,
+        layer: GpuLayer,
+        meta: StepMeta,
+        latent: Tensor,
+        rows: Tensor | None,
+        out: Tensor,
+        max_entries: int | None,
+    ) -> None:
+        """Attention of one block of tokens: latents [t, q_lora] and raw bf16 rows [t, N2] to `out` [t, D]."""
+        c, k, a, pools = self.parts.config, self.kernels, self.buffers, self.parts.pools[index]
+        rope, tokens, width = self.parts.ropes.of(layer.kind), latent.shape[0], c.num_attention_heads * c.head_dim
+        q = a.view("q", tokens, layer.q_fp8.codes.shape[0])
+        heads, o_latent = a.view("heads", tokens, width), a.view("o_latent", tokens, c.o_groups * c.o_lora_rank)
+        k.linear(latent, layer.q_fp8, q)
+        selected = None
+        if rows is not None and pools.index is not None:
+            selected = a.view("selected", tokens, c.index_topk)
+            start, end = x_bf16_columns(c, layer.kind)["indexer.weights_proj"]
+            queries, entries = (q[:, width:], rows[:, start:end]), pools.index.entries
+            k.select_entries(*queries, meta, rope, entries, selected, max_entries=max_entries)
+        keys = (pools.window, pools.entries, selected, layer.kind.value)
+        k.sparse_attention(q, meta, *keys, layer.sink, rope, heads, eps=c.rms_norm_eps)
+        k.grouped_linear(heads.view(tokens, c.o_groups, -1), layer.wo_a, o_latent)
+        k.linear(o_latent, layer.wo_b, out)
 
     def _moe(
         self, index: int, layer: GpuLayer, meta: StepMeta, x: Tensor, rounded: Tensor, experts_x: Tensor, out: Tensor
