@@ -3,8 +3,9 @@
     python -m tests.bench.kernels.experts_decode [--sweep]
 
 Floor: bytes of the distinct experts of the step (13.37 MB each) and the shared expert's w2 (8.39 MB) over the measured
-copy bandwidth. Prediction: 75 % at one token; unpacking takes about 3 instructions per weight, 80 % of what the
-multiprocessors can issue at full bandwidth. Result: tests/bench/RESULTS.md.
+copy bandwidth. Prediction: 75 % at one token; unpacking takes about 2.7 instructions per weight, 80 % of what the
+multiprocessors can issue at full bandwidth. Result (H200, 2026-11-21, copy 4,224 GB/s): 75 % at 16 tokens (3,177 GB/s),
+53 % at one (2,220 GB/s, 25.4 + 14.4 us); at one token waits for memory dominate, see RESULTS.md for the whole model.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def both(name: str, steps: list[Step], *, parts: bool = False) -> list[Row]:
     return rows
 
 
-SWEEP = [{"num_warps": 1, "num_stages": 1, **extra} for extra in ({}, {"maxnreg": 128})]
+SWEEP = [{**experts_decode.OPTIONS, "maxnreg": registers} for registers in (96, 128, 160)]
 
 
 def sweep(slab: ExpertSlab, tokens: int) -> list[Row]:
@@ -133,7 +134,7 @@ def sweep(slab: ExpertSlab, tokens: int) -> list[Row]:
     for options in SWEEP:
         for pdl in (True, False):
             experts_decode.OPTIONS = options
-            note = f"registers {options.get('maxnreg')}, pdl {pdl}"
+            note = f"registers {options['maxnreg']}, pdl {pdl}"
             for kernel in ("gate_up", "down"):
                 ms = graph_ms([partial(getattr(s, kernel), pdl=pdl) for s in steps])
                 rows.append(Row(f"{kernel} T={tokens}", ms, getattr(steps[0], f"{kernel}_bytes"), note=note))
