@@ -94,7 +94,11 @@ TILES: dict[str, dict[int, Tile]] = {
     },
     "mhc.mix": {90: Tile(warps=4, stages=1)},
     "mhc_prefill.collapse": {90: Tile(n=1024, warps=1)},
-    "mhc_prefill.mix": {90: Tile(m=64, k=32, warps=8, stages=2, registers=128)},
+    "mhc_prefill.mix": {
+        80: Tile(m=64, k=32, warps=8, stages=2),
+        89: Tile(m=64, k=32, warps=8, stages=1),
+        90: Tile(m=64, k=32, warps=8, stages=2, registers=128),
+    },
 }
 """kernel -> architecture -> tile. Kernel names are `module.function`; keep the modules in alphabetical order."""
 
