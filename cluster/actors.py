@@ -127,6 +127,7 @@ class WorkerActor:
                 pid=os.getpid(),
                 node=_node_id(),
                 start_s=time.perf_counter() - began,
+                note="" if (experts := self._service.engine.experts) is None else experts.note,
             )
         return self._address
 

@@ -42,6 +42,8 @@ class WorkerAddress:
     """Ray node id."""
     start_s: float
     """Seconds it took to load and listen."""
+    note: str = ""
+    """What whoever started it should know."""
 
 
 class Client(PrefillBackend, DecodeBackend, RetractBackend, Protocol):

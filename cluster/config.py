@@ -406,7 +406,7 @@ def _value_from(hint: Any, value: object, key: str, source: str, base: Path) -> 
     if dataclasses.is_dataclass(hint):
         assert isinstance(hint, type)
         return hint(**_fields_from(hint, value, f"{key}.", source, base))
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
         inner = next(option for option in typing.get_args(hint) if option is not types.NoneType)
         return None if value is None else _value_from(inner, value, key, source, base)
     if hint is Preload:

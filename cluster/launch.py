@@ -96,6 +96,8 @@ class Cluster:
                 address: WorkerAddress = ray.get(done[0])
             self.addresses[name] = address
             self._report(f"{name:<11} ready in {address.start_s:.1f} s at {address.address}")
+            if address.note:
+                self._report(f"{name:<11} {address.note}")
 
     def _report_loading(self, names: Iterable[str]) -> None:
         """One line for each worker that is reading its checkpoint."""

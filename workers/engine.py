@@ -60,6 +60,9 @@ class ModelFacts:
 class ExpertStatistics(Protocol):
     """A cache of routed experts, as seen by whoever reports on a worker."""
 
+    note: str
+    """What an operator should know of its size; empty when there is nothing to say."""
+
     def stats_fields(self) -> dict[str, object]:
         """Its fields of `WorkerStats`. Any thread."""
 

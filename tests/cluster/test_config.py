@@ -128,3 +128,30 @@ def test_every_setting_has_a_docstring() -> None:
             if not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)):
                 silent.append(f"{node.name}.{ast.unparse(item.target)}")
     assert not silent
+
+
+def test_experts_of_a_file_reach_the_worker(tmp_path: Path) -> None:
+    experts = {"hbm": "510KiB", "host": "2MiB", "source": "residency", "preload": "hot.npz", "policy": "static"}
+    found = build({"device": "cpu", "experts": experts}).experts
+    assert (found.hbm, found.host, found.preload) == (510 * 1024, 2 * 2**20, "/srv/hot.npz")
+    assert build({"experts": {"slots": 9, "preload": "prefix"}}).experts.preload == "prefix"
+    assert build({}).experts.hbm is None
+
+
+@pytest.mark.parametrize(
+    ("experts", "key"),
+    [
+        ({"hbm": "1MiB", "slots": 9}, "experts.slots"),
+        ({"slots": 9, "source": "residency"}, "experts.host"),
+        ({"slots": 9, "policy": "static"}, "experts.policy"),
+        ({"host": "1MiB"}, "experts.host"),
+        ({"slots": 0}, "experts.slots"),
+        ({"slots": 9, "preload": 3}, "experts.preload"),
+        ({"slotz": 9}, "experts.slotz"),
+        ({"slots": 9, "policy": "best"}, "experts.policy"),
+    ],
+)
+def test_experts_that_contradict_each_other_are_refused(experts: dict[str, object], key: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        build({"experts": experts})
+    assert failure.value.key == key

@@ -86,6 +86,7 @@ def compare(limited: Deployment, whole: Deployment, count: int) -> str:
 
 def test_a_tenth_of_the_experts_answers_the_same(limited: Deployment, deployment: Deployment) -> None:
     print(compare(limited, deployment, 6))
+    assert "caching no longer pays" in limited.log.read_text()
 
 
 def test_top_shows_every_layer_of_a_limited_worker(limited: Deployment) -> None:

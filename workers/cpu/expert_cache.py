@@ -21,7 +21,7 @@ from workers.cpu import tables as t
 from workers.cpu.arena import aligned_zeros
 from workers.cpu.expert_panels import ExpertPanels
 from workers.errors import WorkerError
-from workers.experts.config import PRELOADS, SlotPlan, plan_slots
+from workers.experts.config import PRELOADS, SlotPlan, pays_little, plan_slots
 from workers.experts.policy import POLICIES, Ids, highest
 from workers.experts.profile import read_profile
 from workers.experts.residency import Residency
@@ -78,6 +78,8 @@ class CpuExperts:
         self.plan: SlotPlan = plan_slots(
             supply.config, slot_bytes, num_threads, layers=layers, experts=experts, top_k=top_k
         )
+        few = self.plan.num_slots < layers * experts and pays_little(self.plan.num_slots, layers, top_k)
+        self.note = f"experts: {few}" if few else ""
         self._arena = aligned_zeros(self.plan.num_slots * slot_bytes)
         self._places = [aligned_zeros(slot_bytes) for _ in range(num_threads)]
         self._records = [np.zeros(supply.record_bytes, np.uint8) for _ in range(num_threads)]
@@ -98,19 +100,17 @@ class CpuExperts:
         self._fill_bank(first)
         if preload != "none":
             self._bring_in(first)
-        self.move_reset()
+        self.counters.moved, self.counters.move_s = 0, 0.0  # what the preload moved is no use of the policy's
         logger.info(
             "experts: %d of %d in %d slots of %d bytes, %d scratch places, source=%s policy=%s bank_bytes=%d",
             len(self.slots.residents()), pairs, self.plan.num_slots, slot_bytes, num_threads,
             supply.config.source, supply.config.policy, supply.bank_bytes,
         )  # fmt: skip
 
-    def move_reset(self) -> None:
-        """Counters of moves start after the preload."""
-        self.counters.moved, self.counters.move_s = 0, 0.0
-
     def _fill_bank(self, first: Ids) -> None:
-        """The host bank takes those first that will not sit in a slot."""
+        """The host bank takes those first that will not sit in a slot. Engines that share a supply share its bank."""
+        if self._supply.bank is not None:
+            return
         order = self.residency.first_residents(len(self.homes))
         if self.residency.usage.profile.any():
             order = highest(self.residency.usage.profile, order, len(order))

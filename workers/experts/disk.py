@@ -35,6 +35,11 @@ MADV_POPULATE_READ = 22
 """Linux 5.14: maps pages like a read would, and returns EFAULT where the read would end in SIGBUS."""
 
 
+WILLNEED_BYTES = 128 << 10
+"""Read ahead of one request: the kernel cuts longer ones off at a disk's own limit, and would fault in the rest page by
+page (measured: 0.01 GB/s). All requests of an expert are in flight before the first is waited for."""
+
+
 class ExpertDisk(Protocol):
     """Stored experts."""
 
@@ -125,7 +130,8 @@ class MmapDisk:
                 mapping.madvise(mmap.MADV_RANDOM)
         start, size = page_range(run)
         size = min(size, len(mapping) - start)
-        mapping.madvise(mmap.MADV_WILLNEED, start, size)
+        for at in range(start, start + size, WILLNEED_BYTES):
+            mapping.madvise(mmap.MADV_WILLNEED, at, min(WILLNEED_BYTES, start + size - at))
         try:
             mapping.madvise(MADV_POPULATE_READ, start, size)
         except OSError as exc:

@@ -121,11 +121,10 @@ def test_the_smallest_budget_is_named(small: Path) -> None:
 
 
 def test_few_slots_are_said_to_hardly_pay(small: Path, caplog: pytest.LogCaptureFixture) -> None:
-    experts_of(limited(small, slots=20))
-    assert "caching no longer pays" in caplog.text
+    few = experts_of(limited(small, slots=20))
+    assert "caching no longer pays" in caplog.text and "20 slots are 6.7 a layer" in few.note
     caplog.clear()
-    experts_of(limited(small, slots=24))
-    assert "pays" not in caplog.text
+    assert experts_of(limited(small, slots=24)).note == "" and "pays" not in caplog.text
 
 
 def test_counters_follow_the_definition(small: Path) -> None:
