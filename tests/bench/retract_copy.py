@@ -11,11 +11,12 @@ pool) pairs of 2-3 launches, 4-6 ms whatever the context, so the gather alone sh
 Decode of the rest loses the gather's memory traffic and the link's: 0.06 + 0.03 ms in each 2.6 ms of copying, 2-4 %,
 while a copy runs.
 
-# measured: one H200, 2026-11-21, torch 2.11, triton 3.6 (table in RESULTS.md). 32K tokens: out 2.99 ms, in 2.91 ms, 83 and
-85 % of the link; 128K: 89 and 88 %. Gather alone 168x, 76x, 23x at 1K, 8K, 32K on the device; with the copy to the host
-24x, 12x, 23x. Decode +0.84 % while copying out and +1.00 % while copying in without a pause: half of the prediction,
-because a copy lasts 3 ms of each 4 ms step and its gather runs for 0.1 ms of them. The staging ring was first 128 MiB,
-which cuts 32K tokens in three: gather 0.130 ms; at 192 MiB 0.112 ms. Tiles of 8 to 32 KiB and 2 to 8 warps differ by 7 %.
+# measured: one H200, 2026-11-21, torch 2.11, triton 3.6 (table in RESULTS.md). 32K tokens: out 2.99 ms, in 2.91 ms, 83
+and 85 % of the link; 128K: 89 and 88 %. Gather alone 168x, 76x, 23x at 1K, 8K, 32K on the device; with the copy to the
+host 24x, 12x, 23x. Decode +0.84 % while copying out and +1.00 % while copying in without a pause: half of the
+prediction, because a copy lasts 3 ms of each 4 ms step and its gather runs for 0.1 ms of them. The staging ring was
+first 128 MiB, which cuts 32K tokens in three: gather 0.130 ms; at 192 MiB 0.112 ms. Tiles of 8 to 32 KiB and 2 to 8
+warps differ by 7 %.
 """
 
 from __future__ import annotations
