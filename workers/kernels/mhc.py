@@ -6,8 +6,8 @@ Owns: `embed_streams`, `hc_pre`, `hc_post_pre` and `hc_post_head` for the tokens
 Two launches a sublayer. The first gives every program `TILE_CHANNELS` channels of all four streams, mixes them and
 stores 34 partial sums: 24 rows of `fn` and the 10 inner products of the streams with each other. The second adds the
 partial sums in tile order and writes the input: the inner products give the norm over all streams (their trace) and
-also the norm of the mix itself, `pre @ G @ pre`, so that no program has to see a whole row. A token's arithmetic
-depends neither on the batch nor on how tokens are dealt to programs, so batches are invariant by construction.
+also the norm of the mix itself, `pre @ G @ pre`, so that no program has to see a whole row. How tokens are dealt to
+programs changes no sum, as long as reductions over blocks are laid out alike (`mhc_gates._total`).
 """
 
 from __future__ import annotations
