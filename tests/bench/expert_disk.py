@@ -18,7 +18,7 @@ misses come from memory; under a cap it falls to the others. direct needs the fe
 miss anew. Repacking changes little here: an official expert is one run already, at most a page more a read.
 
 # measured: 192 experts, 2.57 GB, 200 misses, cap 1.07 GB, `residency` within 0.54 GB; 2 shared cores under load 5-8,
-# 23.5 GiB, Linux 6.18, ext4 on a virtual disk, 2026-11-21 (the disk is shared: rates vary 2x between runs):
+# 23.5 GiB, Linux 6.18, ext4 on a virtual disk, 2026-11-21 (the disk is shared, rates vary up to 5x):
 #   source     layout  memory     sweep GB/s  miss ms (p99)    GB/s  read  CPU s/GB  cached MB  RSS MB
 #   mmap       shards  unlimited        0.76      2.5 ( 40.8)    3.10  0.00      0.26       2567    2582
 #   mmap       packed  unlimited        0.16      3.0 ( 14.5)    3.18  0.00      1.25       2567    2582
@@ -32,8 +32,9 @@ miss anew. Repacking changes little here: an official expert is one run already,
 #   residency  packed  capped           0.65     22.9 ( 56.1)    0.54  0.82      0.40        535     550
 #   direct     shards  capped           0.64     16.0 ( 42.7)    0.70  1.00      0.20          0      28
 #   direct     packed  capped           0.52     24.3 ( 46.9)    0.51  1.00      0.28          0      28
-# As predicted but for the spread: repacked against shards is within it. A quiet run of 32 experts had 1.1-1.4 GB/s in
-# the sweep for every strategy, 8-13 ms a miss for direct and 11-14 ms for residency.
+# The order is as predicted: mmap wins while all fits and falls to the disk's rate under the cap, direct costs the least
+# CPU; repacked against shards is within the spread. 32 experts, minutes before: sweeps 0.6-1.4 GB/s for every
+# strategy, a miss 8-13 ms with direct, 11-14 ms with residency.
 """
 
 from __future__ import annotations

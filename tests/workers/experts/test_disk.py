@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,37 @@ def test_every_strategy_reads_what_the_checkpoint_holds(
     supply = supply_of(records, source)
     assert np.array_equal(all_records(supply), expected)
     assert np.array_equal(all_records(supply), expected)
+    supply.close()
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_threads_read_at_once_without_mixing_experts(folder: Path, source: str) -> None:
+    records = records_of(folder)
+    expected = expected_records(folder, records)
+    supply = supply_of(records, source)
+
+    def work(seed: int) -> bool:
+        out = np.zeros(records.record_bytes, np.uint8)
+        for pair in np.random.default_rng(seed).integers(0, records.num_pairs, 60).tolist():
+            supply.read(pair, out, stream=bool(pair % 3 == seed % 3))
+            if not np.array_equal(out, expected[pair]):
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(8)))
+    assert supply.counters.io_errors == 0 and supply.counters.disk_reads == 480
+    supply.close()
+
+
+def test_a_small_bank_serves_its_experts_and_the_disk_the_others(folder: Path) -> None:
+    records = records_of(folder)
+    expected = expected_records(folder, records)
+    stride = -(-records.record_bytes // ALIGN) * ALIGN
+    supply = supply_of(records, "mmap", host_bytes=3 * stride + 1)
+    assert supply.fill_bank([7, 2, 5, 1]) == 3 and supply.bank_bytes == 3 * stride
+    assert np.array_equal(all_records(supply), expected)
+    assert (supply.counters.bank_reads, supply.counters.disk_reads) == (3, 3 + records.num_pairs - 3)
     supply.close()
 
 
