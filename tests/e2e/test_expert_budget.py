@@ -9,15 +9,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from cluster.evaluation import ask_all, held_out_samples
+from cluster.evaluation import ask_all, held_out_samples, request_body
 from cluster.experts.top import WorkerExperts, read_experts
-from cluster.http_client import RouterClient
+from cluster.http_client import ApiFailure, RouterClient
 from cluster.tasks.sample import Task, TaskSample
 from tests.e2e.deployment import CONFIG, Deployment, deploy
 
@@ -36,8 +39,14 @@ class Answers:
 
 
 @pytest.fixture(scope="module")
-def limited(tmp_path_factory: pytest.TempPathFactory, model: object) -> Iterator[Deployment]:
-    config = BUDGET.format(model=model, slots=SLOTS, source="mmap", host="0MiB")
+def own_model(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """A copy of the checkpoint, to damage."""
+    return Path(shutil.copytree(model, tmp_path_factory.mktemp("own") / "dsv4-nano"))
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory: pytest.TempPathFactory, own_model: Path) -> Iterator[Deployment]:
+    config = BUDGET.format(model=own_model, slots=SLOTS, source="mmap", host="0MiB")
     running = deploy(tmp_path_factory.mktemp("limited"), config)
     try:
         yield running
@@ -78,7 +87,6 @@ def compare(limited: Deployment, whole: Deployment, count: int) -> str:
         budget = {kind: int(n) for kind, n in worker.series["budget_bytes"].items()}
         assert budget["measured"] <= budget["effective"] <= budget["requested"]
         assert lookups > hits > 0 and worker.series["slots"] == {"used": SLOTS, "free": 0}
-        assert worker.value("io_errors_total") == 0
         lines.append(
             f"{worker.name}: hit {hits / lookups:.1%} of {lookups:.0f} needed, {misses}, best fixed set "
             f"{worker.value('oracle_hit_ratio'):.1%}, {worker.value('loads_total'):.0f} loads, "
@@ -91,6 +99,7 @@ def compare(limited: Deployment, whole: Deployment, count: int) -> str:
 def test_a_tenth_of_the_experts_answers_the_same(limited: Deployment, deployment: Deployment) -> None:
     print(compare(limited, deployment, 6))
     assert "caching no longer pays" in limited.log.read_text()
+    assert not any(worker.value("io_errors_total") for worker in experts_of(limited))
 
 
 def test_top_shows_every_layer_of_a_limited_worker(limited: Deployment) -> None:
@@ -98,6 +107,19 @@ def test_top_shows_every_layer_of_a_limited_worker(limited: Deployment) -> None:
     assert shown.returncode == 0, shown.stderr
     assert "9 of 9" in shown.stdout and "decode-0" in shown.stdout and "prefill-0" in shown.stdout
     assert all(worker.num_layers == 8 for worker in experts_of(limited))
+
+
+def test_a_truncated_shard_fails_requests_by_name_until_it_is_whole_again(limited: Deployment, own_model: Path) -> None:
+    before = ask(limited, samples(2)).texts
+    shard = own_model / "model-00002-of-00003.safetensors"
+    whole = shard.read_bytes()
+    os.truncate(shard, len(whole) // 2)
+    with limited.client() as client, pytest.raises(ApiFailure, match="cannot be read.*model-00002.*truncated"):
+        client.chat(request_body(samples(2)[0], limited.model))
+    with shard.open("r+b") as file:
+        file.write(whole)
+    assert ask(limited, samples(2)).texts == before
+    assert max(worker.value("io_errors_total") for worker in experts_of(limited)) >= 3
 
 
 def test_too_small_a_budget_is_refused_with_the_smallest_that_works(tmp_path, model: object) -> None:  # type: ignore[no-untyped-def]
