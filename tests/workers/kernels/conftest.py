@@ -1,17 +1,11 @@
-"""Where the kernels run: on the GPU if there is one, else in Triton's interpreter on the CPU.
-
-The variable is set here, before any test module imports triton: it is read when a kernel is decorated.
-"""
+"""Where the kernels run: on the GPU if there is one, else in Triton's interpreter (`tests/conftest.py` chooses it)."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
     from tests.support.triton_interpreter import allow_loaded_bounds
 
     allow_loaded_bounds()
