@@ -38,7 +38,8 @@ def run_all(requests: list[GenerateRequest], *, tiers: dict[str, object] | None 
 
 
 def test_full_pages_run_short() -> None:
-    requests = [make_request(f"r{i}", prompt(242 + 2 * i, i), max_tokens=22) for i in range(8)]
+    # Long enough that all of them run together, however slowly they arrive.
+    requests = [make_request(f"r{i}", prompt(242 + 2 * i, i), max_tokens=64) for i in range(8)]
     assert run_all(requests, full_pages=10)["full_pages"] >= 1
 
 
