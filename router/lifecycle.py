@@ -28,6 +28,9 @@ from workers.messages import ErrorInfo, FinishReason, GenerateRequest, PrefillRe
 logger = logging.getLogger(__name__)
 
 _WORTH_ANOTHER_ATTEMPT = frozenset({429, 500, 502, 503})
+_CAUSE_S = 0.25
+"""Wait for the other worker's account of an attempt that decode reports as lost."""
+
 _SETTLE_S = 1.0
 """Patience with a prefill call that should have returned before the last token."""
 
@@ -329,6 +332,7 @@ class Generation:
             waits: list[asyncio.Future[Any]] = [call, self._first]
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             if self._first.done() and (lost := self._first.exception()) is not None:
+                await self._let_prefill_fail(prefill, call)
                 raise self._blame(decode, lost) if isinstance(lost, RequestError) else lost
             await self._finish_prefill(prefill, call)
         finally:
@@ -337,6 +341,15 @@ class Generation:
             await self._first
         except RequestError as exc:
             raise self._blame(decode, exc) from exc
+
+    async def _let_prefill_fail(self, prefill: PrefillSlot, call: asyncio.Future[PrefillResult]) -> None:
+        """Decode has lost the attempt: when prefill fails too, it is the cause and decode is not to blame.
+
+        Decode may notice that a hand-off ended before the prefill call returns with the reason.
+        """
+        await asyncio.wait({call}, timeout=_CAUSE_S)
+        if call.done() and isinstance(failure := call.exception(), RequestError):
+            raise self._blame(prefill, failure) from failure
 
     async def _finish_prefill(self, prefill: PrefillSlot, call: asyncio.Future[PrefillResult]) -> None:
         try:

@@ -62,6 +62,22 @@ async def test_a_transfer_failure_is_tried_again_at_the_same_workers(make_rig, s
     assert [request.epoch for request in rig.decode[0].admitted] == [0, 1]
 
 
+async def test_a_prefill_failure_that_decode_reports_first_is_blamed_on_prefill(make_rig, say):
+    rig: Rig = await make_rig(say("</think>hello"), max_attempts=1)
+    prefill, decode = rig.prefill[0], rig.decode[0]
+    prefill.gate = asyncio.Event()
+    prefill.errors.append(RequestError("expert 7 cannot be read"))
+    asking = asyncio.create_task(rig.refused(500, json=chat_body()))
+    await until(lambda: bool(prefill.prefilled))
+    name = prefill.prefilled[0].request_id
+    decode.emit(name, (), FinishReason.ERROR, error=WorkerUnavailable("KV hand-off: the sender gave up"))
+    await asyncio.sleep(0.02)  # The event reaches the router before the prefill call returns.
+    prefill.gate.set()
+    assert "expert 7 cannot be read" in (await asking)["message"]
+    prefill.gate = None
+    assert (await rig.chat())["choices"][0]["message"]["content"] == "hello"
+
+
 async def test_attempts_are_bounded(make_rig, say):
     rig: Rig = await make_rig(say("x"), max_attempts=3)
     rig.prefill[0].errors.extend([RequestError("broken")] * 5)

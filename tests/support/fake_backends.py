@@ -63,6 +63,7 @@ class FakeDecode:
         assert request.request_id not in self.held, "the attempt before this one was not withdrawn"
         self.held[request.request_id] = request
         self.admitted.append(request)
+        self._next_index[request.request_id] = 0
         return Grant(request.request_id, request.epoch, 30.0, 1 << 20, self.name, "fp", "inc-0")
 
     async def events(self, router_id: str) -> AsyncIterator[TokenBatch]:
@@ -103,7 +104,6 @@ class FakeDecode:
         request = self.held.get(request_id)
         if request is None or request.epoch != epoch:
             return
-        self._next_index[request_id] = 0
         self.committed.append(request)
         if not self.manual:
             self.play(request_id, self.script(request))
