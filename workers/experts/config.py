@@ -27,8 +27,11 @@ class ExpertConfig:
     """Bytes of fast memory for experts (GPU memory; packed panels on a CPU worker); None keeps all of them there."""
     slots: int | None = None
     """Experts in fast memory, instead of what `hbm_bytes` buys."""
-    host_bytes: int = 0
-    """Bytes of host memory for experts that are absent from fast memory."""
+    total_gpu_bytes: int | None = None
+    """GPU memory of the whole worker; experts get what weights, KV and buffers leave of it. GPU workers only."""
+    host_bytes: int | None = None
+    """Bytes of host memory for experts that are absent from fast memory; None takes none on a CPU worker, and what
+    absent experts need on a GPU worker, whose kernels read them there."""
     policy: str = "lfru"
     """Who deserves a slot: lru, lfu, heat, lfru, or static (needs a recorded profile)."""
     source: str = "mmap"
@@ -45,21 +48,28 @@ class ExpertConfig:
     def __post_init__(self) -> None:
         self._require("hbm", self.hbm_bytes is None or self.hbm_bytes >= 1, self.hbm_bytes, "at least 1 byte")
         self._require("slots", self.slots is None or self.slots >= 1, self.slots, "at least 1")
-        self._require("host", self.host_bytes >= 0, self.host_bytes, "at least 0 bytes")
+        total = self.total_gpu_bytes
+        self._require("total_gpu", total is None or total >= 1, total, "at least 1 byte")
+        self._require("host", (self.host_bytes or 0) >= 0, self.host_bytes, "at least 0 bytes")
         self._require("policy", self.policy in POLICIES, self.policy, f"one of {', '.join(POLICIES)}")
         self._require("source", self.source in SOURCES, self.source, f"one of {', '.join(SOURCES)}")
         self._require("preload", bool(self.preload), self.preload, "none, prefix or a file")
         recorded = self.preload not in PRELOADS
         self._require("policy", self.policy != "static" or recorded, "static", "a routing trace in experts.preload")
-        bounded = self.source != "residency" or self.host_bytes > 0 or not self.is_limited
+        bounded = self.source != "residency" or (self.host_bytes or 0) > 0 or not self.is_limited
         self._require("host", bounded, self.host_bytes, "more than 0 bytes with source: residency")
-        both = self.hbm_bytes is None or self.slots is None
-        self._require("slots", both, self.slots, "either hbm or slots, not both")
+        budgets = [name for name, value in self.budgets.items() if value is not None]
+        self._require(budgets[-1] if budgets else "hbm", len(budgets) < 2, budgets, "one budget")
 
     @property
     def is_limited(self) -> bool:
         """Whether some experts may be absent."""
-        return self.hbm_bytes is not None or self.slots is not None
+        return any(value is not None for value in self.budgets.values())
+
+    @property
+    def budgets(self) -> dict[str, int | None]:
+        """The ways to say how much fast memory experts get, by key; at most one is set."""
+        return {"hbm": self.hbm_bytes, "slots": self.slots, "total_gpu": self.total_gpu_bytes}
 
     def _require(self, key: str, ok: bool, found: object, expected: str) -> None:
         if not ok:

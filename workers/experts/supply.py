@@ -54,7 +54,9 @@ class ExpertSupply:
         """Opens files, reads nothing. Raises `BadConfig`, `BadCheckpoint`, `OSError`."""
         self.records, self.config = records, config
         self.counters = SupplyCounters()
-        self.disk: ExpertDisk = open_disk(records, config.source, host_bytes=config.host_bytes, num_readers=num_readers)
+        self.disk: ExpertDisk = open_disk(
+            records, config.source, host_bytes=config.host_bytes or 0, num_readers=num_readers
+        )
         self.bank: HostBank | None = None
         known = records.checksums
         self._sums = np.zeros(records.num_pairs, np.uint64) if known is None else np.array(known, np.uint64)
@@ -72,7 +74,7 @@ class ExpertSupply:
         With source `residency` the budget belongs to mapped pages instead, and nothing is done.
         """
         stride = -(-self.record_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        capacity = min(len(order), self.config.host_bytes // stride)
+        capacity = min(len(order), (self.config.host_bytes or 0) // stride)
         if capacity == 0 or self.config.source == "residency":
             return 0
         bank = HostBank(order[:capacity], self.records.num_pairs, stride)
