@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workers.checkpoint.index import INDEX_NAME, CheckpointIndex, StoredTensor, read_index
-from workers.checkpoint.names import StoredForm, TensorSpec, aliases, tensor_table
+from workers.checkpoint.names import StoredForm, TensorSpec, aliases, tensor_bytes, tensor_table
+from workers.checkpoint.recipe import RECIPE_NAME, Recipe, read_recipe
 from workers.errors import BadCheckpoint, BadConfig
 from workers.model.config import WHOLE_FILE, ModelConfig
 
@@ -56,7 +57,10 @@ class CheckedCheckpoint:
 
 
 def check_directory(directory: str | Path) -> CheckedCheckpoint:
-    """Read config.json and all headers. Raises `BadCheckpoint` only if config or index cannot be understood at all."""
+    """Read config.json and all headers. Raises `BadCheckpoint` only if config or index cannot be understood at all.
+
+    A folder with a recipe has no headers: its tensors are the config's own.
+    """
     path = Path(directory)
     try:
         config = ModelConfig.from_json(path / "config.json")
@@ -64,7 +68,20 @@ def check_directory(directory: str | Path) -> CheckedCheckpoint:
         if exc.key == WHOLE_FILE:
             raise BadCheckpoint(exc.source, None, exc.expected, exc.found) from exc
         raise BadCheckpoint(exc.source, None, f"key {exc.key!r} to be {exc.expected}", repr(exc.found)) from exc
-    return match_tensors(config, read_index(path))
+    recipe = read_recipe(path)
+    return match_tensors(config, read_index(path) if recipe is None else _recipe_index(path, recipe, config))
+
+
+def _recipe_index(directory: Path, recipe: Recipe, config: ModelConfig) -> CheckpointIndex:
+    """Every tensor of the config in its official form, back to back in one file that nobody wrote."""
+    tensors: dict[str, StoredTensor] = {}
+    at = 0
+    for spec in tensor_table(config).values():
+        for name, dtype, shape in spec.stored():
+            end = at + tensor_bytes(dtype, shape)
+            tensors[name] = StoredTensor(name, RECIPE_NAME, dtype, shape, at, end)
+            at = end
+    return CheckpointIndex(directory, tensors, (), (), (), recipe)
 
 
 def match_tensors(config: ModelConfig, index: CheckpointIndex) -> CheckedCheckpoint:

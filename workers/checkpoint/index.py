@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from workers.checkpoint.names import DTYPE_BYTES, Shape, tensor_bytes
+from workers.checkpoint.recipe import Recipe
 from workers.errors import BadCheckpoint
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -55,6 +56,8 @@ class CheckpointIndex:
     shards: tuple[str, ...]
     problems: tuple[BadCheckpoint, ...]
     notes: tuple[str, ...]
+    recipe: Recipe | None = None
+    """Where values are drawn from when no shard holds them."""
 
     @property
     def payload_bytes(self) -> int:

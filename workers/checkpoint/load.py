@@ -12,7 +12,10 @@ is read once, shard by shard, front to back.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +23,13 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint.check import CheckedCheckpoint, MatchedTensor, check_directory
+from workers.checkpoint.draw import Draw, DrawReader
 from workers.checkpoint.index import CheckpointIndex, ShardReader, StoredTensor
 from workers.checkpoint.names import Organ, StoredForm, TensorSpec
 from workers.checkpoint.progress import OnProgress, ProgressCounter
 from workers.checkpoint.quant import (
     TORCH_DTYPES,
+    StoredPair,
     byte_view,
     decode,
     find_bad_scale,
@@ -43,6 +48,12 @@ WORKING_BYTES = 48 << 20
 
 The name and header tables come on top, about 0.9 KB per stored tensor  # measured: 60 MB for Flash, 129 MB for Pro
 """
+
+
+TensorReader = ShardReader | DrawReader
+
+DRAW_THREADS = 16
+"""Tensors of a recipe that are drawn at once, each on one CPU; as many may be in memory beside the caller's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +99,7 @@ def load_named(
     matched = _selected(checked, draft_blocks=draft_blocks)
     counter = ProgressCounter(sum(m.nbytes for m in matched), on_progress)
     tensors: dict[str, Tensor] = {}
-    with ShardReader(checked.index.directory) as reader:
+    with _reader(checked) as reader:
         for item in matched:
             tensors[item.spec.name] = _load_decoded(item, checked, reader)
             counter.add(item.nbytes, item.spec.name)
@@ -107,7 +118,7 @@ def load_without_experts(
     counter = ProgressCounter(sum(m.nbytes for m in matched if not _is_expert(m)), on_progress)
     tensors: dict[str, Tensor] = {}
     heads: dict[str, TensorHead] = {}
-    with ShardReader(checked.index.directory) as reader:
+    with _reader(checked) as reader:
         for item in matched:
             name = item.spec.name
             if _is_expert(item):
@@ -125,6 +136,9 @@ def iter_tensors(
     checked = check_directory(directory).require_sound()
     matched = _selected(checked, draft_blocks=draft_blocks)
     counter = ProgressCounter(sum(m.nbytes for m in matched), on_progress)
+    if checked.index.recipe is not None:
+        yield from _iter_drawn(checked, matched, counter)
+        return
     with ShardReader(checked.index.directory) as reader:
         for item in matched:
             scale = _load_scale(item, checked.index, reader)
@@ -136,11 +150,30 @@ def iter_tensors(
             yield RawTensor(item.spec, item.form, weight, scale)
 
 
+def _iter_drawn(
+    checked: CheckedCheckpoint, matched: Sequence[MatchedTensor], counter: ProgressCounter
+) -> Iterator[RawTensor]:
+    """The tensors of a recipe in order, drawn ahead by several threads."""
+    recipe = checked.index.recipe
+    assert recipe is not None
+    threads = min(DRAW_THREADS, os.cpu_count() or 1)
+    ahead: deque[tuple[MatchedTensor, Future[StoredPair]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="draw") as pool:
+        for item in (*matched, *[None] * threads):
+            if item is not None:
+                ahead.append((item, pool.submit(Draw(item.spec, checked.config, recipe).pair)))
+            if ahead and (item is None or len(ahead) > threads):
+                done, future = ahead.popleft()
+                pair = future.result()
+                counter.add(done.nbytes, done.spec.name)
+                yield RawTensor(done.spec, done.form, pair.weight, pair.scale)
+
+
 def scan_values(checked: CheckedCheckpoint, on_progress: OnProgress | None = None) -> list[BadCheckpoint]:
     """Read every byte and list the tensors with NaN codes, NaN scales or wild expert ids; memory as one chunk."""
     problems: list[BadCheckpoint] = []
     counter = ProgressCounter(sum(m.nbytes for m in checked.matched), on_progress)
-    with ShardReader(checked.index.directory) as reader:
+    with _reader(checked) as reader:
         for item in checked.matched:
             try:
                 _load_scale(item, checked.index, reader)
@@ -152,6 +185,13 @@ def scan_values(checked: CheckedCheckpoint, on_progress: OnProgress | None = Non
     return problems
 
 
+def _reader(checked: CheckedCheckpoint) -> TensorReader:
+    """What the tensors come from: shards, or a seed."""
+    if checked.index.recipe is not None:
+        return DrawReader(checked.index, checked.config)
+    return ShardReader(checked.index.directory)
+
+
 def _selected(checked: CheckedCheckpoint, *, draft_blocks: bool) -> list[MatchedTensor]:
     return [m for m in checked.matched if draft_blocks or not m.spec.block.startswith("mtp.")]
 
@@ -160,7 +200,7 @@ def _is_expert(item: MatchedTensor) -> bool:
     return item.spec.organ is Organ.ROUTED_EXPERTS
 
 
-def _load_head(item: MatchedTensor, reader: ShardReader) -> TensorHead:
+def _load_head(item: MatchedTensor, reader: TensorReader) -> TensorHead:
     """As `head_of` the whole tensor, from its first rows alone."""
     shape, granularity = item.spec.shape, row_granularity(item.form)
     rows = -(-HEAD_BYTES // 4 // max(1, math.prod(shape[1:])))
@@ -170,7 +210,7 @@ def _load_head(item: MatchedTensor, reader: ShardReader) -> TensorHead:
     return head_of(raw)
 
 
-def _load_decoded(item: MatchedTensor, checked: CheckedCheckpoint, reader: ShardReader) -> Tensor:
+def _load_decoded(item: MatchedTensor, checked: CheckedCheckpoint, reader: TensorReader) -> Tensor:
     """The tensor in its logical shape, filled by row ranges."""
     scale = _load_scale(item, checked.index, reader)
     granularity = row_granularity(item.form)
@@ -196,19 +236,19 @@ def _row_ranges(item: MatchedTensor) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, rows)
 
 
-def _read_rows(tensor: StoredTensor, reader: ShardReader, start: int, end: int) -> Tensor:
+def _read_rows(tensor: StoredTensor, reader: TensorReader, start: int, end: int) -> Tensor:
     """Rows `[start, end)` of dim 0 in a fresh tensor of the stored dtype."""
     rows = torch.empty((end - start, *tensor.shape[1:]), dtype=TORCH_DTYPES[tensor.dtype])
     _read_into(rows, tensor, reader, start)
     return rows
 
 
-def _read_into(rows: Tensor, tensor: StoredTensor, reader: ShardReader, start: int) -> None:
+def _read_into(rows: Tensor, tensor: StoredTensor, reader: TensorReader, start: int) -> None:
     row_bytes = tensor.nbytes // max(1, tensor.shape[0])
     reader.read(tensor, start * row_bytes, byte_view(rows))
 
 
-def _load_scale(item: MatchedTensor, index: CheckpointIndex, reader: ShardReader) -> Tensor | None:
+def _load_scale(item: MatchedTensor, index: CheckpointIndex, reader: TensorReader) -> Tensor | None:
     if item.scale is None:
         return None
     scale = _read_rows(item.scale, reader, 0, item.scale.shape[0])

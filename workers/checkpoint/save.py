@@ -163,12 +163,13 @@ def _replace_checkpoint(
     for stale in directory.glob("model-*-of-*.safetensors"):
         if stale.name not in keep:
             stale.unlink()
-    _write_json(directory / "config.json", config.to_json())
+    write_json(directory / "config.json", config.to_json())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    _write_json(directory / INDEX_NAME, index)
+    write_json(directory / INDEX_NAME, index)
 
 
-def _write_json(path: Path, data: object) -> None:
+def write_json(path: Path, data: object) -> None:
+    """Replaces `path` as a whole, synced to disk."""
     part = path.with_name(f".{path.name}.part")
     with part.open("w", encoding="utf-8") as file:
         file.write(json.dumps(data, indent=2) + "\n")

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.errors import BadCheckpoint, BadConfig
+from workers.experts.drawn import DrawnDisk
 from workers.experts.records import ExpertRecords, Run
 
 Bytes = npt.NDArray[np.uint8]
@@ -61,7 +62,12 @@ class ExpertDisk(Protocol):
 
 
 def open_disk(records: ExpertRecords, source: str, *, host_bytes: int, num_readers: int) -> ExpertDisk:
-    """The strategy named `source`; `num_readers` threads read at once. Raises `BadConfig`, `BadCheckpoint`."""
+    """The strategy named `source`; `num_readers` threads read at once. Raises `BadConfig`, `BadCheckpoint`.
+
+    Experts of a recipe are drawn whatever the strategy.
+    """
+    if records.drawn is not None:
+        return DrawnDisk(records)
     if source == "direct":
         return DirectDisk(records, num_readers)
     if source == "residency":

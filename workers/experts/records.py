@@ -18,7 +18,9 @@ from pathlib import Path
 
 from workers.checkpoint.check import CheckedCheckpoint, MatchedTensor
 from workers.checkpoint.names import StoredForm
+from workers.checkpoint.recipe import Recipe
 from workers.errors import BadCheckpoint
+from workers.model.config import ModelConfig
 
 ORDER = ("w1.weight", "w3.weight", "w1.scale", "w3.scale", "w2.weight", "w2.scale")
 
@@ -67,6 +69,8 @@ class ExpertRecords:
     runs: tuple[tuple[Run, ...], ...]
     checksums: tuple[int, ...] | None = None
     """XXH3 of each record, when a repacked file carries them."""
+    drawn: tuple[ModelConfig, Recipe] | None = None
+    """Set where the runs name a file that nobody wrote: the values are drawn."""
 
     @property
     def num_pairs(self) -> int:
@@ -102,7 +106,8 @@ class ExpertRecords:
                     where = checked.index.path(item.weight.file)
                     raise BadCheckpoint(where, item.weight.name, f"every expert stored as {expected}", str(item.form))
             runs.append(_runs_of(matrices, form, checked.index.directory))
-        return cls(form, tuple(runs))
+        recipe = checked.index.recipe
+        return cls(form, tuple(runs), drawn=None if recipe is None else (checked.config, recipe))
 
 
 def is_routed(name: str) -> bool:
