@@ -30,7 +30,7 @@ from workers.experts.generator import UNIFORM, V4_LIKE, generate
 from workers.experts.policy import POLICIES
 from workers.experts.slots import Tier, code_of
 from workers.experts.trace import RoutingTrace
-from workers.gpu.cached_experts import ExpertMemory
+from workers.gpu.cached_experts import ExpertMemory, Places
 from workers.gpu.expert_stream import ExpertFetch, ExpertStream
 from workers.gpu.synthetic import layer_experts
 from workers.gpu.weights import ExpertShape
@@ -126,16 +126,10 @@ class ExpertScene:
         self._fill_bank(shape, layers)
         self.fill_s = time.perf_counter() - began
         say(f"bank filled in {self.fill_s:.1f} s, {self.bank.nbytes / 1e9 / self.fill_s:.1f} GB/s")
-        self.memory = ExpertMemory.allocate(self.config, most_slots, self.bank, "cuda")
+        places = Places(most_slots, self.scratch_experts if fetch else 0, min(STAGED, config.n_routed_experts))
+        self.memory = ExpertMemory.allocate(self.config, places, self.bank, "cuda")
         self.codes = self.bank.place.astype(np.int32) | HOST
-        self.stream = ExpertStream(
-            self.memory.slab,
-            self.bank,
-            lambda: self.codes,
-            num_layers=layers,
-            half_experts=min(STAGED, config.n_routed_experts),
-            device="cuda",
-        )
+        self.stream = ExpertStream(self.memory, lambda: self.codes)
         self._use(self.memory.attach(self.scene.weights))
 
     def _fill_bank(self, shape: ExpertShape, layers: int) -> None:
@@ -165,7 +159,7 @@ class ExpertScene:
             max_running=max(scene.wanted.batches),
             max_context=scene.wanted.max_context,
             expert_stream=self.stream,
-            decode_experts=ExpertFetch(weights, self.bank.expert_bytes, self.scratch_experts) if self.fetch else None,
+            decode_experts=ExpertFetch(self.memory) if self.fetch else None,
         )
         scene.model.warm_up()
 
@@ -188,7 +182,7 @@ class ExpertScene:
 
     def all_resident(self) -> None:
         """Every expert in a slot; where they do not fit, several share one: the speed of a model without a cache."""
-        slots = len(self.memory.slab)
+        slots = self.memory.places.slots
         self.memory.table.copy_(torch.arange(self.memory.table.numel(), dtype=torch.int32) % slots)
 
     def all_at_home(self) -> None:
@@ -244,7 +238,7 @@ def _prefill(scene: ExpertScene, budgets: Sequence[Budget], results: ExpertResul
     """One chunk at each budget; without a profile each layer holds an equal share. Copied bytes are of one chunk."""
     batch = scene.scene.prompt_batch(CHUNK)
     for budget in sorted(budgets, key=lambda b: -b.slots):
-        cache = scene.memory.cache(scene.config, num_slots=budget.slots)
+        cache = scene.memory.cache(num_slots=budget.slots)
         scene.codes = cache.slots.codes
         times, before = [], scene.stream.copied_bytes
         for _ in range(3):
@@ -284,7 +278,7 @@ def _cells(
             scene.all_at_home()
         else:
             options: dict[str, Any] = {"policy": POLICIES[policy], "profile": profile}
-            cache = scene.memory.cache(scene.config, num_slots=budget.slots, **options)
+            cache = scene.memory.cache(num_slots=budget.slots, **options)
         cell = _Cell(scene, trace, needed, cache)
         ms, steps, hits, total, moved = cell.measure()
         same = None if expected is None else bool(torch.equal(cell.checked, expected))

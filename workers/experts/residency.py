@@ -7,7 +7,7 @@ layer's best few first; a decision then moves towards it by at most `moves` pair
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,10 +28,22 @@ class Residency:
     """Use of every pair, and decisions from it. One owner."""
 
     def __init__(
-        self, num_layers: int, num_experts: int, top_k: int, policy: Policy, profile: Values | None = None
+        self,
+        num_layers: int,
+        num_experts: int,
+        top_k: int,
+        policy: Policy,
+        profile: Values | None = None,
+        pinned: Sequence[int] = (),
     ) -> None:
-        """`profile` [L * E]: share of steps that needed each pair in a recorded run; starts the heat."""
+        """`profile` [L * E]: share of steps that needed each pair in a recorded run; starts the heat.
+
+        `pinned`: pairs that come first, in this order, and never leave.
+        """
         self.policy = policy
+        self._pinned = np.array(pinned, np.int64)
+        self._stays = np.zeros(num_layers * num_experts, bool)
+        self._stays[self._pinned] = True
         self.usage = Usage.empty(num_layers * num_experts, profile)
         if profile is not None:
             self.usage.heat += profile * policy.half_life_steps
@@ -42,11 +54,15 @@ class Residency:
         self.usage.note_counts(uses, steps, self.policy.half_life_steps)
 
     def first_residents(self, num_slots: int) -> Ids:
-        """Whom an empty slab starts with: the best by profile; without one, an equal share of each layer."""
+        """Whom an empty slab starts with: the pinned, then the best by profile; without one, an equal share of each
+        layer."""
+        others = max(0, num_slots - len(self._pinned))
         if self.usage.profile.any():
-            return self._best(self.usage.profile, num_slots)
-        order = np.argsort(np.arange(len(self.usage.heat)) % self._num_experts, kind="stable")
-        return np.sort(order[:num_slots])
+            chosen = self._best(np.where(self._stays, -1.0, self.usage.profile), others)
+        else:
+            order = np.argsort(np.arange(len(self.usage.heat)) % self._num_experts, kind="stable")
+            chosen = np.sort(order[~self._stays[order]][:others])
+        return np.concatenate([self._pinned, chosen])
 
     def decide(self, held: Ids, num_free: int, moves: int, *, keep: Callable[[Ids], npt.NDArray[np.bool_]]) -> Moves:
         """At most `moves` pairs to bring in, and whom to send away for them.
@@ -64,7 +80,7 @@ class Residency:
         desired[self._best(worth, len(held) + num_free)] = True
         enter = np.flatnonzero(desired & ~inside & (self.usage.last_step >= 0))
         enter = enter[np.lexsort((enter, -values[enter]))][:moves]
-        spare = np.flatnonzero(inside & ~desired)
+        spare = np.flatnonzero(inside & ~desired & ~self._stays)
         spare = spare[~keep(spare)] if len(spare) else spare
         spare = spare[np.lexsort((-spare, values[spare]))]
         leave = spare[: max(0, len(enter) - num_free)]

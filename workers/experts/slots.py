@@ -24,6 +24,10 @@ TIER_SHIFT = 24
 """A code is `tier << 24 | index`: up to 2^24 homes a tier."""
 
 
+NOWHERE = -1
+"""The home of a pair that only the slab holds: it can never leave its slot. No tier has this code."""
+
+
 class Tier(enum.IntEnum):
     """Where a kernel finds an expert; the values are those that the kernels compare with."""
 
@@ -63,7 +67,7 @@ class SlotTable:
     """Slots of one GPU. One owner; not thread-safe."""
 
     def __init__(self, homes: npt.NDArray[np.int32], num_slots: int) -> None:
-        """`homes` int32 [pairs]: the code of each pair while it is not in the slab (`HOST` or `PEER`)."""
+        """`homes` int32 [pairs]: the code of each pair while it is not in the slab (`HOST` or `PEER`, or `NOWHERE`)."""
         if num_slots < 1 or (homes >> TIER_SHIFT == Tier.SLAB).any():
             raise ValueError(f"{num_slots} slots; homes must not lie in the slab")
         self._homes = homes.copy()
@@ -97,6 +101,10 @@ class SlotTable:
         """Ascending pairs whose code points into the slab."""
         return np.flatnonzero(self.codes >> TIER_SHIFT == Tier.SLAB)
 
+    def has_home(self, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of `pairs` are somewhere beside the slab."""
+        return self._homes[pairs] != NOWHERE
+
     def held(self) -> npt.NDArray[np.int64]:
         """Ascending pairs with a slot: resident, or on the way in."""
         return np.array(sorted(self._slot_of), np.int64)
@@ -126,6 +134,8 @@ class SlotTable:
     def leave(self, pair: int) -> tuple[int, Change]:
         """(slot, change): the pair goes back to its home. The slot waits for `quiet`."""
         slot = self._expect(pair, SlotState.RESIDENT)
+        if self._homes[pair] == NOWHERE:
+            raise IntegrityError(f"pair {pair} has no home but slot {slot}")
         self._state[slot] = SlotState.LEAVING
         del self._slot_of[pair]
         return slot, self._point(pair, int(self._homes[pair]))

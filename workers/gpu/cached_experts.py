@@ -1,103 +1,163 @@
 """A model whose experts are only partly in device memory: slab, table and counters in place of one slot an expert.
 
-Owns: the slab of `num_slots` experts, the table and use counters of all layers, the bank behind them. Kernels read a
-resident expert from the slab and any other in place from the bank; which is which changes only between steps
-(`workers/experts/cache.py`), and no graph is ever captured again for it.
+Owns: the slab, the table and use counters of all layers, and what else kernels read experts from: the host bank, the
+other GPU's slab. Kernels read a resident expert from the slab and any other in place; which is which changes only
+between steps (`workers/experts/cache.py`), and no graph is ever captured again for it.
+
+Places of the slab, in order:
+
+    slots     the cache's
+    scratch   absent experts of one layer of a decode step (`ExpertFetch`)
+    staging   absent experts of two layers of a prefill step (`ExpertStream`)
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from workers.errors import BadConfig
 from workers.experts.bank import HostBank
-from workers.experts.cache import ExpertCache
+from workers.experts.cache import Bring, ExpertCache, Lanes
 from workers.experts.policy import LFRU, Policy, Values
 from workers.experts.residency import Residency
-from workers.experts.slots import SlotTable, Tier, code_of
-from workers.gpu.expert_lanes import CudaLanes
+from workers.experts.slots import NOWHERE, TIER_SHIFT, SlotTable, Tier, code_of
+from workers.gpu.expert_lanes import lanes_of
 from workers.gpu.weights import ExpertShape, ExpertSlab, GpuWeights
 from workers.model.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertMemory:
-    """Device memory of the cache, and the bank."""
+class Places:
+    """How many experts each part of a slab holds."""
 
-    slab: Tensor  # uint8 [num_slots, expert_bytes]
+    slots: int
+    scratch: int = 0
+    half: int = 0
+    """Of one of prefill's two staging halves."""
+
+    @property
+    def total(self) -> int:
+        """Experts of the whole slab."""
+        return self.slots + self.scratch + 2 * self.half
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMemory:
+    """Device memory of the cache, and where absent experts are."""
+
+    config: ModelConfig
+    slab: Tensor  # uint8 [places.total, expert_bytes]
+    places: Places
     table: Tensor  # int32 [L * E]
     heat: Tensor  # int32 [L * E]
-    bank: HostBank
+    bank: HostBank | None
+    """None: no expert is ever absent from slab and peer."""
+    peer: Any = None
+    """The other GPU's slab as kernels take it."""
 
     @classmethod
-    def allocate(cls, config: ModelConfig, num_slots: int, bank: HostBank, device: torch.device | str) -> ExpertMemory:
-        """All pairs at home in the bank, no use counted. Raises `BadConfig` below one layer's choices of one token."""
-        if num_slots < config.num_experts_per_tok:
-            raise BadConfig(
-                "expert_hbm_gb",
-                f"{num_slots} slots",
-                f"at least {config.num_experts_per_tok}, what one token needs of a layer",
-                "worker config",
-            )
+    def allocate(
+        cls,
+        config: ModelConfig,
+        places: Places,
+        bank: HostBank | None,
+        device: torch.device | str,
+        *,
+        slab: Tensor | None = None,
+        peer: Any = None,
+    ) -> ExpertMemory:
+        """All pairs at home in the bank, no use counted. `slab`: memory that somebody else has made."""
         shape = ExpertShape(config.hidden_size, config.moe_intermediate_size)
         pairs = config.num_hidden_layers * config.n_routed_experts
-        slab = torch.empty(num_slots, shape.expert_bytes, dtype=torch.uint8, device=device)
-        homes = torch.from_numpy(homes_in(bank)).to(device)
-        return cls(slab, homes, torch.zeros(pairs, dtype=torch.int32, device=device), bank)
+        if slab is None:
+            slab = torch.empty(places.total * shape.expert_bytes, dtype=torch.uint8, device=device)
+        homes = torch.from_numpy(homes_in(bank, pairs)).to(device)
+        heat = torch.zeros(pairs, dtype=torch.int32, device=device)
+        return cls(config, slab.view(places.total, shape.expert_bytes), places, homes, heat, bank, peer)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert."""
+        return self.slab.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Device bytes of slab, table and counters."""
+        return sum(t.numel() * t.element_size() for t in (self.slab, self.table, self.heat))
+
+    def layer(self, index: int, table: Tensor | None = None) -> ExpertSlab:
+        """Where kernels find a layer's experts. `table` int32 [E] instead of the layer's part of ours."""
+        part = slice(index * self.config.n_routed_experts, (index + 1) * self.config.n_routed_experts)
+        host = None if self.bank is None else self.bank.memory
+        table = self.table[part] if table is None else table
+        return ExpertSlab(self.slab.view(-1), table, host=host, peer=self.peer, heat=self.heat[part])
+
+    def bytes_at(self, code: int) -> Tensor:
+        """uint8 [expert_bytes] of an absent pair, by its code. Raises `OSError` when it is nowhere."""
+        index = code & (1 << TIER_SHIFT) - 1
+        bank = None if self.bank is None else self.bank.memory
+        home = {Tier.HOST: bank, Tier.PEER: self.peer}.get(code >> TIER_SHIFT)
+        if home is None:
+            raise OSError(f"code {code:#x} is of no tier that holds absent experts")
+        return home[index * self.expert_bytes : (index + 1) * self.expert_bytes]
 
     def attach(self, weights: GpuWeights) -> GpuWeights:
         """The same weights, their experts read through this table. What they held before is dropped."""
-        experts = self.table.numel() // len(weights.layers)
-        layers = []
-        for index, layer in enumerate(weights.layers):
-            part = slice(index * experts, (index + 1) * experts)
-            slab = ExpertSlab(self.slab.view(-1), self.table[part], host=self.bank.memory, heat=self.heat[part])
-            layers.append(dataclasses.replace(layer, experts=slab))
+        layers = [dataclasses.replace(layer, experts=self.layer(i)) for i, layer in enumerate(weights.layers)]
         return dataclasses.replace(weights, layers=tuple(layers))
 
     def cache(
         self,
-        config: ModelConfig,
         *,
         num_slots: int | None = None,
         policy: Policy = LFRU,
         profile: Values | None = None,
+        pinned: Sequence[int] = (),
+        filled: bool = True,
+        bring: Bring | None = None,
         interval: int = 16,
         moves: int = 16,
         verify: bool = False,
     ) -> ExpertCache:
-        """A cache of the first `num_slots` slots, filled with the best of `profile`; every other pair at home."""
-        num_slots = num_slots or len(self.slab)
-        homes = homes_in(self.bank)
+        """A cache of the first `num_slots` slots; every pair without one at home.
+
+        Args:
+            pinned: pairs that take the first slots, in this order, and never leave. Who has no home must be among them.
+            filled: bring the best of `profile` into the other slots now.
+            bring: where bytes come from at the start; by default the bank.
+        """
+        num_slots = num_slots or self.places.slots
+        homes = homes_in(self.bank, self.table.numel())
         self.table.copy_(torch.from_numpy(homes))
         self.heat.zero_()
-        slots = SlotTable(homes, num_slots)
-        residency = Residency(
-            config.num_hidden_layers, config.n_routed_experts, config.num_experts_per_tok, policy, profile
-        )
+        c = self.config
+        residency = Residency(c.num_hidden_layers, c.n_routed_experts, c.num_experts_per_tok, policy, profile, pinned)
+        lanes: Lanes = lanes_of(self.table.device)
         cache = ExpertCache(
             self.slab[:num_slots],
             self.table,
             self.heat,
             self.bank,
-            slots,
+            SlotTable(homes, num_slots),
             residency,
-            CudaLanes(self.table.device),
+            lanes,
             interval=interval,
             moves=moves,
             verify=verify,
         )
-        cache.fill(residency.first_residents(num_slots).tolist())
+        first = residency.first_residents(num_slots).tolist()
+        cache.fill(first if filled else [pair for pair in first if pair in set(pinned)], bring)
         return cache
 
 
-def homes_in(bank: HostBank) -> np.ndarray:
-    """int32 [pairs]: codes of places in the bank. Raises ValueError when a pair has none."""
-    if (bank.place < 0).any():
-        raise ValueError(f"{int((bank.place < 0).sum())} pairs have no home")
-    return np.array([code_of(Tier.HOST, int(index)) for index in bank.place], np.int32)
+def homes_in(bank: HostBank | None, num_pairs: int) -> np.ndarray:
+    """int32 [pairs]: codes of places in the bank, `NOWHERE` for a pair that has none."""
+    if bank is None:
+        return np.full(num_pairs, NOWHERE, np.int32)
+    return np.where(bank.place < 0, NOWHERE, bank.place | code_of(Tier.HOST, 0)).astype(np.int32)

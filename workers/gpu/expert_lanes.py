@@ -1,9 +1,16 @@
-"""`CudaLanes`: an expert cache's work on a GPU: table changes on the steps' stream, slot copies on one beside it."""
+"""An expert cache's work on a device: table changes on the steps' stream, slot copies on one beside it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from workers.experts.cache import Lanes
+
+
+def lanes_of(device: torch.device) -> Lanes:
+    """`CudaLanes`, or `HostLanes` where steps run on the host."""
+    return CudaLanes(device) if device.type == "cuda" else HostLanes()
 
 
 class CudaMark:
@@ -41,3 +48,25 @@ class CudaLanes:
     def side_mark(self) -> CudaMark:
         """After every side copy so far."""
         return CudaMark(self._side)
+
+
+class PassedMark:
+    """A point in work that was over when its call returned."""
+
+    def passed(self) -> bool:
+        """Always."""
+        return True
+
+
+class HostLanes:
+    """Steps that run on the host, in Triton's interpreter: whatever is launched is over at once."""
+
+    def step_mark(self) -> PassedMark:
+        """Now."""
+        return PassedMark()
+
+    def step_copy(self, target: Tensor, source: Tensor) -> None:
+        """Copies."""
+        target.copy_(source)
+
+    side_mark, side_copy = step_mark, step_copy

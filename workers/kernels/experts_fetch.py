@@ -1,7 +1,8 @@
 """Absent experts of a decode step, copied to the device right before their products.
 
-Owns: `fetch_experts`: one launch a layer that copies every expert the step needs and the slab lacks into scratch, and
-writes the table that the products read instead. Does not own: residency, products.
+Owns: `fetch_experts`: one launch a layer that copies every expert the step needs and the slab lacks from host memory
+into scratch, the slab's last slots, and writes the table that the products read instead. Does not own: residency,
+products.
 
 The products can read host memory in place, but they ask for 64 bytes a row, which fill the link badly (33 of 54 GB/s,
 measured on an H200, 2026-11, six misses a layer); copies ask for whole lines (51 GB/s). One miss alone is read in place
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.expert_layout import TIER_HOST, TIER_PEER, TIER_SHIFT, ExpertSlab
+from workers.kernels.expert_layout import TIER_DEVICE, TIER_HOST, TIER_SHIFT, ExpertSlab
 from workers.kernels.launch import pdl_options
 from workers.kernels.routing import Groups
 
@@ -34,11 +35,12 @@ IN_PLACE = 1
 @triton.jit
 def _fetch(
     host,
-    scratch,
+    base,
     table,
     step_table,
     num_active,
     active_experts,
+    first_scratch,
     scratch_experts,
     EXPERT_WORDS: tl.constexpr,
     WORDS: tl.constexpr,
@@ -46,7 +48,7 @@ def _fetch(
     MOST: tl.constexpr,
     IN_PLACE: tl.constexpr,
     HOST_TIER: tl.constexpr,
-    SCRATCH_TIER: tl.constexpr,
+    DEVICE_TIER: tl.constexpr,
     SHIFT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -65,37 +67,47 @@ def _fetch(
         code = tl.load(table + expert)
         absent = ((code >> SHIFT) == HOST_TIER) & (member < scratch_experts) & (num_absent > IN_PLACE)
         if part == 0:
-            tl.store(step_table + expert, tl.where(absent, (SCRATCH_TIER << SHIFT) | member, code))
+            place = (DEVICE_TIER << SHIFT) | (first_scratch + member)
+            tl.store(step_table + expert, tl.where(absent, place, code))
         if absent:
             source = host.to(tl.pointer_type(tl.int64)) + (code & 0xFFFFFF).to(tl.int64) * EXPERT_WORDS
-            target = scratch.to(tl.pointer_type(tl.int64)) + member.to(tl.int64) * EXPERT_WORDS
+            target = base.to(tl.pointer_type(tl.int64)) + (first_scratch + member).to(tl.int64) * EXPERT_WORDS
             for turn in range(TURNS):
                 at = (part * TURNS + turn) * WORDS + tl.arange(0, WORDS)
                 tl.store(target + at, tl.load(source + at, mask=at < EXPERT_WORDS), mask=at < EXPERT_WORDS)
 
 
 def fetch_experts(
-    groups: Groups, slab: ExpertSlab, step_table: Tensor, scratch: Tensor, *, pdl: bool | None = None
+    groups: Groups,
+    slab: ExpertSlab,
+    step_table: Tensor,
+    *,
+    first_scratch: int,
+    scratch_experts: int,
+    expert_bytes: int,
+    pdl: bool | None = None,
 ) -> None:
-    """Bytes of absent active experts to `scratch` uint8 [n, expert_bytes], codes of all active ones to `step_table`
-    int32 [E]; `slab.host` holds whoever is absent. Codes of other experts keep their old, meaningless value."""
-    expert_words = scratch.shape[1] // 8
+    """Bytes of absent active experts to the slots `first_scratch` and on of `slab.base`, codes of all active ones to
+    `step_table` int32 [E]; `slab.host` holds whoever is absent. Codes of other experts keep their old, meaningless
+    value."""
+    expert_words = expert_bytes // 8
     parts = triton.cdiv(expert_words, WORDS * TURNS)
     _fetch[(parts, groups.active_experts.shape[0])](
         slab.host,
-        scratch,
+        slab.base,
         slab.table,
         step_table,
         groups.num_active,
         groups.active_experts,
-        scratch.shape[0],
+        first_scratch,
+        scratch_experts,
         EXPERT_WORDS=expert_words,
         WORDS=WORDS,
         TURNS=TURNS,
         MOST=triton.next_power_of_2(groups.active_experts.shape[0]),
         IN_PLACE=IN_PLACE,
         HOST_TIER=TIER_HOST,
-        SCRATCH_TIER=TIER_PEER,
+        DEVICE_TIER=TIER_DEVICE,
         SHIFT=TIER_SHIFT,
         num_warps=4,
         **pdl_options(step_table, pdl),
@@ -105,7 +117,8 @@ def fetch_experts(
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """V4-Flash, for the check that every architecture compiles."""
     ints = ("table", "step_table", "num_active", "active_experts")
-    signature = {"host": "*u8", "scratch": "*u8", **dict.fromkeys(ints, "*i32"), "scratch_experts": "i32"}
+    signature = {"host": "*u8", "base": "*u8", **dict.fromkeys(ints, "*i32")}
+    signature |= {"first_scratch": "i32", "scratch_experts": "i32"}
     constants = {
         "EXPERT_WORDS": 13_369_344 // 8,
         "WORDS": WORDS,
@@ -113,7 +126,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         "MOST": 256,
         "IN_PLACE": IN_PLACE,
         "HOST_TIER": TIER_HOST,
-        "SCRATCH_TIER": TIER_PEER,
+        "DEVICE_TIER": TIER_DEVICE,
         "SHIFT": TIER_SHIFT,
         "PDL": arch >= 90,
     }

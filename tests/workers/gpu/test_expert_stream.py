@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from workers.experts.bank import HostBank
 from workers.experts.slots import Tier, code_of
+from workers.gpu.cached_experts import ExpertMemory, Places
 from workers.gpu.expert_stream import ExpertStream
+from workers.gpu.weights import ExpertShape
+from workers.model.presets import NANO
 
-LAYERS, EXPERTS, BYTES = 5, 6, 4096
+LAYERS, EXPERTS, SLOTS = 5, 6, 8
+CONFIG = dataclasses.replace(NANO, num_hidden_layers=LAYERS, compress_ratios=(0,) * LAYERS, n_routed_experts=EXPERTS,
+                             hidden_size=256, moe_intermediate_size=128)  # fmt: skip
+BYTES = ExpertShape(256, 128).expert_bytes
 PAIRS = LAYERS * EXPERTS
 
 
@@ -19,6 +27,12 @@ def filled_bank() -> HostBank:
     for pair in range(PAIRS):
         bank.expert(pair).fill_(pair + 1)
     return bank
+
+
+def memory_of(bank: HostBank, half: int) -> ExpertMemory:
+    memory = ExpertMemory.allocate(CONFIG, Places(SLOTS, scratch=1, half=half), bank, "cpu")
+    memory.slab.fill_(0)
+    return memory
 
 
 def resident(pairs: list[int], slab: torch.Tensor) -> np.ndarray:
@@ -32,14 +46,15 @@ def resident(pairs: list[int], slab: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("half", [1, 3, EXPERTS])
 @pytest.mark.parametrize("inside", [[], [0, 1, 2, 3, 4, 5], [2, 9, 10, 29]])
 def test_every_layer_reads_its_own_experts(half: int, inside: list[int]) -> None:
-    bank, slab = filled_bank(), torch.zeros(8, BYTES, dtype=torch.uint8)
-    codes = resident(inside, slab)
-    stream = ExpertStream(slab, bank, lambda: codes, num_layers=LAYERS, half_experts=half, device="cpu")
+    bank = filled_bank()
+    memory = memory_of(bank, half)
+    codes = resident(inside, memory.slab)
+    stream = ExpertStream(memory, lambda: codes)
     for _ in range(3):
         stream.begin()
         for layer in range(LAYERS):
             experts = stream.layer(layer)
-            homes = {Tier.SLAB: experts.base, Tier.HOST: experts.host, Tier.PEER: experts.peer}
+            homes = {Tier.SLAB: experts.base, Tier.HOST: experts.host}
             for expert in range(EXPERTS):
                 code = int(experts.table[expert])
                 index = code & 0xFFFFFF
@@ -52,14 +67,15 @@ def test_every_layer_reads_its_own_experts(half: int, inside: list[int]) -> None
 
 
 def test_a_step_keeps_the_table_it_began_with() -> None:
-    bank, slab = filled_bank(), torch.zeros(8, BYTES, dtype=torch.uint8)
-    codes = resident([3], slab)
-    stream = ExpertStream(slab, bank, lambda: codes, num_layers=LAYERS, half_experts=EXPERTS, device="cpu")
+    bank = filled_bank()
+    memory = memory_of(bank, EXPERTS)
+    codes = resident([3], memory.slab)
+    stream = ExpertStream(memory, lambda: codes)
     stream.begin()
     codes[3] = code_of(Tier.HOST, 3)
     assert int(stream.layer(0).table[3]) >> 24 == Tier.SLAB
     with pytest.raises(ValueError, match="at least one"):
-        ExpertStream(slab, bank, lambda: codes, num_layers=LAYERS, half_experts=0, device="cpu")
+        ExpertStream(memory_of(bank, 0), lambda: codes)
     bank.close()
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from workers.kernels.expert_layout import TIER_HOST, TIER_PEER, TIER_SHIFT, ExpertSlab
+from workers.kernels.expert_layout import TIER_DEVICE, TIER_HOST, TIER_SHIFT, ExpertSlab
 from workers.kernels.experts_fetch import fetch_experts
 
 EXPERTS = 6
@@ -27,24 +27,25 @@ def test_absent_active_experts_are_copied_and_found(
     for slot, expert in enumerate(resident):
         codes[expert] = slot
     table = torch.tensor(codes, dtype=torch.int32, device=device)
-    slab = ExpertSlab(torch.zeros(16, dtype=torch.uint8, device=device), table, host=host.view(-1))
+    first = EXPERTS + 1  # the slots of residents lie before it
+    places = torch.full((first + scratch_experts, BYTES), 0xAA, dtype=torch.uint8, device=device)
+    slab = ExpertSlab(places.view(-1), table, host=host.view(-1))
     step_table = torch.full((EXPERTS,), -1, dtype=torch.int32, device=device)
-    scratch = torch.full((scratch_experts, BYTES), 0xAA, dtype=torch.uint8, device=device)
     listed = torch.full((4,), 99, dtype=torch.int32, device=device)
     listed[: len(active)] = torch.tensor(active, dtype=torch.int32, device=device)
     groups = SimpleNamespace(
         num_active=torch.tensor([len(active)], dtype=torch.int32, device=device), active_experts=listed
     )
-    fetch_experts(groups, slab, step_table, scratch)
-    untouched = set(range(scratch_experts))
+    fetch_experts(groups, slab, step_table, first_scratch=first, scratch_experts=scratch_experts, expert_bytes=BYTES)
+    untouched = set(range(first + scratch_experts))
     alone = sum(expert not in resident for expert in active) <= 1
     for member, expert in enumerate(active):
         code = int(step_table[expert])
         if expert in resident or member >= scratch_experts or alone:
             assert code == codes[expert]
             continue
-        assert code == (TIER_PEER << TIER_SHIFT) | member
-        assert torch.equal(scratch[member].cpu(), host[expert])
-        untouched.discard(member)
-    assert all(bool((scratch[member] == 0xAA).all()) for member in untouched)
+        assert code == (TIER_DEVICE << TIER_SHIFT) | (first + member)
+        assert torch.equal(places[first + member].cpu(), host[expert])
+        untouched.discard(first + member)
+    assert all(bool((places[place] == 0xAA).all()) for place in untouched)
     assert all(int(step_table[e]) == -1 for e in range(EXPERTS) if e not in active)
