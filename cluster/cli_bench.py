@@ -71,7 +71,9 @@ def model(
     batches: Annotated[str, typer.Option(help="Sequences of a decode step, by commas.")] = BATCHES,
     contexts: Annotated[str, typer.Option(help="Tokens of each sequence, by commas.")] = CONTEXTS,
     chunks: Annotated[str, typer.Option(help="Tokens of a prefill step, by commas.")] = CHUNKS,
-    kernels_at: Annotated[str, typer.Option(help="BATCH:CONTEXT of decode kernel tables, by commas.")] = "1:4096",
+    kernels_at: Annotated[
+        str, typer.Option(help="BATCH:CONTEXT of decode kernel tables, by commas; empty: none.")
+    ] = "1:4096",
     kernel_chunk: Annotated[int, typer.Option(min=16, help="Tokens of the prefill kernel table.")] = 8192,
     long_prompt: Annotated[int, typer.Option(min=256, help="Tokens of the prompt of the part `long`.")] = 65536,
     parts: Annotated[str, typer.Option(help=f"Any of {', '.join(Part)}.")] = ",".join(Part),
@@ -244,7 +246,7 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
 
 def _pairs(text: str) -> tuple[tuple[int, int], ...]:
     found = []
-    for part in text.split(","):
+    for part in filter(None, text.split(",")):
         batch, _, context = part.partition(":")
         if not (batch.isdigit() and context.isdigit()):
             raise typer.BadParameter(f"{part!r} is not BATCH:CONTEXT", param_hint="--kernels-at")

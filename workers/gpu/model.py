@@ -224,6 +224,18 @@ class GpuModel:
             meta = PrefillMeta(batch, padded, self.device)
         return step, meta, {"rows": None if every else meta.rows, "max_entries": int(entries.max())}
 
+    def reserve_prefill(self, num_tokens: int, *, num_sequences: int = 1, num_entries: int = 0) -> None:
+        """Allocate now what steps up to this size need, so that none of them takes device memory later.
+
+        Args:
+            num_tokens: of all prompts of a step together.
+            num_sequences: prompts packed into a step; each gets one row of logits.
+            num_entries: C4 entries (4 tokens each) of all of them together at the end of a step.
+        """
+        padded = -(-num_tokens // PREFILL_STEP) * PREFILL_STEP
+        with torch.inference_mode(False):
+            self._prefill_step(padded, num_sequences, num_sequences, num_entries)
+
     def warm_up_prefill(self) -> None:
         """Compile the prefill kernels with a step of padding alone. Writes no KV."""
         with torch.inference_mode(False), self._compilation("prefill"):

@@ -155,6 +155,16 @@ def test_launches_of_a_prefill_are_the_prefill() -> None:
     assert torch.equal(launches[-1].call.args[2], expected)
 
 
+def test_reserved_prefill_buffers_hold_every_smaller_step() -> None:
+    prompts = [_tokens(90, seed=1), _tokens(45, seed=2)]
+    expected = _run(prompts).step({0: 90, 1: 45}, "last")
+    run = _run(prompts)
+    run.model.reserve_prefill(150, num_sequences=2, num_entries=34)
+    step, before = run.model._prefill, run.model._prefill.buffers.nbytes
+    assert torch.equal(run.step({0: 90, 1: 45}, "last"), expected)
+    assert run.model._prefill is step and step.buffers.nbytes == before
+
+
 def test_what_does_not_exist_is_refused_before_any_launch() -> None:
     run = _run([_tokens(300)])
     run.step({0: 290}, "last")
