@@ -19,13 +19,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cluster.cli_serve import serve
 from cluster.errors import ClusterError
 from workers.errors import WorkerError
 from workers.experts.policy import POLICIES
 from workers.model.presets import PRESETS
 
 app = typer.Typer(
-    help="Measure the model on this GPU.",
+    help="Measure the model on this GPU, or a whole deployment.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -55,9 +56,12 @@ class Part(enum.StrEnum):
     START = "start"
 
 
+app.command("serve")(serve)
+
+
 @app.callback()
 def bench() -> None:
-    """Measure the model on this GPU."""
+    """Measure the model on this GPU, or a whole deployment."""
 
 
 @app.command()

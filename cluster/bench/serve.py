@@ -1,0 +1,240 @@
+"""`dsv4 bench serve`: chat clients in a closed loop against a deployment, and what they saw.
+
+Owns: prompts of a wanted length, clients, the figures of one level. Does not own: the deployment, drawing
+(`serve_results.py`). Every client asks its next question as soon as the last answer has ended, so a level's concurrency
+is what decode runs at, and what arrives beyond its batch waits and shows in the time to the first token. Answers are
+greedy and run to their full length (`ignore_eos`), so that a level is the same work whatever the model says.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cluster.bench.serve_results import Level, Machine, Served, level_of
+from cluster.errors import ClusterError
+from cluster.http_client import ApiFailure, ChatDelta
+from cluster.metrics import worker_rows
+
+PROBE_WORDS = (64, 256)
+"""Lengths of the two prompts that tell how many tokens a word takes and how many the template adds."""
+
+WORD_LETTERS = 3
+"""Short words: one token each for `synthetic:` models, one to three for others."""
+
+JOIN_S = 5.0
+"""Wait for a client's thread to notice that the run was stopped."""
+
+
+class CannotMeasure(ClusterError):
+    """The deployment cannot be loaded as asked."""
+
+
+class Client(Protocol):
+    """One connection to the router; used by one thread, except `interrupt`."""
+
+    def stream_chat(self, body: dict[str, Any]) -> Iterator[ChatDelta]: ...
+
+    def get_text(self, path: str) -> str: ...
+
+    def interrupt(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the clients do."""
+
+    model: str
+    input_tokens: int
+    output_tokens: int
+    rounds: int
+    """Requests of each client at a level, on average."""
+    seed: int = 0
+
+
+class Prompts:
+    """Random text of a wanted number of tokens, template included. No two prompts begin alike."""
+
+    def __init__(self, per_word: float, fixed: float, load: Load) -> None:
+        self._num_words = max(1, round((load.input_tokens - fixed) / per_word))
+        self._load = load
+
+    @classmethod
+    def measured(cls, client: Client, load: Load) -> Prompts:
+        """Asks two short questions to learn what a word costs. Raises `CannotMeasure`, `ApiFailure`."""
+        counts = []
+        for words in PROBE_WORDS:
+            usage: dict[str, Any] = {}
+            for delta in client.stream_chat(body_of(load, _text(random.Random(f"probe:{words}"), words), 1)):
+                usage = delta.usage or usage
+            counts.append(int(usage.get("prompt_tokens", 0)))
+        per_word = (counts[1] - counts[0]) / (PROBE_WORDS[1] - PROBE_WORDS[0])
+        if per_word <= 0:
+            raise CannotMeasure(f"prompts of {PROBE_WORDS} words count as {counts} tokens")
+        return cls(per_word, counts[0] - per_word * PROBE_WORDS[0], load)
+
+    def text(self, level: int, index: int) -> str:
+        """The prompt of one request of a level."""
+        return _text(random.Random(f"{self._load.seed}:{level}:{index}"), self._num_words)
+
+
+def _text(draw: random.Random, num_words: int) -> str:
+    return " ".join("".join(draw.choices(string.ascii_lowercase, k=WORD_LETTERS)) for _ in range(num_words))
+
+
+def body_of(load: Load, prompt: str, max_tokens: int) -> dict[str, Any]:
+    """A chat request that answers with exactly `max_tokens` tokens."""
+    return {
+        "model": load.model,
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 0,
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+    }
+
+
+class Clients:
+    """The clients of one level. Iterate for finished requests; `stop` ends it early."""
+
+    def __init__(self, prompts: Prompts, load: Load, concurrency: int, connect: Callable[[], Client]) -> None:
+        self._prompts, self._load, self._connect = prompts, load, connect
+        self.concurrency = concurrency
+        self._total = concurrency * load.rounds
+        self._lock = threading.Lock()
+        self._taken = 0
+        self._done: list[Served] = []
+        self._failure: BaseException | None = None
+        self._changed = threading.Condition(self._lock)
+        self._stopped = False
+        self._open: list[Client] = []
+        self._threads = [
+            threading.Thread(target=self._work, name=f"client-{number}", daemon=True) for number in range(concurrency)
+        ]
+
+    def __iter__(self) -> Iterator[Served]:
+        """Requests in the order in which they end. Raises what a client raised."""
+        for thread in self._threads:
+            thread.start()
+        seen = 0
+        try:
+            while seen < self._total:
+                with self._changed:
+                    # Short waits: a signal reaches the main thread only between them.
+                    while len(self._done) == seen and self._failure is None:
+                        self._changed.wait(0.2)
+                    if self._failure is not None:
+                        raise self._failure
+                    ready = self._done[seen:]
+                for served in ready:
+                    seen += 1
+                    yield served
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """Cuts what is in flight and waits for the threads."""
+        with self._lock:
+            self._stopped = True
+            clients = tuple(self._open)
+        if len(self._done) < self._total:
+            for client in clients:
+                client.interrupt()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(JOIN_S)
+
+    def _next(self) -> int | None:
+        with self._lock:
+            if self._stopped or self._taken == self._total:
+                return None
+            self._taken += 1
+            return self._taken - 1
+
+    def _work(self) -> None:
+        client = self._connect()
+        with self._lock:
+            self._open.append(client)
+        try:
+            while (index := self._next()) is not None:
+                served = self._ask(client, index)
+                with self._changed:
+                    self._done.append(served)
+                    self._changed.notify()
+        except Exception as exc:
+            # Outermost frame of the thread: the main thread raises it.
+            with self._changed:
+                self._failure = exc
+                self._changed.notify()
+        finally:
+            client.close()
+
+    def _ask(self, client: Client, index: int) -> Served:
+        body = body_of(self._load, self._prompts.text(self.concurrency, index), self._load.output_tokens)
+        began = time.perf_counter()
+        arrivals: list[float] = []
+        usage: dict[str, Any] = {}
+        error = ""
+        try:
+            for delta in client.stream_chat(body):
+                if delta.reasoning or delta.content:
+                    arrivals.append(time.perf_counter())
+                usage = delta.usage or usage
+        except ApiFailure as exc:
+            error = str(exc) or "failed"
+        return Served(
+            began_s=began,
+            ended_s=time.perf_counter(),
+            arrivals_s=tuple(arrivals),
+            prompt_tokens=int(usage.get("prompt_tokens", 0)),
+            completion_tokens=int(usage.get("completion_tokens", 0)),
+            error=error,
+        )
+
+
+def measure_level(
+    client: Client,
+    prompts: Prompts,
+    load: Load,
+    machine: Machine,
+    concurrency: int,
+    connect: Callable[[], Client],
+    on_served: Callable[[Served], None],
+) -> Level:
+    """One level: its figures from the clients' side, and what the workers' counters say they did for it."""
+    before = worker_rows(client.get_text("/metrics"))
+    served: list[Served] = []
+    for item in Clients(prompts, load, concurrency, connect):
+        served.append(item)
+        on_served(item)
+    after = worker_rows(client.get_text("/metrics"))
+    return level_of(concurrency, served, machine, counted(before, after))
+
+
+def counted(before: dict[str, dict[str, object]], after: dict[str, dict[str, object]]) -> dict[str, dict[str, float]]:
+    """What each worker's plain numbers grew by, by worker; gauges that did not change are left out."""
+    found: dict[str, dict[str, float]] = {}
+    for name, row in after.items():
+        grown = {}
+        for key, value in row.items():
+            old = before.get(name, {}).get(key, 0)
+            if isinstance(value, int | float) and isinstance(old, int | float) and value != old:
+                grown[key] = round(float(value) - float(old), 6)
+        found[name] = grown
+    return found
+
+
+def warm_up(prompts: Prompts, load: Load, concurrency: int, connect: Callable[[], Client]) -> float:
+    """One short round at a level, so that nothing is compiled while a level is timed; seconds."""
+    short = Load(load.model, load.input_tokens, 2, 1, load.seed + 1)
+    began = time.perf_counter()
+    failed = [served.error for served in Clients(prompts, short, concurrency, connect) if served.error]
+    if failed:
+        raise CannotMeasure(f"{len(failed)} of {concurrency} requests failed: {failed[0]}")
+    return time.perf_counter() - began
