@@ -1,27 +1,27 @@
 """`HostBank`: experts in host memory, locked for the device, so that kernels read them in place and copies run alone.
 
 Owns: one mapping of `capacity` experts, which pair lies where, its locking by the driver. Does not own: where the bytes
-come from, who is resident elsewhere. A pair's place never changes. The mapping is a `memfd`, so that the other workers
-of a node can map the same pages: pinned bytes exist once however many workers read them.
+come from, who is resident elsewhere, who shares it (`shared_bank.py`). A pair's place never changes. The mapping is a
+`memfd`, so that the other workers of a node can map the same pages: they exist once however many workers read them, and
+for as long as one of them lives.
 
-Locking touches every page. It runs on several threads over pieces of whole experts (an expert is a whole number of host
-pages for every model we know), and asks for huge pages first: fewer entries to lock.
+Locking touches every page. It runs on several threads over pieces that are whole experts and whole pages (a copy may
+not span two of them), and asks for huge pages first: fewer entries to lock.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import fcntl
+import math
 import mmap
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-
-from workers.errors import BadConfig
 
 PIECE_BYTES = 1 << 30
 """Bytes locked by one call, about: progress can be shown, and threads share the work evenly."""
@@ -44,25 +44,28 @@ class HostBank:
         places: npt.NDArray[np.int64] | None = None,
         name: str = "dsv4-experts",
     ) -> None:
-        """Maps memory for `pairs`; nothing is touched yet. Raises `BadConfig` when an expert is not whole pages.
+        """Maps memory for `pairs`, zeros; nothing is touched yet.
 
         `places` [num_pairs]: where each pair lies, for benchmarks in which several pairs share bytes; `pairs` is then
         only how many places there are.
         """
-        if expert_bytes % mmap.PAGESIZE:
-            raise BadConfig("expert_bytes", expert_bytes, f"a multiple of {mmap.PAGESIZE}", "expert bank")
         self.expert_bytes, self.num_pairs = expert_bytes, num_pairs
         if places is None:
             places = np.full(num_pairs, -1, np.int64)
             places[list(pairs)] = np.arange(len(pairs))
         self.place = places
-        self._fd = os.memfd_create(name)
-        os.ftruncate(self._fd, max(mmap.PAGESIZE, len(pairs) * expert_bytes))
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        """Names the pages to other processes."""
+        os.ftruncate(self.fd, max(mmap.PAGESIZE, len(pairs) * expert_bytes))
+        # Another process cannot shorten it under our reads.
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        self.is_first = True
+        """Whether this process made the pages; those who attach count none of them."""
         self._open(len(pairs))
 
     def _open(self, capacity: int) -> None:
         self.capacity = capacity
-        self._memory = mmap.mmap(self._fd, max(mmap.PAGESIZE, capacity * self.expert_bytes))
+        self._memory = mmap.mmap(self.fd, max(mmap.PAGESIZE, capacity * self.expert_bytes))
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self.memory = torch.frombuffer(self._memory, dtype=torch.uint8)[: capacity * self.expert_bytes]
@@ -73,18 +76,16 @@ class HostBank:
         """Bytes of the mapping, touched or not."""
         return self.capacity * self.expert_bytes
 
-    @property
-    def path(self) -> Path:
-        """Where another process of this user and host finds the pages, while this one lives."""
-        return Path(f"/proc/{os.getpid()}/fd/{self._fd}")
-
     @classmethod
-    def attach(cls, path: Path, place: np.ndarray, expert_bytes: int) -> HostBank:
-        """The same pages in another process. Raises `OSError` when the owner is gone."""
+    def attach(cls, fd: int, places: npt.NDArray[np.int64], expert_bytes: int) -> HostBank:
+        """The pages of another process's bank, and its places. Takes over the descriptor. Raises `OSError`."""
         bank = cls.__new__(cls)
-        bank.expert_bytes, bank.num_pairs, bank.place = expert_bytes, len(place), place
-        bank._fd = os.open(path, os.O_RDWR)
-        bank._open(int((place >= 0).sum()))
+        bank.expert_bytes, bank.num_pairs, bank.place = expert_bytes, len(places), places
+        bank.fd, bank.is_first = fd, False
+        capacity = int(places.max(initial=-1)) + 1
+        if os.fstat(fd).st_size < capacity * expert_bytes:
+            raise OSError(f"a bank of {capacity} experts of {expert_bytes} bytes has {os.fstat(fd).st_size} bytes")
+        bank._open(capacity)
         return bank
 
     def holds(self, pair: int) -> bool:
@@ -101,7 +102,8 @@ class HostBank:
     def lock(self, on_progress: Progress | None = None) -> None:
         """Locks all pages for the current CUDA device. Raises RuntimeError when the driver refuses."""
         runtime, device = torch.cuda.cudart(), torch.cuda.current_device()
-        step = max(1, PIECE_BYTES // self.expert_bytes) * self.expert_bytes
+        unit = math.lcm(self.expert_bytes, mmap.PAGESIZE)
+        step = max(1, PIECE_BYTES // unit) * unit
         base, done = self.memory.data_ptr(), 0
 
         def lock_piece(start: int) -> tuple[int, int]:
@@ -126,6 +128,6 @@ class HostBank:
             for address in self._locked:
                 runtime.cudaHostUnregister(address)
         self._locked = []
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
