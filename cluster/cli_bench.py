@@ -54,6 +54,7 @@ class Part(enum.StrEnum):
     LONG = "long"
     PEER = "peer"
     START = "start"
+    INVARIANCE = "invariance"
 
 
 app.command("serve")(serve)

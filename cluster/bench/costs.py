@@ -118,9 +118,19 @@ class CostModel:
         special = self._special.get(launch.op)
         return special(launch, kind) if special is not None else self._plain(launch)
 
+    def matrices(self, launch: Launch) -> list[Fp8Weight | Tensor]:
+        """The model's matrices among the operands of a product, in order; those of other shapes are left out."""
+        found: list[Fp8Weight | Tensor] = []
+        for operand in operands(launch.call):
+            if isinstance(operand, Fp8Weight | Tensor):
+                matrix = operand.codes if isinstance(operand, Fp8Weight) else operand
+                if matrix.dim() == 2 and matrix.data_ptr() in self._names:
+                    found.append(operand)
+        return found
+
     def _plain(self, launch: Launch) -> Cost:
         """Weights once, activations once, two operations per weight and row."""
-        rows = self._rows(launch)
+        rows = self.rows(launch)
         total = self._weights(launch, rows)
         return total + Cost(sum(t.nbytes for t in self._activations(launch)))
 
@@ -143,11 +153,11 @@ class CostModel:
         return total
 
     def _activations(self, launch: Launch) -> list[Tensor]:
-        rows = self._rows(launch)
+        rows = self.rows(launch)
         found = [t for t in tensors_in(launch.call) if t.data_ptr() not in self._names]
         return [t for t in found if t.dim() and t.shape[0] == rows and t.dtype is not torch.uint8]
 
-    def _rows(self, launch: Launch) -> int:
+    def rows(self, launch: Launch) -> int:
         """Tokens of a launch, padding included: the first axis of its first activation."""
         for tensor in tensors_in(launch.call):
             if tensor.data_ptr() not in self._names and tensor.dim():
@@ -160,7 +170,7 @@ class CostModel:
 
     def _store_and_compress(self, launch: Launch, kind: LayerKind) -> Cost:
         """Latent and KV rows in, latent and window rows out; compressor rows where the layer has them."""
-        c, rows = self.config, self._rows(launch)
+        c, rows = self.config, self.rows(launch)
         stored = Cost(rows * (2.0 * (2 * c.q_lora_rank + c.head_dim) + floors.kv_row_bytes(c)))
         return stored if kind is LayerKind.SLIDING else stored + self._compress(launch, kind)
 
@@ -198,7 +208,7 @@ class CostModel:
         groups = [operand for operand in operands(launch.call) if hasattr(operand, "num_active")][0]
         active = int(groups.num_active)
         pairs = len(groups.pair_order)
-        weights = self._weights(launch, self._rows(launch))
+        weights = self._weights(launch, self.rows(launch))
         elements = self.config.hidden_size * self.config.moe_intermediate_size
         moved = active * parts * self.shape.expert_bytes / 3 + sum(t.nbytes for t in self._activations(launch))
         return weights + Cost(moved, 2.0 * pairs * parts * elements)

@@ -86,6 +86,24 @@ class KernelRow:
 
 
 @dataclass(frozen=True, slots=True)
+class InvarianceRow:
+    """One op of a decode step in its batch-invariant form, and in forms (`free`) that need not be: milliseconds."""
+
+    batch: int
+    context: int
+    op: str
+    calls: int
+    """In a layer; 0 for the head, which is outside the layers."""
+    ms: float
+    free: dict[str, float]
+
+    @property
+    def fastest(self) -> float:
+        """Of all forms."""
+        return min((self.ms, *self.free.values()))
+
+
+@dataclass(frozen=True, slots=True)
 class DecodeRow:
     """One decode step of `batch` sequences at `context` tokens each; the new token closes every compression window."""
 
@@ -229,6 +247,7 @@ class Results:
     prefill: list[PrefillRow] = field(default_factory=list)
     long_prompt: LongPrompt | None = None
     peer: Peer | None = None
+    invariance: list[InvarianceRow] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, with the figures that readers would otherwise have to derive."""
@@ -265,6 +284,7 @@ def read_results(path: Path) -> Results:
             prefill=[_made(PrefillRow, row) for row in data["prefill"]],
             long_prompt=_optional(LongPrompt, data["long_prompt"]),
             peer=_optional(Peer, data["peer"]),
+            invariance=[_made(InvarianceRow, row) for row in data.get("invariance", [])],
         )
     except OSError as exc:
         raise BadResults(f"{path}: {exc.strerror}") from exc

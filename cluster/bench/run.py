@@ -40,7 +40,7 @@ class Plan:
         batches, contexts, chunks = set(wanted.batches), set(wanted.contexts), set(wanted.chunks)
         if "kernels" in self.parts:
             chunks |= {self.kernel_chunk}
-        for batch, context in self.kernels_at if "kernels" in self.parts else ():
+        for batch, context in self.kernels_at if self.parts & {"kernels", "invariance"} else ():
             if batch > max(batches) or context > max(contexts):
                 raise ClusterError(f"the kernel table {batch}:{context} lies outside --batches and --contexts")
         return dataclasses.replace(wanted, chunks=tuple(sorted(chunks)))
@@ -97,6 +97,12 @@ def _parts(scene: Scene, results: Results, plan: Plan, say: Say) -> list[tuple[s
         for batch, context in plan.kernels_at:
             results.kernels += measure.decode_kernels(scene, rates, batch, context, say)
 
+    def invariance() -> None:
+        from cluster.bench.invariance import invariance_rows
+
+        for batch, context in plan.kernels_at:
+            results.invariance += invariance_rows(scene, batch, context, say)
+
     def long() -> None:
         results.long_prompt = measure.long_prompt(scene, wanted.long_prompt, 256, min(8192, wanted.chunk_tokens))
 
@@ -107,5 +113,6 @@ def _parts(scene: Scene, results: Results, plan: Plan, say: Say) -> list[tuple[s
         ("start", lambda: start(measure.start_prefill)),
         ("prefill", lambda: results.prefill.extend(measure.prefill_rows(scene, rates, say))),
         ("kernels", lambda: results.kernels.extend(measure.prefill_kernels(scene, rates, plan.kernel_chunk, say))),
+        ("invariance", invariance),
         ("long", long),
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from cluster.bench.results import DecodeRow, KernelRow, PrefillRow, Results
+from cluster.bench.results import DecodeRow, InvarianceRow, KernelRow, PrefillRow, Results
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -21,6 +21,8 @@ def all_tables(results: Results) -> list[Table]:
         tables.append(decode_table(results, results.decode))
     if results.prefill:
         tables.append(prefill_table(results, results.prefill))
+    for batch in sorted({row.batch for row in results.invariance}):
+        tables.append(invariance_table([row for row in results.invariance if row.batch == batch]))
     return tables
 
 
@@ -106,6 +108,22 @@ def prefill_table(results: Results, rows: list[PrefillRow]) -> Table:
             f"{row.floor_ms / row.ms:.0%}",
             f"{row.peak_bytes / GIB:.2f}",
         )
+    return table
+
+
+def invariance_table(rows: list[InvarianceRow]) -> Table:
+    """Ops of a layer and the head; the last line is a layer in the fastest forms against ours."""
+    first = rows[0]
+    forms = sorted({name for row in rows for name in row.free})
+    title = f"cost of batch invariance, {first.batch} sequences at {first.context:,} tokens, us"
+    table = _table(title, "op", "calls", "ours", *forms, "cost", left=1)
+    for row in rows:
+        others = [f"{1e3 * row.free[name]:,.1f}" if name in row.free else "" for name in forms]
+        table.add_row(row.op, str(row.calls or ""), f"{1e3 * row.ms:,.1f}", *others, f"{row.ms / row.fastest - 1:.0%}")
+    total = sum(row.calls * row.ms for row in rows)
+    fastest = sum(row.calls * row.fastest for row in rows)
+    table.add_section()
+    table.add_row("layer", "", f"{1e3 * total:,.1f}", *("" for _ in forms), f"{total / fastest - 1:.0%}")
     return table
 
 
