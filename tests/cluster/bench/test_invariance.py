@@ -15,7 +15,6 @@ def test_every_op_of_a_layer_is_compared_with_its_prefill_form(scene: Scene) -> 
     timed: list[int] = []
 
     def timer(calls: list[object], nbytes: float) -> float:
-        assert nbytes > 0
         timed.append(len(calls))
         return 1.0
 
