@@ -20,6 +20,18 @@ SOURCE = "worker config"
 
 
 @dataclass(frozen=True, slots=True)
+class PeerPlace:
+    """The other of two GPU workers on one host that read each other's experts."""
+
+    name: str
+    """Its worker name."""
+    side: int
+    """0 or 1: this worker's own place in the division of experts (`complement.py`)."""
+    is_even: bool
+    """Whether both promise each other the same number; else side 0 promises what it has, and side 1 the rest."""
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertConfig:
     """One worker's experts. Raises `BadConfig` when values contradict each other."""
 
@@ -44,6 +56,10 @@ class ExpertConfig:
     """File of `dsv4 experts repack`, read instead of the checkpoint's shards; empty reads the shards."""
     verify: bool = False
     """Compare every read of an expert with a checksum of its first read, and slots with what was read."""
+    share: str = ""
+    """Folder in which the deployment's workers on this host find each other's memory; empty shares nothing."""
+    peer: PeerPlace | None = None
+    """Whose GPU memory this worker reads absent experts from, and the other way round; needs `share`."""
 
     def __post_init__(self) -> None:
         self._require("hbm", self.hbm_bytes is None or self.hbm_bytes >= 1, self.hbm_bytes, "at least 1 byte")
@@ -58,6 +74,7 @@ class ExpertConfig:
         self._require("policy", self.policy != "static" or recorded, "static", "a routing trace in experts.preload")
         bounded = self.source != "residency" or (self.host_bytes or 0) > 0 or not self.is_limited
         self._require("host", bounded, self.host_bytes, "more than 0 bytes with source: residency")
+        self._require("peer", self.peer is None or bool(self.share), self.peer, "None without a shared folder")
         budgets = [name for name, value in self.budgets.items() if value is not None]
         self._require(budgets[-1] if budgets else "hbm", len(budgets) < 2, budgets, "one budget")
 

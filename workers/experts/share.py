@@ -163,11 +163,17 @@ class Share:
             while True:
                 for key, _ in selector.select():
                     if key.fileobj is self._woken:
-                        return
+                        return self._hang_up(selector)
                     if key.fileobj is self._listener:
                         self._accept(selector)
                     else:
                         self._hear(selector, key.fileobj)  # type: ignore[arg-type]
+
+    def _hang_up(self, selector: selectors.BaseSelector) -> None:
+        """Ends every connection."""
+        for key in tuple(selector.get_map().values()):
+            if key.fileobj not in (self._listener, self._woken):
+                key.fileobj.close()  # type: ignore[union-attr]
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         with contextlib.suppress(OSError):
@@ -205,8 +211,6 @@ class Share:
         if self._thread.is_alive():
             self._wake.send(b"x")
             self._thread.join()
-        for client in tuple(self._clients):
-            client.close()
         for end in (self._listener, self._wake, self._woken):
             end.close()
         self._path.unlink(missing_ok=True)
