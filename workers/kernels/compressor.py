@@ -60,110 +60,43 @@ class CompressorTensors(NamedTuple):
 
 
 @triton.jit
-def decode_c4(
-    token,
-    rows,
-    state,
-    entries,
-    ape,
-    norm,
-    rope_table,
-    positions,
-    slots,
-    full_pages,
-    page_columns,
-    eps,
-    ROW: tl.constexpr,
-    STRIDE: tl.constexpr,
-    HD: tl.constexpr,
-    RD: tl.constexpr,
-    IS_KEY: tl.constexpr,
-    HW: tl.constexpr,
-):
-    """One token of one C4 compressor: its ring row, and its entry if it is the last of one. Token b is sequence b's."""
+def decode_c4(token, rows, tensors, rope_table, step, eps, ROW: tl.constexpr, SHAPE: tl.constexpr, PDL: tl.constexpr):
+    """One token of one C4 compressor: its ring row, and its entry if it is the last of one. Token b is sequence b's.
+
+    tensors, SHAPE: as in `compressor_entry.finish_pooled`; step: (positions, slots, full_pages, page_columns).
+    Waits for the launch before once all that is older is on its way.
+    """
+    positions, slots, full_pages, page_columns = step
     position = tl.load(positions + token)
     slot = tl.load(slots + token)
+    if (position >= 0) & (position % 4 == 3):
+        pages = full_pages + token * page_columns
+        finish_token(rows, tensors, rope_table, pages, slot, token, position, position, eps, 4, ROW, SHAPE, PDL)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     if position >= 0:
-        if position % 4 == 3:
-            pages = full_pages + token * page_columns
-            finish_token(
-                rows,
-                state,
-                entries,
-                ape,
-                norm,
-                rope_table,
-                pages,
-                slot,
-                token,
-                position,
-                position,
-                eps,
-                4,
-                ROW,
-                STRIDE,
-                HD,
-                RD,
-                8,
-                IS_KEY,
-                HW,
-            )
-        write_ring_row(rows, state, slot, token, position, ROW, 8, 4 * HD)
+        write_ring_row(rows, tensors[0], slot, token, position, ROW, 8, 4 * SHAPE[1])
 
 
 @triton.jit
 def decode_c128_part(
-    token,
-    part,
-    rows,
-    state,
-    entries,
-    ape,
-    norm,
-    rope_table,
-    positions,
-    slots,
-    full_pages,
-    page_columns,
-    parts,
-    arrived,
-    eps,
-    ROW: tl.constexpr,
-    STRIDE: tl.constexpr,
-    HD: tl.constexpr,
-    RD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HW: tl.constexpr,
-):
-    """One token of the C128 compressor, WIDTH channels of its entry if it is the last of one; part 0: its ring row."""
+    token, part, rows, tensors, rope_table, step, work, eps,
+    ROW: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token of the C128 compressor, WIDTH channels of its entry if it is the last of one; part 0: its ring row.
+
+    work: `C128Work`; the rest as in `decode_c4`.
+    """
+    positions, slots, full_pages, page_columns = step
     position = tl.load(positions + token)
     slot = tl.load(slots + token)
-    if position >= 0:
-        if position % 128 == 127:
-            finish_part(
-                rows,
-                state,
-                entries,
-                ape,
-                norm,
-                rope_table,
-                full_pages + token * page_columns,
-                slot,
-                token,
-                position,
-                eps,
-                parts,
-                arrived,
-                part,
-                ROW,
-                STRIDE,
-                HD,
-                RD,
-                WIDTH,
-                HW,
-            )
-        if part == 0:
-            write_ring_row(rows, state, slot, token, position, ROW, 128, 2 * HD)
+    if (position >= 0) & (position % 128 == 127):
+        pages = full_pages + token * page_columns
+        finish_part(rows, tensors, rope_table, pages, slot, token, position, eps, work, part, ROW, WIDTH, SHAPE, PDL)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if (position >= 0) & (part == 0):
+        write_ring_row(rows, tensors[0], slot, token, position, ROW, 128, 2 * SHAPE[1])
 
 
 @triton.jit
@@ -195,49 +128,14 @@ def compress_c4_decode(
     """Grid (T, 2): the main compressor and the indexer's. state pointers fp32, entries uint8."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    step = (positions, slots, full_pages, page_columns)
     if tl.program_id(1) == 0:
-        decode_c4(
-            tl.program_id(0),
-            rows,
-            state,
-            entries,
-            ape,
-            norm,
-            rope_table,
-            positions,
-            slots,
-            full_pages,
-            page_columns,
-            eps,
-            ROW,
-            STRIDE,
-            HD,
-            RD,
-            False,
-            HW,
-        )
+        ENTRY: tl.constexpr = (STRIDE, HD, RD, False, HW)
+        decode_c4(tl.program_id(0), rows, (state, entries, ape, norm), rope_table, step, eps, ROW, ENTRY, PDL)
     else:
-        decode_c4(
-            tl.program_id(0),
-            rows + 4 * HD,
-            index_state,
-            index_entries,
-            index_ape,
-            index_norm,
-            rope_table,
-            positions,
-            slots,
-            full_pages,
-            page_columns,
-            eps,
-            ROW,
-            INDEX_STRIDE,
-            DI,
-            RD,
-            True,
-            HW,
-        )
+        KEY: tl.constexpr = (INDEX_STRIDE, DI, RD, True, HW)
+        index = (index_state, index_entries, index_ape, index_norm)
+        decode_c4(tl.program_id(0), rows + 4 * HD, index, rope_table, step, eps, ROW, KEY, PDL)
 
 
 @triton.jit
@@ -266,29 +164,11 @@ def compress_c128_decode(
     """Grid (HD / WIDTH, T)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    ENTRY: tl.constexpr = (STRIDE, HD, RD, False, HW)
+    step, work = (positions, slots, full_pages, page_columns), (parts, arrived)
+    tensors = (state, entries, ape, norm)
     decode_c128_part(
-        tl.program_id(1),
-        tl.program_id(0),
-        rows,
-        state,
-        entries,
-        ape,
-        norm,
-        rope_table,
-        positions,
-        slots,
-        full_pages,
-        page_columns,
-        parts,
-        arrived,
-        eps,
-        ROW,
-        STRIDE,
-        HD,
-        RD,
-        WIDTH,
-        HW,
+        tl.program_id(1), tl.program_id(0), rows, tensors, rope_table, step, work, eps, ROW, WIDTH, ENTRY, PDL
     )
 
 
@@ -301,9 +181,6 @@ Mode = Literal["decode", "prefill"]
 WARPS = 4
 C128_WIDTH = 64
 """Channels of a C128 entry that one program pools at decode: 64 KiB of raw rows."""
-
-C128_STEP = 8
-"""Rows of an entry that prefill pools at a time."""
 
 
 def _static(rows: Tensor, tensors: CompressorTensors, rope_table: Tensor) -> dict[str, Any]:
@@ -386,7 +263,7 @@ def compress_c128(
     step = (meta.positions, meta.sequence_of_token, meta.slots, meta.start, *pages, num_tokens)
     tile = PREFILL_TOKENS[128]
     grid = (triton.cdiv(num_tokens, tile),)
-    compress_c128_pool[grid](rows, *step, *tensors, TOKENS=tile, STEP=C128_STEP, **static, num_warps=WARPS)
+    compress_c128_pool[grid](rows, *step, *tensors, TOKENS=tile, **static, num_warps=WARPS)
     _write_rings(rows, meta, main, None)
 
 
@@ -428,7 +305,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
             four | {"launch_pdl": pdl},
         ),
         ("compress_c4_pool", compress_c4_pool, c4 | {"TOKENS": PREFILL_TOKENS[4]}, four),
-        ("compress_c128_pool", compress_c128_pool, c128 | {"STEP": C128_STEP, "TOKENS": PREFILL_TOKENS[128]}, four),
+        ("compress_c128_pool", compress_c128_pool, c128 | {"TOKENS": PREFILL_TOKENS[128]}, four),
     )
     return [
         (name, fn, {arg: pointers[arg] for arg in fn.arg_names if arg in pointers}, constants, options)

@@ -11,13 +11,17 @@ import triton.language as tl
 
 from workers.kernels.formats import f32_to_e4m3, pow2_reciprocal, pow2_scale_ceil
 
+STEP = tl.constexpr(8)
+"""Rows of a C128 entry that prefill pools at a time."""
+
 
 @triton.jit
-def _pooled_c4(rows, state, slot, token, position, start, ape, ROW: tl.constexpr, HD: tl.constexpr):
+def _pooled_c4(rows, state, slot, token, position, start, ape, ROW: tl.constexpr, HD: tl.constexpr, PDL: tl.constexpr):
     """fp32 [HD]: the entry whose last token is `position` = 4w + 3, from A parts of 4w-4 .. 4w-1 and B of 4w .. 4w+3.
 
     Row layout kvA | kvB | scA | scB. Rows before `start` come from the ring, rows before the sequence count nothing.
-    A row is a vector of its own, so that a thread holds its channels of every row and nothing crosses threads.
+    A row is a vector of its own, so that a thread holds its channels of every row and nothing crosses threads. PDL, for
+    decode: only the last row comes from the launch before, and is waited for.
     """
     channel = tl.arange(0, HD)
     kvs = ()
@@ -30,6 +34,8 @@ def _pooled_c4(rows, state, slot, token, position, start, ape, ROW: tl.constexpr
         in_ring = state + slot.to(tl.int64) * (32 * HD) + (source & 7) * (4 * HD)
         at = tl.where(source >= start, in_chunk, in_ring) + column
         present = (source >= 0) & (channel >= 0)
+        if PDL and r == 7:
+            tl.extra.cuda.gdc_wait()
         score = tl.load(at + 2 * HD, mask=present, other=float("-inf"))
         score += tl.load(ape + (r % 4) * (2 * HD) + column)
         kvs = kvs + (tl.load(at, mask=present, other=0.0),)  # noqa: RUF005
@@ -45,9 +51,7 @@ def _pooled_c4(rows, state, slot, token, position, start, ape, ROW: tl.constexpr
 
 
 @triton.jit
-def _pooled_c128(
-    rows, state, slot, token, position, start, ape, ROW: tl.constexpr, HD: tl.constexpr, STEP: tl.constexpr
-):
+def _pooled_c128(rows, state, slot, token, position, start, ape, ROW: tl.constexpr, HD: tl.constexpr):
     """fp32 [HD]: the entry of tokens position-127 .. position, by an online softmax over STEP rows at a time."""
     column = tl.arange(0, HD)[None, :]
     top = tl.full((HD,), float("-inf"), tl.float32)
@@ -82,29 +86,42 @@ def _pooled_c128_part(
     ROW: tl.constexpr,
     HD: tl.constexpr,
     WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Decode, fp32 [WIDTH]: channels from part * WIDTH on, all rows at once; only the last is not in the ring."""
     r = tl.arange(0, 128)[:, None]
     column = part * WIDTH + tl.arange(0, WIDTH)[None, :]
-    own = rows + token.to(tl.int64) * ROW
-    in_ring = state + slot.to(tl.int64) * (256 * HD) + r * (2 * HD)  # position % 128 == 127: row r is its own
-    at = tl.where(r == 127, own, in_ring) + column
-    kv = tl.load(at)
-    score = tl.load(at + HD) + tl.load(ape + r * HD + column)
+    at = state + slot.to(tl.int64) * (256 * HD) + r * (2 * HD) + column  # position % 128 == 127: row r is its own
+    kv = tl.load(at, mask=r < 127, other=0.0)
+    score = tl.load(at + HD, mask=r < 127, other=0.0)
+    offset = tl.load(ape + r * HD + column)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    own = rows + token.to(tl.int64) * ROW + column
+    kv = tl.where(r == 127, tl.load(own), kv)
+    score = tl.where(r == 127, tl.load(own + HD), score) + offset
     weight = tl.exp(score - tl.max(score, 0)[None, :])
     return tl.sum(weight * kv, 0) / tl.sum(weight, 0)
 
 
 @triton.jit
-def _finished(pooled, norm, rope_table, position, eps, HD: tl.constexpr, RD: tl.constexpr):
-    """RMSNorm, then rope of the last RD dimensions at `position`, the entry's first own token; fp32 [HD]."""
-    inverse = tl.rsqrt(tl.sum(pooled * pooled, 0) / HD + eps)
-    normed = pooled * inverse * tl.load(norm + tl.arange(0, HD))
-    even, odd = tl.split(tl.reshape(normed, (HD // 2, 2)))
+def finish_operands(tensors, rope_table, pages, position, RATIO: tl.constexpr, HD: tl.constexpr, RD: tl.constexpr):
+    """(page, norm weight [HD], cos, sin [HD / 2]) for the entry whose last token is `position`: loaded before pooling.
+
+    The entry is rotated at its first own token. Arguments as in `finish_pooled`.
+    """
     pair = tl.arange(0, HD // 2) - (HD - RD) // 2
-    at = rope_table + position * RD + pair
+    at = rope_table + (position + 1 - RATIO) * RD + pair
     cos = tl.load(at, mask=pair >= 0, other=1.0)
     sin = tl.load(at + RD // 2, mask=pair >= 0, other=0.0)
+    return tl.load(pages + position // 256), tl.load(tensors[3] + tl.arange(0, HD)), cos, sin
+
+
+@triton.jit
+def _finished(pooled, gamma, cos, sin, eps, HD: tl.constexpr):
+    """RMSNorm, then rope of the last dimensions; fp32 [HD]."""
+    inverse = tl.rsqrt(tl.sum(pooled * pooled, 0) / HD + eps)
+    even, odd = tl.split(tl.reshape(pooled * inverse * gamma, (HD // 2, 2)))
     return tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (HD,))
 
 
@@ -189,94 +206,61 @@ def _store_index_key(
 
 
 @triton.jit
-def finish_pooled(
-    pooled,
-    entries,
-    norm,
-    rope_table,
-    pages,
-    position,
-    eps,
-    RATIO: tl.constexpr,
-    STRIDE: tl.constexpr,
-    HD: tl.constexpr,
-    RD: tl.constexpr,
-    IS_KEY: tl.constexpr,
-    HW: tl.constexpr,
-):
-    """Finish and store the pooled entry whose last token is `position`. pages: the sequence's row of the page table."""
+def finish_pooled(pooled, tensors, operands, position, eps, RATIO: tl.constexpr, SHAPE: tl.constexpr):
+    """Finish and store the pooled entry whose last token is `position`.
+
+    tensors: (ring as fp32, entries u8, ape, norm) of the compressor; operands: of `finish_operands`.
+    SHAPE: (bytes of a page of entries, hd, rd, whether they are indexer keys, HW).
+    """
+    STRIDE: tl.constexpr = SHAPE[0]
+    HD: tl.constexpr = SHAPE[1]
+    RD: tl.constexpr = SHAPE[2]
+    IS_KEY: tl.constexpr = SHAPE[3]
+    HW: tl.constexpr = SHAPE[4]
     PAGE_ROWS: tl.constexpr = 256 // RATIO
-    page = tl.load(pages + position // 256)
-    entry = _finished(pooled, norm, rope_table, position + 1 - RATIO, eps, HD, RD)
+    page, gamma, cos, sin = operands
+    entry = _finished(pooled, gamma, cos, sin, eps, HD)
     row = (position // RATIO) % PAGE_ROWS
     if IS_KEY:
-        _store_index_key(entry, entries, page, row, PAGE_ROWS, STRIDE, HD, HW)
+        _store_index_key(entry, tensors[1], page, row, PAGE_ROWS, STRIDE, HD, HW)
     else:
-        _store_entry(entry, entries, page, row, PAGE_ROWS, STRIDE, HD, RD, HW)
+        _store_entry(entry, tensors[1], page, row, PAGE_ROWS, STRIDE, HD, RD, HW)
 
 
 @triton.jit
 def finish_token(
-    rows,
-    state,
-    entries,
-    ape,
-    norm,
-    rope_table,
-    pages,
-    slot,
-    token,
-    position,
-    start,
-    eps,
-    RATIO: tl.constexpr,
-    ROW: tl.constexpr,
-    STRIDE: tl.constexpr,
-    HD: tl.constexpr,
-    RD: tl.constexpr,
-    STEP: tl.constexpr,
-    IS_KEY: tl.constexpr,
-    HW: tl.constexpr,
-):
-    """Pool, finish and store the entry whose last token is `position`."""
+    rows, tensors, rope_table, pages, slot, token, position, start, eps,
+    RATIO: tl.constexpr, ROW: tl.constexpr, SHAPE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Pool, finish and store the entry whose last token is `position`; `tensors` and SHAPE as in `finish_pooled`."""
+    HD: tl.constexpr = SHAPE[1]
+    operands = finish_operands(tensors, rope_table, pages, position, RATIO, HD, SHAPE[2])
     if RATIO == 4:
-        pooled = _pooled_c4(rows, state, slot, token, position, start, ape, ROW, HD)
+        pooled = _pooled_c4(rows, tensors[0], slot, token, position, start, tensors[2], ROW, HD, PDL)
     else:
-        pooled = _pooled_c128(rows, state, slot, token, position, start, ape, ROW, HD, STEP)
-    finish_pooled(pooled, entries, norm, rope_table, pages, position, eps, RATIO, STRIDE, HD, RD, IS_KEY, HW)
+        pooled = _pooled_c128(rows, tensors[0], slot, token, position, start, tensors[2], ROW, HD)
+    finish_pooled(pooled, tensors, operands, position, eps, RATIO, SHAPE)
 
 
 @triton.jit
 def finish_part(
-    rows,
-    state,
-    entries,
-    ape,
-    norm,
-    rope_table,
-    pages,
-    slot,
-    token,
-    position,
-    eps,
-    parts,  # fp32 [T, HD] and zeroed int32 [T]
-    arrived,
-    part,
-    ROW: tl.constexpr,
-    STRIDE: tl.constexpr,
-    HD: tl.constexpr,
-    RD: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HW: tl.constexpr,
-):
-    """Decode, C128: pool WIDTH channels of the entry; the last of the HD / WIDTH programs to arrive finishes it."""
-    pooled = _pooled_c128_part(rows, state, slot, token, position, ape, part, ROW, HD, WIDTH)
+    rows, tensors, rope_table, pages, slot, token, position, eps, work, part,
+    ROW: tl.constexpr, WIDTH: tl.constexpr, SHAPE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Decode, C128: pool WIDTH channels of the entry; the last of the HD / WIDTH programs to arrive finishes it.
+
+    work: fp32 [T, HD] for the parts, and int32 [T] counters, zero before and after.
+    """
+    HD: tl.constexpr = SHAPE[1]
+    parts, arrived = work
+    operands = finish_operands(tensors, rope_table, pages, position, 128, HD, SHAPE[2])
+    pooled = _pooled_c128_part(rows, tensors[0], slot, token, position, tensors[2], part, ROW, HD, WIDTH, PDL)
     tl.store(parts + token * HD + part * WIDTH + tl.arange(0, WIDTH), pooled)
     tl.debug_barrier()  # every thread's stores come before the counter's release
     if tl.atomic_add(arrived + token, 1, sem="acq_rel", scope="gpu") == HD // WIDTH - 1:
         tl.store(arrived + token, 0)
         whole = tl.load(parts + token * HD + tl.arange(0, HD), cache_modifier=".cg")
-        finish_pooled(whole, entries, norm, rope_table, pages, position, eps, 128, STRIDE, HD, RD, False, HW)
+        finish_pooled(whole, tensors, operands, position, eps, 128, SHAPE)
 
 
 @triton.jit

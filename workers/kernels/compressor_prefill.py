@@ -15,31 +15,14 @@ from workers.kernels.compressor_entry import finish_token, write_ring_row
 
 @triton.jit
 def _pool_tile(
-    rows,
-    state,
-    entries,
-    ape,
-    norm,
-    rope_table,
-    positions,
-    sequence_of_token,
-    slots,
-    start,
-    full_pages,
-    page_columns,
-    num_tokens,
-    eps,
-    TOKENS: tl.constexpr,
-    RATIO: tl.constexpr,
-    ROW: tl.constexpr,
-    STRIDE: tl.constexpr,
-    HD: tl.constexpr,
-    RD: tl.constexpr,
-    STEP: tl.constexpr,
-    IS_KEY: tl.constexpr,
-    HW: tl.constexpr,
-):
-    """Pool, one after the other, the entries that tokens [TOKENS * program 0, + TOKENS) finish. Writes no ring."""
+    rows, tensors, rope_table, step, num_tokens, eps,
+    TOKENS: tl.constexpr, RATIO: tl.constexpr, ROW: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """Pool, one after the other, the entries that tokens [TOKENS * program 0, + TOKENS) finish. Writes no ring.
+
+    tensors, SHAPE: as in `compressor_entry.finish_pooled`; step: the step's metadata, page_columns last.
+    """
+    positions, sequence_of_token, slots, start, full_pages, page_columns = step
     first = tl.program_id(0) * TOKENS
     at = tl.arange(0, TOKENS)
     position = tl.load(positions + first + at, mask=first + at < num_tokens, other=-1)
@@ -48,28 +31,9 @@ def _pool_tile(
     while next_at < TOKENS:
         token = first + next_at
         sequence = tl.load(sequence_of_token + token)
-        finish_token(
-            rows,
-            state,
-            entries,
-            ape,
-            norm,
-            rope_table,
-            full_pages + sequence * page_columns,
-            tl.load(slots + sequence),
-            token,
-            tl.load(positions + token),
-            tl.load(start + sequence),
-            eps,
-            RATIO,
-            ROW,
-            STRIDE,
-            HD,
-            RD,
-            STEP,
-            IS_KEY,
-            HW,
-        )
+        pages, slot = full_pages + sequence * page_columns, tl.load(slots + sequence)
+        last, begun = tl.load(positions + token), tl.load(start + sequence)
+        finish_token(rows, tensors, rope_table, pages, slot, token, last, begun, eps, RATIO, ROW, SHAPE, False)
         next_at = tl.min(tl.where(finishes & (at > next_at), at, TOKENS), 0)
 
 
@@ -103,58 +67,14 @@ def compress_c4_pool(
     HW: tl.constexpr,
 ):
     """Prefill, grid (ceil(T / TOKENS), 2): entries of the main compressor and keys of the indexer's."""
+    step = (positions, sequence_of_token, slots, start, full_pages, page_columns)
     if tl.program_id(1) == 0:
-        _pool_tile(
-            rows,
-            state,
-            entries,
-            ape,
-            norm,
-            rope_table,
-            positions,
-            sequence_of_token,
-            slots,
-            start,
-            full_pages,
-            page_columns,
-            num_tokens,
-            eps,
-            TOKENS,
-            4,
-            ROW,
-            STRIDE,
-            HD,
-            RD,
-            8,
-            False,
-            HW,
-        )
+        ENTRY: tl.constexpr = (STRIDE, HD, RD, False, HW)
+        _pool_tile(rows, (state, entries, ape, norm), rope_table, step, num_tokens, eps, TOKENS, 4, ROW, ENTRY)
     else:
-        _pool_tile(
-            rows + 4 * HD,
-            index_state,
-            index_entries,
-            index_ape,
-            index_norm,
-            rope_table,
-            positions,
-            sequence_of_token,
-            slots,
-            start,
-            full_pages,
-            page_columns,
-            num_tokens,
-            eps,
-            TOKENS,
-            4,
-            ROW,
-            INDEX_STRIDE,
-            DI,
-            RD,
-            8,
-            True,
-            HW,
-        )
+        KEY: tl.constexpr = (INDEX_STRIDE, DI, RD, True, HW)
+        index = (index_state, index_entries, index_ape, index_norm)
+        _pool_tile(rows + 4 * HD, index, rope_table, step, num_tokens, eps, TOKENS, 4, ROW, KEY)
 
 
 @triton.jit
@@ -178,35 +98,12 @@ def compress_c128_pool(
     STRIDE: tl.constexpr,
     HD: tl.constexpr,
     RD: tl.constexpr,
-    STEP: tl.constexpr,
     HW: tl.constexpr,
 ):
     """Prefill, grid (ceil(T / TOKENS),)."""
-    _pool_tile(
-        rows,
-        state,
-        entries,
-        ape,
-        norm,
-        rope_table,
-        positions,
-        sequence_of_token,
-        slots,
-        start,
-        full_pages,
-        page_columns,
-        num_tokens,
-        eps,
-        TOKENS,
-        128,
-        ROW,
-        STRIDE,
-        HD,
-        RD,
-        STEP,
-        False,
-        HW,
-    )
+    ENTRY: tl.constexpr = (STRIDE, HD, RD, False, HW)
+    step = (positions, sequence_of_token, slots, start, full_pages, page_columns)
+    _pool_tile(rows, (state, entries, ape, norm), rope_table, step, num_tokens, eps, TOKENS, 128, ROW, ENTRY)
 
 
 @triton.jit

@@ -1,8 +1,10 @@
 """Everything a decode step stores of a layer, in one launch: latent norm, window row, compressed entries, rings.
 
-Owns: nothing but the launch. The roles are `kv_store._norm_and_store` (two programs a token) and the compressors of
-`compressor.py`; they share no data, and one launch takes as long as the slowest of them where three in a row take the
-sum. Bytes are those of `norm_and_store` and `compress_*` called one by one.
+Owns: nothing but the launch. The roles are those of `kv_store.py`, the compressors of `compressor.py`, and the steps of
+Sinkhorn that `mhc.hc_post_pre` left open; they share no data, and one launch takes as long as the slowest of them where
+several in a row take the sum. Bytes are those of `norm_and_store` and `compress_*` called one by one.
+
+Every role reads what is older than the launch before (rings, norms, page tables) ahead of waiting for it.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ from workers.kernels.compressor import (
     pointers,
 )
 from workers.kernels.formats import hardware_formats
-from workers.kernels.kv_store import _norm_and_store
+from workers.kernels.kv_store import store_latent, store_window_row
 from workers.kernels.launch import pdl_options
+from workers.kernels.mhc import HyperConnection
+from workers.kernels.mhc_gates import COMB_TOKENS, finish_comb
 
 
 @triton.jit
@@ -42,6 +46,7 @@ def _store_step(
     window_words,
     latent,
     eps,
+    comb,
     rows,
     slots,
     full_pages,
@@ -57,10 +62,11 @@ def _store_step(
     parts,
     arrived,
     LATENT: tl.constexpr,
-    LATENT_BLOCK: tl.constexpr,
     NOPE: tl.constexpr,
     OUT_ROW: tl.constexpr,
     WINDOW_STRIDE: tl.constexpr,
+    ITERS: tl.constexpr,  # steps of Sinkhorn, 0: nothing was left open
+    COMB_EPS: tl.constexpr,
     RATIO: tl.constexpr,
     ROW: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -71,101 +77,44 @@ def _store_step(
     WIDEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (roles, T): latent, window row, then main and indexer's compressor (C4) or HD / WIDTH parts of C128's."""
+    """Grid (roles, T): latent, window row, matrices of mHC, then main and indexer's compressor (C4) or HD / WIDTH parts
+    of C128's."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     HD: tl.constexpr = NOPE + 64
+    ENTRY: tl.constexpr = (STRIDE, HD, 64, False, HW)
+    role = tl.program_id(0)
     token = tl.program_id(1)
-    if tl.program_id(0) < 2:
-        _norm_and_store(
-            out_fp8,
-            q_norm,
-            kv_norm,
-            rope_table,
-            positions,
-            sequence_of_token,
-            window_pages,
-            window_columns,
-            window_codes,
-            window_words,
-            latent,
-            eps,
-            LATENT,
-            LATENT_BLOCK,
-            NOPE,
-            OUT_ROW,
-            WINDOW_STRIDE,
-            HW,
-            WIDEN,
-            False,
-        )
+    row = out_fp8 + token.to(tl.int64) * OUT_ROW
+    step = (positions, slots, full_pages, page_columns)
+    tensors = (state, entries, ape, norm)
+    if role == 0:
+        store_latent(row, q_norm, latent, token, eps, LATENT, WIDEN, PDL)
+    elif role == 1:
+        position = tl.load(positions + token)
+        pages = window_pages + tl.load(sequence_of_token + token).to(tl.int64) * window_columns
+        pool = (window_codes, window_words)
+        row += LATENT
+        store_window_row(row, kv_norm, rope_table, position, pages, pool, eps, NOPE, WINDOW_STRIDE, HW, WIDEN, PDL)
+    elif role == 2:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        if (ITERS > 0) & (token * COMB_TOKENS < tl.num_programs(1)):
+            finish_comb(comb, token * COMB_TOKENS, tl.num_programs(1), COMB_TOKENS, ITERS, COMB_EPS)
     elif RATIO == 128:
-        decode_c128_part(
-            token,
-            tl.program_id(0) - 2,
-            rows,
-            state,
-            entries,
-            ape,
-            norm,
-            rope_table,
-            positions,
-            slots,
-            full_pages,
-            page_columns,
-            parts,
-            arrived,
-            eps,
-            ROW,
-            STRIDE,
-            HD,
-            64,
-            WIDTH,
-            HW,
-        )
-    elif tl.program_id(0) == 2:
-        decode_c4(
-            token,
-            rows,
-            state,
-            entries,
-            ape,
-            norm,
-            rope_table,
-            positions,
-            slots,
-            full_pages,
-            page_columns,
-            eps,
-            ROW,
-            STRIDE,
-            HD,
-            64,
-            False,
-            HW,
-        )
-    else:
-        decode_c4(
-            token,
-            rows + 4 * HD,
-            index_state,
-            index_entries,
-            index_ape,
-            index_norm,
-            rope_table,
-            positions,
-            slots,
-            full_pages,
-            page_columns,
-            eps,
-            ROW,
-            INDEX_STRIDE,
-            DI,
-            64,
-            True,
-            HW,
-        )
+        work = (parts, arrived)
+        decode_c128_part(token, role - 3, rows, tensors, rope_table, step, work, eps, ROW, WIDTH, ENTRY, PDL)
+    elif RATIO == 4:
+        if role == 3:
+            decode_c4(token, rows, tensors, rope_table, step, eps, ROW, ENTRY, PDL)
+        else:
+            KEY: tl.constexpr = (INDEX_STRIDE, DI, 64, True, HW)
+            index = (index_state, index_entries, index_ape, index_norm)
+            decode_c4(token, rows + 4 * HD, index, rope_table, step, eps, ROW, KEY, PDL)
+
+
+ROLES = 3
+"""Programs of every token besides those of its compressors."""
 
 
 def store_and_compress(
@@ -176,76 +125,88 @@ def store_and_compress(
     meta: Any,
     window_pool: Tensor,
     latent: Tensor,
-    rows: Tensor,
-    main: CompressorTensors,
+    rows: Tensor | None,
+    main: CompressorTensors | None,
     index: CompressorTensors | None,
     eps: float,
     *,
     work: C128Work | None = None,
+    comb: tuple[Tensor, HyperConnection] | None = None,
     pdl: bool | None = None,
 ) -> None:
     """Decode: `kv_store.norm_and_store` and `compress_c4` (`index` None: `compress_c128`) of one layer at once.
 
-    Arguments as theirs; `rows` fp32 [T, N2] are the raw rows of the compressors. Token b is sequence b's.
-    work: for C128; allocated here when None.
+    Arguments as theirs; `rows` fp32 [T, N2] are the raw rows of the compressors, None (and `main`) for a layer without.
+    Token b is sequence b's.
+
+    Args:
+        work: for C128; allocated here when None.
+        comb: fp32 [T, 16] of `mhc.hc_post_pre(finish=False)`, and its constants: finished by the way.
     """
     num_tokens, q_lora = latent.shape
     if not num_tokens:
         return
-    second = main if index is None else index
-    roles, scratch = 4, (rows, meta.slots)  # C4 uses no scratch
-    if index is None:
-        roles = 2 + main.norm.shape[0] // C128_WIDTH
-        scratch = work or C128Work.allocate(num_tokens, main.norm.shape[0], rows.device)
-    _store_step[roles, num_tokens](
-        out_fp8,
-        q_norm,
-        kv_norm,
-        rope_table,
-        meta.positions,
-        meta.sequence_of_token,
-        meta.window_pages,
-        meta.window_pages.shape[1],
-        window_pool,
-        window_pool.view(torch.bfloat16),
-        latent,
-        eps,
-        rows,
-        meta.slots,
-        meta.full_pages,
-        meta.full_pages.stride(0),
-        *pointers(main),
-        *pointers(second),
-        *scratch,
+    compressors, programs, sizes = _compressors(rows, main, index, rope_table, window_pool)
+    scratch = (rope_table, meta.slots)  # read by C128 alone
+    if sizes["RATIO"] == 128:
+        scratch = work or C128Work.allocate(num_tokens, kv_norm.shape[0], latent.device)
+    pages = (meta.full_pages, meta.full_pages.stride(0))
+    window = (meta.window_pages, meta.window_pages.shape[1], window_pool, window_pool.view(torch.bfloat16))
+    _store_step[ROLES + programs, num_tokens](
+        *(out_fp8, q_norm, kv_norm, rope_table, meta.positions, meta.sequence_of_token, *window, latent, eps),
+        latent if comb is None else comb[0],
+        *(rope_table if rows is None else rows, meta.slots, *pages, *compressors, *scratch),
         LATENT=q_lora,
-        LATENT_BLOCK=triton.next_power_of_2(q_lora),
         NOPE=kv_norm.shape[0] - 64,
         OUT_ROW=out_fp8.stride(0),
         WINDOW_STRIDE=window_pool.shape[1],
-        RATIO=128 if index is None else 4,
-        ROW=rows.stride(0),
-        STRIDE=main.entries.stride(0),
-        INDEX_STRIDE=second.entries.stride(0),
-        DI=second.norm.shape[0],
+        ITERS=0 if comb is None else comb[1].iters,
+        COMB_EPS=0.0 if comb is None else comb[1].eps,
+        **sizes,
         WIDTH=C128_WIDTH,
-        HW=hardware_formats(rows.device),
-        WIDEN=not rows.is_cuda,
+        HW=hardware_formats(latent.device),
+        WIDEN=not latent.is_cuda,
         num_warps=WARPS,
-        **pdl_options(rows, pdl),
+        **pdl_options(latent, pdl),
     )
+
+
+def _compressors(
+    rows: Tensor | None,
+    main: CompressorTensors | None,
+    index: CompressorTensors | None,
+    floats: Tensor,
+    codes: Tensor,
+) -> tuple[tuple[Tensor, ...], int, dict[str, int]]:
+    """Operands from `state` to `index_norm`, programs of a token, sizes. `floats`, `codes`: stand-ins."""
+    if rows is None or main is None:
+        absent = (floats, codes, floats, floats)
+        return absent * 2, 0, {"RATIO": 0, "ROW": 0, "STRIDE": 0, "INDEX_STRIDE": 0, "DI": 0}
+    second = main if index is None else index
+    sizes = {
+        "RATIO": 128 if index is None else 4,
+        "ROW": rows.stride(0),
+        "STRIDE": main.entries.stride(0),
+        "INDEX_STRIDE": second.entries.stride(0),
+        "DI": second.norm.shape[0],
+    }
+    programs = main.norm.shape[0] // C128_WIDTH if index is None else 2
+    return (*pointers(main), *pointers(second)), programs, sizes
 
 
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Compilations for V4-Flash, for `tests/workers/kernels/compiling.py`."""
     floats = ("q_norm", "kv_norm", "rope_table", "rows", "state", "ape", "norm", "index_state", "index_ape", "parts")
-    kinds = dict.fromkeys((*floats, "index_norm"), "*fp32") | {"eps": "fp32"}
+    kinds = dict.fromkeys((*floats, "index_norm", "comb"), "*fp32") | {"eps": "fp32"}
     kinds |= dict.fromkeys(("out_fp8", "window_words", "latent"), "*bf16")
     kinds |= dict.fromkeys(("positions", "sequence_of_token", "window_pages", "slots", "full_pages", "arrived"), "*i32")
     kinds |= dict.fromkeys(("window_columns", "page_columns"), "i32")
     kinds |= dict.fromkeys(("window_codes", "entries", "index_entries"), "*u8")
-    static = {"LATENT": 1024, "LATENT_BLOCK": 1024, "NOPE": 448, "OUT_ROW": 1536, "WINDOW_STRIDE": 149_760}
+    static = {"LATENT": 1024, "NOPE": 448, "OUT_ROW": 1536, "WINDOW_STRIDE": 149_760, "ITERS": 20, "COMB_EPS": 1e-6}
     static |= {"WIDTH": C128_WIDTH, "HW": arch >= 89, "WIDEN": False, "PDL": arch >= 90}
+    none = static | {"RATIO": 0, "ROW": 0, "STRIDE": 0, "INDEX_STRIDE": 0, "DI": 0}
     c4 = static | {"RATIO": 4, "ROW": 2624, "STRIDE": 37440, "INDEX_STRIDE": 8448, "DI": 128}
     c128 = static | {"RATIO": 128, "ROW": 1024, "STRIDE": 1728, "INDEX_STRIDE": 1728, "DI": 512}
     options = {"num_warps": WARPS, "launch_pdl": arch >= 90}
-    return [(name, _store_step, kinds, case, options) for name, case in (("store_c4", c4), ("store_c128", c128))]
+    cases = (("store", none), ("store_c4", c4), ("store_c128", c128))
+    return [(name, _store_step, kinds, case, options) for name, case in cases]

@@ -30,6 +30,59 @@ class StepMetadata(Protocol):
 
 
 @triton.jit
+def store_latent(row, q_norm, latent, token, eps, LATENT: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr):
+    """RMS norm of the first LATENT columns of a raw row into row `token` of `latent [T, LATENT]`."""
+    BLOCK: tl.constexpr = triton.next_power_of_2(LATENT)
+    at = tl.arange(0, BLOCK)
+    inside = at < LATENT
+    gamma = tl.load(q_norm + at, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    y = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
+    y = y * tl.rsqrt(tl.sum(y * y, 0) / LATENT + eps) * gamma
+    tl.store(latent + token.to(tl.int64) * LATENT + at, as_bf16(y, WIDEN), mask=inside)
+
+
+@triton.jit
+def store_window_row(
+    row, kv_norm, rope_table, position, pages, pool, eps,
+    NOPE: tl.constexpr, UNIT_STRIDE: tl.constexpr, HW: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Norm, rope and fp8 of a raw row of NOPE + 64 columns, to its place in the pages of its sequence.
+
+    pool: the same memory as u8 and as bf16. Without a position or a page nothing is stored.
+    """
+    codes, words = pool
+    page = tl.load(pages + position // 256, mask=position >= 0, other=-1)
+    GROUPS: tl.constexpr = NOPE // 64 + 1  # the last one is rope
+    group = tl.arange(0, GROUPS)
+    column = group[:, None] * 64 + tl.arange(0, 64)[None, :]
+    last = NOPE + tl.arange(0, 64)[None, :]
+    gamma, gamma_last = tl.load(kv_norm + column), tl.load(kv_norm + last)
+    angle = rope_table + tl.maximum(position, 0).to(tl.int64) * 64 + tl.arange(0, 32)[None, :]
+    cos, sin = tl.load(angle), tl.load(angle + 32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(row + column).to(tl.float32)
+    rope = tl.load(row + last).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x) / (NOPE + 64) + eps)
+    nope = as_bf16(x * factor * gamma, WIDEN).to(tl.float32)
+    scale, byte = pow2_scale_ceil(tl.max(tl.abs(nope), 1), 448.0, 1e-4)
+    code = f32_to_e4m3(nope * pow2_reciprocal(scale)[:, None], HW)
+    rope = rotate(as_bf16(rope * factor * gamma_last, WIDEN).to(tl.float32), cos, sin)
+    if page >= 0:
+        offset = position % 256
+        unit = page.to(tl.int64) * UNIT_STRIDE
+        tl.store(codes + unit + offset * (NOPE + 128) + column, code, mask=(group < GROUPS - 1)[:, None])
+        to = words + (unit + offset * (NOPE + 128) + NOPE) // 2 + tl.arange(0, 64)[None, :]
+        tl.store(to, as_bf16(rope, WIDEN))
+        scales = codes + unit + (256 * (NOPE + 128) + offset * 8)
+        tl.store(scales + group, byte, mask=group < GROUPS - 1)
+        pad = tl.arange(0, 8)
+        tl.store(scales + pad, tl.zeros((8,), tl.uint8), mask=pad >= GROUPS - 1)
+
+
+@triton.jit
 def _norm_and_store(
     rows,  # bf16 [T, ROW_STRIDE]: LATENT columns, then NOPE + 64
     q_norm,  # fp32 [LATENT]
@@ -44,7 +97,6 @@ def _norm_and_store(
     latent,  # bf16 [T, LATENT]
     eps,
     LATENT: tl.constexpr,
-    LATENT_BLOCK: tl.constexpr,
     NOPE: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     UNIT_STRIDE: tl.constexpr,
@@ -55,41 +107,16 @@ def _norm_and_store(
     """Grid (2, T): program 0 of a token does the latent, program 1 the window row."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     token = tl.program_id(1)
     row = rows + token.to(tl.int64) * ROW_STRIDE
     if tl.program_id(0) == 0:
-        at = tl.arange(0, LATENT_BLOCK)
-        inside = at < LATENT
-        y = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
-        y = y * tl.rsqrt(tl.sum(y * y, 0) / LATENT + eps) * tl.load(q_norm + at, mask=inside, other=0.0)
-        tl.store(latent + token.to(tl.int64) * LATENT + at, as_bf16(y, WIDEN), mask=inside)
+        store_latent(row, q_norm, latent, token, eps, LATENT, WIDEN, PDL)
     else:
         position = tl.load(positions + token)
-        table = window_pages + tl.load(sequence_of_token + token).to(tl.int64) * num_pages
-        page = tl.load(table + position // 256, mask=position >= 0, other=-1)
-        GROUPS: tl.constexpr = NOPE // 64 + 1  # the last one is rope
-        group = tl.arange(0, GROUPS)
-        column = group[:, None] * 64 + tl.arange(0, 64)[None, :]
-        x = tl.load(row + LATENT + column).to(tl.float32)
-        factor = tl.rsqrt(tl.sum(x * x) / (NOPE + 64) + eps)
-        nope = as_bf16(x * factor * tl.load(kv_norm + column), WIDEN).to(tl.float32)
-        scale, byte = pow2_scale_ceil(tl.max(tl.abs(nope), 1), 448.0, 1e-4)
-        code = f32_to_e4m3(nope * pow2_reciprocal(scale)[:, None], HW)
-        last = NOPE + tl.arange(0, 64)[None, :]
-        rope = tl.load(row + LATENT + last).to(tl.float32) * factor * tl.load(kv_norm + last)
-        angle = rope_table + tl.maximum(position, 0).to(tl.int64) * 64 + tl.arange(0, 32)[None, :]
-        rope = rotate(as_bf16(rope, WIDEN).to(tl.float32), tl.load(angle), tl.load(angle + 32))
-        if page >= 0:
-            offset = position % 256
-            unit = page.to(tl.int64) * UNIT_STRIDE
-            tl.store(codes + unit + offset * (NOPE + 128) + column, code, mask=(group < GROUPS - 1)[:, None])
-            to = words + (unit + offset * (NOPE + 128) + NOPE) // 2 + tl.arange(0, 64)[None, :]
-            tl.store(to, as_bf16(rope, WIDEN))
-            scales = codes + unit + (256 * (NOPE + 128) + offset * 8)
-            tl.store(scales + group, byte, mask=group < GROUPS - 1)
-            pad = tl.arange(0, 8)
-            tl.store(scales + pad, tl.zeros((8,), tl.uint8), mask=pad >= GROUPS - 1)
+        pages = window_pages + tl.load(sequence_of_token + token).to(tl.int64) * num_pages
+        pool = (codes, words)
+        row += LATENT
+        store_window_row(row, kv_norm, rope_table, position, pages, pool, eps, NOPE, UNIT_STRIDE, HW, WIDEN, PDL)
 
 
 def norm_and_store(
@@ -135,7 +162,6 @@ def norm_and_store(
         latent,
         eps,
         LATENT=q_lora,
-        LATENT_BLOCK=triton.next_power_of_2(q_lora),
         NOPE=nope,
         ROW_STRIDE=out_fp8.stride(0),
         UNIT_STRIDE=window_pool.shape[1],
@@ -164,7 +190,6 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     }
     constants = {
         "LATENT": 1024,
-        "LATENT_BLOCK": 1024,
         "NOPE": 448,
         "ROW_STRIDE": 1536,
         "UNIT_STRIDE": 149_760,

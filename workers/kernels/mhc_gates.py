@@ -10,6 +10,9 @@ import triton.language as tl
 
 from workers.kernels.formats import e4m3_to_f32, round_fp8_groups
 
+COMB_TOKENS = tl.constexpr(32)
+"""Tokens whose matrices one program finishes (`finish_comb`): one per thread of a warp."""
+
 
 @triton.jit
 def token_work(index, NUM_TILES: tl.constexpr):

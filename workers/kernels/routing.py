@@ -18,16 +18,13 @@ from torch import Tensor
 
 from workers.kernels.launch import pdl_options
 from workers.kernels.mhc import HyperConnection
-from workers.kernels.mhc_gates import finish_comb
+from workers.kernels.mhc_gates import COMB_TOKENS, finish_comb
 
 DECODE_TOKENS = 64
 """Most tokens of the one-program form."""
 
 DECODE_TILES = ((1, 1), (8, 8), (DECODE_TOKENS, 16))
 """(tokens, most warps) of that program: the smallest that holds the step. Changes no result."""
-
-COMB_TOKENS = 32
-"""Tokens of mHC that a program finishes: one per thread of a warp."""
 
 TILE_TOKENS = 32
 """Tokens of one program in prefill."""
@@ -223,17 +220,16 @@ def route_decode_kernel(
     TILE: tl.constexpr,
     HASH: tl.constexpr,
     HEAT: tl.constexpr,
-    COMB_TOKENS: tl.constexpr,
     ITERS: tl.constexpr,
     EPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program: `num_tokens <= TILE`. With `COMB_TOKENS`, further programs finish that many tokens of mHC each."""
+    """One program: `num_tokens <= TILE`. With ITERS, further programs finish COMB_TOKENS tokens of mHC each."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if tl.program_id(0) > 0:
-        if COMB_TOKENS > 0:
+        if ITERS > 0:
             finish_comb(comb, (tl.program_id(0) - 1) * COMB_TOKENS, num_tokens, COMB_TOKENS, ITERS, EPS)
         return
     token = tl.arange(0, TILE)
@@ -403,11 +399,11 @@ def route(
     if num_tokens <= DECODE_TOKENS:
         tile, warps = next(choice for choice in DECODE_TILES if num_tokens <= choice[0])
         warps = _warps(warps, tile * shape["KP"])
-        flags: dict[str, Any] = {"HASH": hashed, "HEAT": heat is not None, "COMB_TOKENS": 0, "ITERS": 0, "EPS": 0.0}
+        flags: dict[str, Any] = {"HASH": hashed, "HEAT": heat is not None, "ITERS": 0, "EPS": 0.0}
         matrices, programs = weights, 1
         if comb is not None:
-            matrices, programs = comb[0], 1 + triton.cdiv(num_tokens, COMB_TOKENS)
-            flags |= {"COMB_TOKENS": COMB_TOKENS, "ITERS": comb[1].iters, "EPS": comb[1].eps}
+            matrices, programs = comb[0], 1 + triton.cdiv(num_tokens, COMB_TOKENS.value)
+            flags |= {"ITERS": comb[1].iters, "EPS": comb[1].eps}
         operands = (logits, chooser, token_ids, ids, weights, *lists, heat_or_any, matrices, num_tokens, vocab, scaling)
         route_decode_kernel[(programs,)](*operands, **shape, TILE=tile, **flags, num_warps=warps, **options)
         return
@@ -443,7 +439,7 @@ def _warps(most: int, pairs: int) -> int:
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """V4-Flash, for the check that every architecture compiles."""
     shape = {"E": 256, "EP": 256, "K": 6, "KP": 8, "PDL": arch >= 90}
-    comb = {"COMB_TOKENS": COMB_TOKENS, "ITERS": 20, "EPS": 1e-6}
+    comb = {"ITERS": 20, "EPS": 1e-6}
     ints = ("chooser", "token_ids", "ids", "num_active", "active_experts", "active_begin", "pair_order", "heat")
     types = dict.fromkeys((*ints, "tile_counts", "totals"), "*i32")
     types |= {"logits": "*fp32", "weights": "*fp32", "comb": "*fp32", "scaling": "fp32"}

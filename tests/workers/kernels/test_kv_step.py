@@ -9,6 +9,7 @@ from torch import Tensor
 from kvstore.pools.pool import Pool
 from kvstore.spec import PoolName
 from tests.workers.kernels.test_compressor import EPS, Run, spec_of
+from tests.workers.kernels.test_mhc import Step
 from workers.kernels.compressor import compress_c4, compress_c128
 from workers.kernels.kv_step import store_and_compress
 from workers.kernels.kv_store import norm_and_store
@@ -55,3 +56,39 @@ def test_one_launch_stores_what_three_store(
     store_and_compress(other.out_fp8, *norms, other.meta, window, other.latent, other.rows, main, index, EPS)
     for x, y in zip(bytes_after(apart, one), bytes_after(together, other), strict=True):
         assert torch.equal(x, y)
+
+
+def test_a_layer_without_compressors_stores_latents_and_window_rows(device: torch.device, seed: int) -> None:
+    run = Run(device, seed, ratio=4, head_dim=128, lengths=[140, 140])
+    one, other = Inputs(run, 1), Inputs(run, 1)
+    other.out_fp8 = one.out_fp8
+    norms = (one.q_norm, one.kv_norm, run.rope)
+    norm_and_store(one.out_fp8, *norms, one.meta, one.window.data[0], one.latent, EPS)
+    window = other.window.data[0]
+    store_and_compress(other.out_fp8, *norms, other.meta, window, other.latent, None, None, None, EPS)
+    assert torch.equal(one.window.data, other.window.data) and (one.window.data != 0xFF).any()
+    assert torch.equal(one.latent, other.latent) and (one.latent != 7).any()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_the_launch_finishes_the_matrices_that_were_left_open(device: torch.device, num_tokens: int, seed: int) -> None:
+    left, closed = Step(num_tokens, device), Step(num_tokens, device)
+    closed.post_pre()
+    left.post_pre(finish=False)
+    assert not torch.equal(left.comb, closed.comb)
+    run = Run(device, seed, ratio=4, head_dim=128, lengths=[8] * num_tokens)
+    inputs = Inputs(run, 0)
+    norms, window = (inputs.q_norm, inputs.kv_norm, run.rope), inputs.window.data[0]
+    absent = (None, None, None)
+    comb = (left.comb, left.hc)
+    store_and_compress(inputs.out_fp8, *norms, inputs.meta, window, inputs.latent, *absent, EPS, comb=comb)
+    assert torch.equal(left.comb, closed.comb)
+
+
+def test_no_tokens_store_nothing(device: torch.device, seed: int) -> None:
+    run = Run(device, seed, ratio=4, head_dim=128, lengths=[8])
+    inputs = Inputs(run, 0)
+    norms, none = (inputs.q_norm, inputs.kv_norm, run.rope), slice(0)
+    window, latent = inputs.window.data[0], inputs.latent[none]
+    store_and_compress(inputs.out_fp8[none], *norms, inputs.meta, window, latent, None, None, None, EPS)
+    assert (inputs.window.data == 0xFF).all() and (inputs.latent == 7).all()
