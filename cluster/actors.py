@@ -22,6 +22,7 @@ from cluster.backends import ReplaceableBackend, WorkerAddress, introduce
 from cluster.config import ExpertSettings, RetractSettings
 from workers.checkpoint.progress import Progress
 from workers.errors import WorkerError
+from workers.experts.config import PeerPlace
 from workers.messages import WorkerRole, WorkerStats
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,9 @@ class WorkerSpec:
     retract: RetractSettings = RetractSettings()
     """Decode only."""
     experts: ExpertSettings = ExpertSettings()
+    share: str = ""
+    """Folder in which the deployment's workers on one node find each other's memory; empty shares nothing."""
+    peer: PeerPlace | None = None
     allow_retract_control: bool = False
     """Decode only."""
 
@@ -111,9 +115,22 @@ class WorkerActor:
         self._service: Any = None
         self._progress: Progress | None = None
 
-    async def start(self) -> WorkerAddress:
-        """Loads the model and listens; a second call returns the same address."""
+    async def gpus(self) -> tuple[str, ...]:
+        """The GPUs that Ray gave to this process, as `CUDA_VISIBLE_DEVICES` names them."""
+        import ray
+
+        return tuple(str(gpu) for gpu in ray.get_gpu_ids())
+
+    async def start(self, beside: tuple[str, ...] = ()) -> WorkerAddress:
+        """Loads the model and listens; a second call returns the same address.
+
+        `beside`: GPUs of other workers whose memory this one maps. Its own comes first, so that it stays the default.
+        """
         if self._address is None:
+            if beside:
+                own = await self.gpus()
+                # CUDA reads this when it starts, in the import below.
+                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys((*own, *beside)))
             from cluster.assembly import serve_worker_of
 
             began = time.perf_counter()

@@ -102,6 +102,8 @@ def expert_config(spec: WorkerSpec) -> ExpertConfig:
         preload=settings.preload,
         packed="" if settings.packed is None else str(settings.packed),
         verify=settings.verify,
+        share=spec.share,
+        peer=spec.peer,
     )
 
 

@@ -221,6 +221,13 @@ class ExpertSettings:
     """File of `dsv4 experts repack`, read instead of the checkpoint's shards."""
     verify: bool = False
     """Check every read against the first one's checksum, and slots against what was read; for fault hunts."""
+    peer: bool = True
+    """Whether two GPU workers on one node hold what the other lacks and read it from each other's memory."""
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether some experts may be absent from fast memory."""
+        return self.hbm is not None or self.slots is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +333,7 @@ class ClusterConfig:
 
     def _check_experts(self, check: Callable[[bool, str, str], None]) -> None:
         experts = self.experts
-        limited = experts.hbm is not None or experts.slots is not None
+        limited = experts.is_limited
         check(experts.hbm is None or experts.hbm >= 1, "experts.hbm", f"found {experts.hbm}, expected at least 1 byte")
         check(experts.slots is None or experts.slots >= 1, "experts.slots", f"found {experts.slots}, expected >= 1")
         check(experts.hbm is None or experts.slots is None, "experts.slots", "found beside hbm, expected one of them")

@@ -13,6 +13,8 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -51,6 +53,10 @@ class Cluster:
         self._config = dataclasses.replace(config, max_context=context_limit(config))
         self._report = report
         self._workers: dict[str, _RayWorker] = {}
+        self._gpus: dict[str, tuple[str, ...]] = {}
+        """GPUs of the workers that have a peer, as last heard from each."""
+        self._share = ""
+        """Folder in which workers of one node find each other's experts; empty where none is absent."""
         self._router: Any = None
         self._is_connected = False
         self.addresses: dict[str, WorkerAddress] = {}
@@ -71,8 +77,11 @@ class Cluster:
         self._report(f"ray         {kind} in {time.perf_counter() - began:.1f} s, logs in {_log_folder()}")
         plans = plan(self._config, _nodes())
         deadline = time.monotonic() + self._config.ray.start_deadline
+        if self._config.experts.is_limited:
+            self._share = tempfile.mkdtemp(prefix="dsv4-")
         for item in plans:
-            self._workers[item.name] = _RayWorker(_create_worker(item, self._config), item.name)
+            handle = _create_worker(item, self._config, self._share)
+            self._workers[item.name] = _RayWorker(handle, item.name, item.peer.name if item.peer else "", self._gpus)
         self._router = _create_router(self._config)
         self._report("workers     loading the model")
         self._start_workers(deadline)
@@ -82,7 +91,10 @@ class Cluster:
         """All at once; the first failure ends the wait."""
         import ray
 
-        pending = {worker.handle.start.remote(): name for name, worker in self._workers.items()}
+        for name, worker in self._workers.items():
+            with _actor_errors(name):
+                worker.note_gpus(max(0.0, deadline - time.monotonic()))
+        pending = {worker.handle.start.remote(worker.beside): name for name, worker in self._workers.items()}
         while pending:
             done, _ = ray.wait(list(pending), timeout=max(0.0, min(PROGRESS_S, deadline - time.monotonic())))
             if not done and time.monotonic() >= deadline:
@@ -159,6 +171,8 @@ class Cluster:
 
     def close(self) -> tuple[ProcessRef, ...]:
         """Stops router, workers and a Ray that was started here; returns local processes that survived (none)."""
+        if self._share:
+            shutil.rmtree(self._share, ignore_errors=True)
         if not self._is_connected:
             return end_descendants((), grace_s=0.0)
         import ray
@@ -193,24 +207,37 @@ def start_cluster(config: ClusterConfig, report: Report) -> Iterator[Cluster]:
 class _RayWorker:
     """`health.Supervised` over one actor handle."""
 
-    def __init__(self, handle: Any, name: str) -> None:
+    def __init__(self, handle: Any, name: str, peer: str, gpus: dict[str, tuple[str, ...]]) -> None:
+        """`peer`: name of the worker whose memory it maps, or nothing; `gpus`: shared notes of who has which."""
         self.handle = handle
-        self._name = name
+        self._name, self._peer, self._gpus = name, peer, gpus
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """GPUs of its peer, as last heard."""
+        return self._gpus.get(self._peer, ())
+
+    def note_gpus(self, timeout_s: float) -> None:
+        """Asks a worker that has a peer which GPUs are its own: another worker must see them too."""
+        import ray
+
+        if self._peer:
+            self._gpus[self._name] = ray.get(self.handle.gpus.remote(), timeout=timeout_s)
 
     def address(self) -> WorkerAddress | None:
         return self._get("address", PROBE_S)
 
     def start(self) -> WorkerAddress:
-        address = self._get("start", 300.0)
+        address = self._get("start", 300.0, self.beside)
         assert address is not None
         return address
 
-    def _get(self, method: str, timeout_s: float) -> WorkerAddress | None:
+    def _get(self, method: str, timeout_s: float, *arguments: Any) -> WorkerAddress | None:
         import ray
         from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
 
         try:
-            found: WorkerAddress | None = ray.get(getattr(self.handle, method).remote(), timeout=timeout_s)
+            found: WorkerAddress | None = ray.get(getattr(self.handle, method).remote(*arguments), timeout=timeout_s)
             return found
         except ActorDiedError as exc:
             raise WorkerLost(_first_line(exc)) from exc
@@ -273,7 +300,7 @@ def _nodes() -> list[NodeResources]:
     ]
 
 
-def _create_worker(item: ActorPlan, config: ClusterConfig) -> Any:
+def _create_worker(item: ActorPlan, config: ClusterConfig, share: str) -> Any:
     import ray
 
     actor = ray.remote(WorkerActor).options(
@@ -284,7 +311,7 @@ def _create_worker(item: ActorPlan, config: ClusterConfig) -> Any:
         max_task_retries=0,
         max_concurrency=64,
     )
-    return actor.remote(worker_spec(item, config))
+    return actor.remote(worker_spec(item, config, share))
 
 
 def _create_router(config: ClusterConfig) -> Any:
@@ -311,8 +338,8 @@ def context_limit(config: ClusterConfig) -> int:
         raise StartFailed(f"{path}: max_position_embeddings: {exc!r}") from exc
 
 
-def worker_spec(item: ActorPlan, config: ClusterConfig) -> WorkerSpec:
-    """The settings of one worker process."""
+def worker_spec(item: ActorPlan, config: ClusterConfig, share: str = "") -> WorkerSpec:
+    """The settings of one worker process. `share`: folder of this deployment on each node."""
     role = config.prefill if item.role is WorkerRole.PREFILL else config.decode
     return WorkerSpec(
         name=item.name,
@@ -334,6 +361,8 @@ def worker_spec(item: ActorPlan, config: ClusterConfig) -> WorkerSpec:
         pool_units=pool_units(config, item.role),
         retract=config.retract,
         experts=config.experts,
+        share=share,
+        peer=item.peer,
         allow_retract_control=config.admin.allow_retract_control,
     )
 

@@ -7,12 +7,14 @@ not own: starting anything. Ray would leave an actor that cannot fit pending for
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.config import ClusterConfig, DecodeSettings, Device, PrefillSettings
 from cluster.errors import ClusterError
+from workers.experts.config import PeerPlace
 from workers.messages import WorkerRole
 
 
@@ -42,6 +44,8 @@ class ActorPlan:
     threads: int
     port: int
     """gRPC port, for requests and for KV; 0 takes a free one."""
+    peer: PeerPlace | None = None
+    """The worker whose GPU memory it reads absent experts from, and the other way round."""
 
 
 def plan(config: ClusterConfig, nodes: Sequence[NodeResources]) -> tuple[ActorPlan, ...]:
@@ -58,7 +62,26 @@ def plan(config: ClusterConfig, nodes: Sequence[NodeResources]) -> tuple[ActorPl
         for index in range(settings.count)
     )
     _check_fit(plans, nodes)
-    return plans
+    return _paired(plans) if config.experts.is_limited and config.experts.peer and len(nodes) == 1 else plans
+
+
+def _paired(plans: tuple[ActorPlan, ...]) -> tuple[ActorPlan, ...]:
+    """GPU workers of one node, two and two: each prefill worker with a decode worker as long as there are both.
+
+    On several nodes nobody is paired: Ray alone knows who ends up beside whom.
+    """
+    on_gpu = [item for item in plans if item.num_gpus]
+    prefill = [item for item in on_gpu if item.role is WorkerRole.PREFILL]
+    decode = [item for item in on_gpu if item.role is WorkerRole.DECODE]
+    both = min(len(prefill), len(decode))
+    rest = [*prefill[both:], *decode[both:]]
+    pairs = [*zip(prefill, decode, strict=False), *zip(rest[::2], rest[1::2], strict=False)]
+    places = {}
+    for first, second in pairs:
+        is_even = first.role is second.role
+        places[first.name] = PeerPlace(second.name, 0, is_even)
+        places[second.name] = PeerPlace(first.name, 1, is_even)
+    return tuple(dataclasses.replace(item, peer=places.get(item.name)) for item in plans)
 
 
 def _actor_plan(

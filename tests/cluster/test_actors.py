@@ -14,6 +14,7 @@ from cluster.errors import ClusterError
 from cluster.launch import context_limit, router_spec, worker_spec
 from cluster.placement import NodeResources, plan
 from router.model_info import EffortStyle
+from workers.experts.config import PeerPlace
 from workers.messages import WorkerRole, WorkerStats
 
 
@@ -65,6 +66,18 @@ async def test_a_start_that_fails_carries_only_text(tmp_path: Path, monkeypatch:
     assert "config.json" in str(failure.value)
 
 
+async def test_a_worker_sees_its_own_gpu_first_and_its_peers_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setattr("ray.get_gpu_ids", lambda: [1])
+    shell = actor(tmp_path, monkeypatch, device="cpu")
+    for beside, seen in (((), "1"), (("0",), "1,0"), (("1",), "1")):
+        with pytest.raises(PartFailed):
+            await shell.start(beside)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
 def test_settings_reach_the_workers_own_config(tmp_path: Path) -> None:
     settings = config(tmp_path, precision="fp32", decode={"kv_budget": "64MiB", "lease": "7s", "port": 9000})
     prefill, decode = (worker_spec(item, settings) for item in plan(settings, [NodeResources("n", 0, 2)]))
@@ -77,6 +90,15 @@ def test_settings_reach_the_workers_own_config(tmp_path: Path) -> None:
     )
     assert (found.precision, found.kv_budget_bytes, found.lease_s) == ("fp32", 64 * 2**20, 7.0)
     assert worker_config(prefill, "").max_context == 4096
+
+
+def test_workers_that_share_experts_are_told_the_folder_and_their_peer(tmp_path: Path) -> None:
+    settings = config(tmp_path, experts={"slots": 40})
+    workers = [worker_spec(item, settings, "/tmp/share") for item in plan(settings, [NodeResources("n", 2, 2)])]
+    prefill, decode = (worker_config(spec, "").experts for spec in workers)
+    assert prefill.share == decode.share == "/tmp/share"
+    assert prefill.peer == PeerPlace("decode-0", 0, is_even=False)
+    assert decode.peer == PeerPlace("prefill-0", 1, is_even=False)
 
 
 @pytest.mark.parametrize(

@@ -74,3 +74,26 @@ def test_shared_cluster_counts_cpus() -> None:
 def test_ports_count_up_from_the_first() -> None:
     plans = plan(config(decode={"count": 2, "port": 9100}), [node(0)])
     assert [item.port for item in plans] == [0, 9100, 9101]
+
+
+def peers(num_gpus: float = 4, nodes: int = 1, **values: object) -> dict[str, tuple[str, int, bool]]:
+    plans = plan(config(**values), [node(num_gpus, name=f"n{i}") for i in range(nodes)])
+    return {p.name: (p.peer.name, p.peer.side, p.peer.is_even) for p in plans if p.peer is not None}
+
+
+def test_workers_with_absent_experts_are_paired_prefill_with_decode_first() -> None:
+    budget = {"experts": {"slots": 40}}
+    assert peers(**budget) == {"prefill-0": ("decode-0", 0, False), "decode-0": ("prefill-0", 1, False)}
+    assert peers(decode={"count": 4}, **budget) == {
+        "prefill-0": ("decode-0", 0, False),
+        "decode-0": ("prefill-0", 1, False),
+        "decode-1": ("decode-2", 0, True),
+        "decode-2": ("decode-1", 1, True),
+    }
+
+
+def test_nobody_is_paired_without_need_without_gpus_across_nodes_or_when_told_not_to() -> None:
+    assert not peers()
+    assert not peers(num_gpus=0, experts={"slots": 40})
+    assert not peers(nodes=2, experts={"slots": 40})
+    assert not peers(experts={"slots": 40, "peer": False})
