@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from cluster.bench import floors
+from workers.experts.layout import ExpertShape, ExpertSlab
 from workers.gpu.buffers import StepMeta
 from workers.gpu.kernel_set import Launch
-from workers.gpu.weights import ExpertShape, ExpertSlab, Fp8Weight, GpuWeights
+from workers.gpu.weights import Fp8Weight, GpuWeights
 from workers.model.config import LayerKind, ModelConfig
 
 TOP = "top"

@@ -27,13 +27,12 @@ from cluster.bench.scene import Scene, Wanted, fill_plausibly
 from workers.experts.bank import HostBank
 from workers.experts.cache import ExpertCache
 from workers.experts.generator import UNIFORM, V4_LIKE, generate
+from workers.experts.layout import ExpertShape, Tier, code_of
 from workers.experts.policy import POLICIES
-from workers.experts.slots import Tier, code_of
 from workers.experts.trace import RoutingTrace
 from workers.gpu.cached_experts import ExpertMemory, Places
 from workers.gpu.expert_stream import ExpertFetch, ExpertStream
 from workers.gpu.synthetic import layer_experts
-from workers.gpu.weights import ExpertShape
 from workers.model.config import PAGE_TOKENS, ModelConfig
 
 PAST_STEPS = 600

@@ -20,8 +20,8 @@ from kvstore.spec import IndexSpace, PoolName
 from workers.batch import ForwardBatch
 from workers.checkpoint.names import Organ, total_by_organ
 from workers.checkpoint.synth import cut_layers
+from workers.experts.layout import ExpertShape
 from workers.gpu.synthetic import synthetic_weights
-from workers.gpu.weights import ExpertShape
 from workers.model.config import PAGE_TOKENS, ModelConfig
 from workers.model.kv_layout import kv_spec
 from workers.sizing import unit_bytes

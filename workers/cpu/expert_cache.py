@@ -22,10 +22,11 @@ from workers.cpu.arena import aligned_zeros
 from workers.cpu.expert_panels import ExpertPanels
 from workers.errors import WorkerError
 from workers.experts.config import PRELOADS, SlotPlan, pays_little, plan_slots
+from workers.experts.layout import Tier, code_of
 from workers.experts.policy import POLICIES, Ids, highest
 from workers.experts.profile import read_profile
 from workers.experts.residency import Residency
-from workers.experts.slots import SlotTable, Tier, code_of
+from workers.experts.slots import SlotTable
 from workers.experts.supply import ExpertSupply, ExpertUnavailable
 from workers.model.config import ModelConfig
 

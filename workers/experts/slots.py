@@ -19,31 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import IntegrityError
-
-TIER_SHIFT = 24
-"""A code is `tier << 24 | index`: up to 2^24 homes a tier."""
-
+from workers.experts.layout import TIER_SHIFT, Tier, code_of
 
 NOWHERE = -1
 """The home of a pair that only the slab holds: it can never leave its slot. No tier has this code."""
-
-
-class Tier(enum.IntEnum):
-    """Where a kernel finds an expert; the values are those that the kernels compare with."""
-
-    SLAB = 0
-    """Slot of this GPU's slab."""
-    HOST = 1
-    """Index into the pinned host bank, read over the host link."""
-    PEER = 2
-    """Slot of the other GPU's slab, read over NVLink."""
-
-
-def code_of(tier: Tier, index: int) -> int:
-    """The table entry of a home."""
-    if not 0 <= index < 1 << TIER_SHIFT:
-        raise ValueError(f"index {index} does not fit {TIER_SHIFT} bits")
-    return int(tier) << TIER_SHIFT | index
 
 
 class SlotState(enum.Enum):

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from workers.experts.bank import HostBank
 from workers.experts.cache import Bring, ExpertCache, Lanes
+from workers.experts.layout import TIER_SHIFT, ExpertShape, ExpertSlab, Tier, code_of
 from workers.experts.policy import LFRU, Policy, Values
 from workers.experts.residency import Residency
-from workers.experts.slots import NOWHERE, TIER_SHIFT, SlotTable, Tier, code_of
+from workers.experts.slots import NOWHERE, SlotTable
 from workers.gpu.expert_lanes import lanes_of
-from workers.gpu.weights import ExpertShape, ExpertSlab, GpuWeights
+from workers.gpu.weights import GpuWeights
 from workers.model.config import ModelConfig
 
 

@@ -22,9 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.experts.slots import TIER_SHIFT, Tier, code_of
+from workers.experts.layout import TIER_SHIFT, ExpertSlab, Tier, code_of
 from workers.gpu.cached_experts import ExpertMemory
-from workers.gpu.weights import ExpertSlab
 
 HALVES = 2
 

@@ -23,14 +23,8 @@ from workers.checkpoint.load import TensorHead, head_of, iter_tensors
 from workers.checkpoint.names import Encoding, StoredForm, TensorSpec, tensor_table
 from workers.checkpoint.progress import OnProgress, Progress
 from workers.errors import InexactWeights
-from workers.gpu.weights import (
-    ExpertShape,
-    Fp8Weight,
-    GpuLayer,
-    GpuWeights,
-    HyperConnection,
-    x_bf16_columns,
-)
+from workers.experts.layout import ExpertShape
+from workers.gpu.weights import Fp8Weight, GpuLayer, GpuWeights, HyperConnection, x_bf16_columns
 from workers.model.config import WEIGHT_BLOCK, ModelConfig
 from workers.model.weights import ModelWeights
 from workers.reference.quant import e8m0_decode, fp4_dequant, fp4_quant, fp8_block_dequant, fp8_block_quant

@@ -27,10 +27,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from kvstore.pools.aggregate import KVPools
+from workers.experts.layout import ExpertSlab
 from workers.gpu.buffers import Activations, LayerPools, StepMeta
 from workers.gpu.kernel_set import KernelSet, Recorder
 from workers.gpu.rope_tables import RopeTables
-from workers.gpu.weights import ExpertSlab, GpuLayer, GpuWeights, x_bf16_columns
+from workers.gpu.weights import GpuLayer, GpuWeights, x_bf16_columns
 from workers.model.config import ModelConfig
 
 

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workers.gpu.weights import Compressor, ExpertShape, Fp8Weight, GpuLayer, GpuWeights, HyperConnection
+from workers.experts.layout import ExpertShape
+from workers.gpu.weights import Compressor, Fp8Weight, GpuLayer, GpuWeights, HyperConnection
 from workers.model.config import ModelConfig
 
 E2M1_RMS = 2.926

@@ -22,13 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from workers.experts.layout import TIER_SHIFT, ExpertShape, ExpertSlab
 from workers.model.config import WEIGHT_BLOCK, LayerKind, ModelConfig, RouterKind
-
-FP4_GROUP = 32
-"""Columns that share one e8m0 scale of an expert matrix."""
-
-MAX_SLOTS = 1 << 24
-"""Experts that a table code can address in one tier: the low 24 bits of an int32."""
 
 
 class Fp8Weight(NamedTuple):
@@ -55,50 +50,6 @@ class Compressor(NamedTuple):
 
     ape: Tensor
     norm: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertShape:
-    """Sizes of one expert's bytes. Every offset is a multiple of 16 when D and I are multiples of 128."""
-
-    hidden: int
-    inner: int
-
-    @property
-    def codes_bytes(self) -> int:
-        """Bytes of one matrix's packed e2m1 codes; all three matrices have D * I elements."""
-        return self.hidden * self.inner // 2
-
-    @property
-    def scales_bytes(self) -> int:
-        """Bytes of one matrix's e8m0 scales."""
-        return self.hidden * self.inner // FP4_GROUP
-
-    @property
-    def expert_bytes(self) -> int:
-        """Bytes of one expert."""
-        return 3 * (self.codes_bytes + self.scales_bytes)
-
-    def offsets(self) -> dict[str, tuple[int, int]]:
-        """(codes, scales) byte offset of each matrix inside an expert."""
-        codes, scales = self.codes_bytes, self.scales_bytes
-        order = ("w1", "w3", "w2")
-        return {name: (i * codes, 3 * codes + i * scales) for i, name in enumerate(order)}
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertSlab:
-    """Where one layer's experts are. `table[e]` int32 = tier << 24 | index; tier 0 `base`, 1 `host`, 2 `peer`.
-
-    `base` uint8 `[slots * expert_bytes]` belongs to the whole model; a layer's table points into it.
-    """
-
-    base: Tensor
-    table: Tensor
-    host: Any = None
-    peer: Any = None
-    heat: Tensor | None = None
-    """int32 `[E]` on the device, grows by the uses of each expert; None where nobody asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +150,8 @@ def unsupported_shape(config: ModelConfig) -> str | None:
             return f"{name} {getattr(config, name)} is not {value}"
     if config.expert_dtype == "fp8":
         return "experts are stored in FP8, the kernels take FP4"
-    if config.num_hidden_layers * config.n_routed_experts >= MAX_SLOTS:
-        return f"more than {MAX_SLOTS} experts"
+    if config.num_hidden_layers * config.n_routed_experts >= 1 << TIER_SHIFT:
+        return f"more than {1 << TIER_SHIFT} experts"
     return None
 
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.expert_layout import ExpertLayout, ExpertSlab
+from workers.experts.layout import ExpertShape, ExpertSlab
 from workers.kernels.expert_numbers import (
     UNSCALE,
     dot,
@@ -421,7 +421,7 @@ def expert_gate_up(
         x, weights, hidden, groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order,
         slab.table, slab.base, _or_base(slab.host, slab), _or_base(slab.peer, slab), shared_hidden, counters,
         tokens, float(limit),
-        D=x.shape[1], INNER=inner, CHOICES=choices, EXPERT_BYTES=ExpertLayout(x.shape[1], inner).expert_bytes,
+        D=x.shape[1], INNER=inner, CHOICES=choices, EXPERT_BYTES=ExpertShape(x.shape[1], inner).expert_bytes,
         N=TOKENS, HOST=slab.host is not None, PEER=slab.peer is not None, PACKED=x.is_cuda,
         HW=hardware_formats(x.device), **OPTIONS,
         **pdl_options(x, pdl),
@@ -453,7 +453,7 @@ def expert_down(
         hidden, shared_hidden, shared_w2.codes.view(torch.uint8), shared_w2.scales, out, groups.num_active,
         groups.active_experts, groups.active_begin, groups.pair_order, slab.table, slab.base,
         _or_base(slab.host, slab), _or_base(slab.peer, slab), tokens,
-        D=wide, INNER=inner, CHOICES=choices, EXPERT_BYTES=ExpertLayout(wide, inner).expert_bytes,
+        D=wide, INNER=inner, CHOICES=choices, EXPERT_BYTES=ExpertShape(wide, inner).expert_bytes,
         N=TOKENS, HOST=slab.host is not None, PEER=slab.peer is not None, PACKED=hidden.is_cuda, **OPTIONS,
         **pdl_options(hidden, pdl),
     )  # fmt: skip
@@ -467,7 +467,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     """Compilations of V4-Flash for `arch`: name, function, signature, constants, options."""
     wide, inner, choices = 4096, 2048, 6
     common = {
-        "D": wide, "INNER": inner, "CHOICES": choices, "EXPERT_BYTES": ExpertLayout(wide, inner).expert_bytes,
+        "D": wide, "INNER": inner, "CHOICES": choices, "EXPERT_BYTES": ExpertShape(wide, inner).expert_bytes,
         "N": TOKENS, "PACKED": True, "PDL": arch >= 90,
     }  # fmt: skip
     groups = dict.fromkeys(("num_active", "active_experts", "active_begin", "pair_order", "table"), "*i32")

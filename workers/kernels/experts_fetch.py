@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.expert_layout import TIER_DEVICE, TIER_HOST, TIER_SHIFT, ExpertSlab
+from workers.experts.layout import TIER_SHIFT, ExpertSlab, Tier
 from workers.kernels.launch import pdl_options
 from workers.kernels.routing import Groups
 
@@ -106,8 +106,8 @@ def fetch_experts(
         TURNS=TURNS,
         MOST=triton.next_power_of_2(groups.active_experts.shape[0]),
         IN_PLACE=IN_PLACE,
-        HOST_TIER=TIER_HOST,
-        DEVICE_TIER=TIER_DEVICE,
+        HOST_TIER=Tier.HOST.value,
+        DEVICE_TIER=Tier.SLAB.value,
         SHIFT=TIER_SHIFT,
         num_warps=4,
         **pdl_options(step_table, pdl),
@@ -125,8 +125,8 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         "TURNS": TURNS,
         "MOST": 256,
         "IN_PLACE": IN_PLACE,
-        "HOST_TIER": TIER_HOST,
-        "DEVICE_TIER": TIER_DEVICE,
+        "HOST_TIER": Tier.HOST.value,
+        "DEVICE_TIER": Tier.SLAB.value,
         "SHIFT": TIER_SHIFT,
         "PDL": arch >= 90,
     }

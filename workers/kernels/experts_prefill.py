@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.expert_layout import ExpertLayout, ExpertSlab
+from workers.experts.layout import ExpertShape, ExpertSlab
 from workers.kernels.expert_numbers import UNSCALE, dot, scale_factors, slot_address
 from workers.kernels.linear_prefill import Fp8Weight, PrefillWork, linear
 from workers.kernels.quantise_rows import round_in_place, swiglu
@@ -298,7 +298,7 @@ def gate_up(
     most = max_tiles(tokens * choices, slab.table.numel(), shape.m)
     gate_up_kernel[(most * (2 * inner // shape.n),)](
         x, weights, hidden, tiles, groups.pair_order, *_tiers(slab), limit,
-        D=wide, INNER=inner, CHOICES=choices, EXPERT_BYTES=ExpertLayout(wide, inner).expert_bytes, ROWS=shape.n,
+        D=wide, INNER=inner, CHOICES=choices, EXPERT_BYTES=ExpertShape(wide, inner).expert_bytes, ROWS=shape.n,
         M=shape.m, HOST=slab.host is not None, PEER=slab.peer is not None, PACKED=hidden.is_cuda, **shape.options,
     )  # fmt: skip
 
@@ -311,7 +311,7 @@ def down(hidden: Tensor, groups: Groups, slab: ExpertSlab, out: Tensor, tiles: T
     most = max_tiles(tokens * choices, slab.table.numel(), shape.m)
     down_kernel[(most * (wide // shape.n),)](
         hidden, out, tiles, groups.pair_order, *_tiers(slab),
-        D=wide, INNER=inner, CHOICES=choices, EXPERT_BYTES=ExpertLayout(wide, inner).expert_bytes, ROWS=shape.n,
+        D=wide, INNER=inner, CHOICES=choices, EXPERT_BYTES=ExpertShape(wide, inner).expert_bytes, ROWS=shape.n,
         M=shape.m, HOST=slab.host is not None, PEER=slab.peer is not None, PACKED=hidden.is_cuda, **shape.options,
     )  # fmt: skip
 
@@ -327,7 +327,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     shape = tile("experts_prefill.experts", arch)
     slab = {"tiles": "*i32", "pair_order": "*i32", "table": "*i32", "base": "*u8", "host": "*u8", "peer": "*u8"}
     sizes = {
-        "D": wide, "INNER": inner, "CHOICES": 6, "EXPERT_BYTES": ExpertLayout(wide, inner).expert_bytes,
+        "D": wide, "INNER": inner, "CHOICES": 6, "EXPERT_BYTES": ExpertShape(wide, inner).expert_bytes,
         "ROWS": shape.n, "M": shape.m, "PACKED": True,
     }  # fmt: skip
     cases = []

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from tests.bench.kernels.timing import Row, copy_bandwidth, graph_ms, report
+from workers.experts.layout import ExpertShape, ExpertSlab
 from workers.kernels import experts_decode
-from workers.kernels.expert_layout import ExpertLayout, ExpertSlab
 
 WIDE, INNER, CHOICES, EXPERTS = 4096, 2048, 6, 256
-LAYOUT = ExpertLayout(WIDE, INNER)
+LAYOUT = ExpertShape(WIDE, INNER)
 LAYERS = 24
 """Steps in one graph, each with experts of its own choice: 1.9 GB at batch 1."""
 
@@ -31,8 +31,8 @@ LAYERS = 24
 def random_slab(num_slots: int = EXPERTS) -> ExpertSlab:
     """Random codes; scales near 2**-8 as in a trained checkpoint."""
     base = torch.randint(0, 256, (num_slots, LAYOUT.expert_bytes), dtype=torch.uint8, device="cuda")
-    base[:, 3 * LAYOUT.code_bytes :] &= 3
-    base[:, 3 * LAYOUT.code_bytes :] += 117
+    base[:, 3 * LAYOUT.codes_bytes :] &= 3
+    base[:, 3 * LAYOUT.codes_bytes :] += 117
     return ExpertSlab(base=base.flatten(), table=torch.arange(num_slots, dtype=torch.int32, device="cuda"))
 
 

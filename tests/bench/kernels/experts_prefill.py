@@ -22,8 +22,8 @@ from torch import Tensor
 
 from tests.bench.kernels.linear_prefill import _describe, _ms, _tried, use
 from tests.bench.kernels.timing import Row, copy_bandwidth, report
+from workers.experts.layout import ExpertShape, ExpertSlab
 from workers.kernels import experts_prefill
-from workers.kernels.expert_layout import ExpertLayout, ExpertSlab
 from workers.kernels.quantise_rows import round_in_place
 from workers.kernels.tiles import Tile
 
@@ -68,9 +68,9 @@ def group(ids: Tensor) -> Groups:
 
 def random_slab() -> ExpertSlab:
     """A layer's experts: random codes, scales around 2**-8."""
-    layout = ExpertLayout(WIDE, INNER)
+    layout = ExpertShape(WIDE, INNER)
     base = torch.randint(0, 256, (EXPERTS, layout.expert_bytes), dtype=torch.uint8, device="cuda")
-    base[:, 3 * layout.code_bytes :] = 116 + (base[:, 3 * layout.code_bytes :] & 3)
+    base[:, 3 * layout.codes_bytes :] = 116 + (base[:, 3 * layout.codes_bytes :] & 3)
     return ExpertSlab(base.flatten(), torch.arange(EXPERTS, dtype=torch.int32, device="cuda"))
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from kvstore.errors import IntegrityError
 from workers.experts.cache import ExpertCache
 from workers.experts.generator import RoutingModel, generate
+from workers.experts.layout import Tier, code_of
 from workers.experts.policy import LFRU
 from workers.experts.residency import Residency
-from workers.experts.slots import SlotTable, Tier, code_of
+from workers.experts.slots import SlotTable
 
 LAYERS, EXPERTS, CHOSEN, BYTES = 3, 16, 3, 8
 PAIRS = LAYERS * EXPERTS

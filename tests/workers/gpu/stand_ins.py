@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from workers.experts.layout import ExpertShape, ExpertSlab
 from workers.gpu.buffers import CompressorTensors, Groups, StepMeta
 from workers.gpu.kernel_set import KernelSet, StepSizes
-from workers.gpu.weights import ExpertShape, ExpertSlab, Fp8Weight, HyperConnection
+from workers.gpu.weights import Fp8Weight, HyperConnection
 from workers.model.config import ModelConfig
 from workers.reference import kv_format, mhc
 from workers.reference.compressor import compress_finish, compress_pool

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from workers.experts.bank import HostBank
-from workers.experts.slots import Tier, code_of
+from workers.experts.layout import ExpertShape, Tier, code_of
 from workers.gpu.cached_experts import ExpertMemory, Places
 from workers.gpu.expert_stream import ExpertStream
-from workers.gpu.weights import ExpertShape
 from workers.model.presets import NANO
 
 LAYERS, EXPERTS, SLOTS = 5, 6, 8

@@ -11,8 +11,9 @@ from torch import Tensor
 from workers.checkpoint.load import load_named
 from workers.checkpoint.synth import synthesise
 from workers.errors import InexactWeights
+from workers.experts.layout import ExpertShape
 from workers.gpu.loading import convert, load_checkpoint
-from workers.gpu.weights import ExpertShape, Fp8Weight, GpuWeights, unsupported_shape, x_bf16_columns
+from workers.gpu.weights import Fp8Weight, GpuWeights, unsupported_shape, x_bf16_columns
 from workers.model.config import LayerKind, ModelConfig
 from workers.model.presets import NANO, PRESETS
 from workers.model.weights import ModelWeights, random_named_weights

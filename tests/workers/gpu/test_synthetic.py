@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from workers.checkpoint.synth import cut_layers
+from workers.experts.layout import ExpertShape
 from workers.gpu.synthetic import synthetic_weights
-from workers.gpu.weights import ExpertShape, GpuLayer, _tensors
+from workers.gpu.weights import GpuLayer, _tensors
 from workers.model.config import ModelConfig
 from workers.model.presets import NANO
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.expert_bytes import write_expert
 from tests.support.tolerances import relative_error
+from workers.experts.layout import ExpertShape, ExpertSlab
 from workers.kernels import experts_decode
-from workers.kernels.expert_layout import ExpertLayout, ExpertSlab
 from workers.reference import moe, quant
 
 BF16_SUM = 4e-3
@@ -33,7 +34,7 @@ class Case:
         self.generator = torch.Generator().manual_seed(seed)
         self.inner, self.choices, self.limit, self.device = 128, 3, 10.0, device
         self.tokens, self.experts, self.hidden = tokens, experts, hidden
-        self.layout = ExpertLayout(hidden, self.inner)
+        self.layout = ExpertShape(hidden, self.inner)
         self.order = torch.randperm(experts, generator=self.generator)
         slots = torch.zeros(experts, self.layout.expert_bytes, dtype=torch.uint8)
         w1, w2, w3 = [], [], []
@@ -47,7 +48,7 @@ class Case:
                 codes, scales = quant.fp4_quant(self.randn(*shape) * 0.05)
                 parts[f"{name}.weight"], parts[f"{name}.scale"] = codes, scales
                 keep.append(quant.fp4_dequant(codes, scales))
-            self.layout.pack(parts, slots[self.order[expert]])
+            write_expert(self.layout, parts, slots[self.order[expert]])
         self.slots = slots
         self.routed = moe.ExpertWeights(torch.stack(w1), torch.stack(w2), torch.stack(w3))
         shared = [
@@ -191,19 +192,6 @@ def test_rows_are_fake_quantised_like_the_reference(device: torch.device, seed: 
     out = torch.empty_like(x).to(device)
     experts_decode.quantise_rows(x.to(device), out)
     assert torch.equal(natural_order(out.cpu()), quant.fp8_fake_quant(x, 128))
-
-
-def test_layout_of_flash_and_unpacking() -> None:
-    layout = ExpertLayout(4096, 2048)
-    assert layout.expert_bytes == 13_369_344
-    assert all(start % 16 == 0 for _, start, _ in layout.parts)
-    small = ExpertLayout(256, 128)
-    slot = torch.arange(small.expert_bytes).to(torch.uint8)
-    copy = torch.empty_like(slot)
-    small.pack(small.unpack(slot), copy)
-    assert torch.equal(copy, slot)
-    with pytest.raises(ValueError, match="multiples of 128"):
-        ExpertLayout(200, 128)
 
 
 @pytest.mark.gpu

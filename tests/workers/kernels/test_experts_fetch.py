@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from workers.kernels.expert_layout import TIER_DEVICE, TIER_HOST, TIER_SHIFT, ExpertSlab
+from workers.experts.layout import ExpertSlab, Tier, code_of
 from workers.kernels.experts_fetch import fetch_experts
 
 EXPERTS = 6
@@ -23,7 +23,7 @@ def test_absent_active_experts_are_copied_and_found(
     generator = torch.Generator().manual_seed(3)
     host = torch.randint(0, 256, (EXPERTS, BYTES), dtype=torch.uint8, generator=generator)
     host = host.pin_memory() if device.type == "cuda" else host
-    codes = [slot if slot < 0 else (TIER_HOST << TIER_SHIFT) | slot for slot in range(EXPERTS)]
+    codes = [slot if slot < 0 else code_of(Tier.HOST, slot) for slot in range(EXPERTS)]
     for slot, expert in enumerate(resident):
         codes[expert] = slot
     table = torch.tensor(codes, dtype=torch.int32, device=device)
@@ -44,7 +44,7 @@ def test_absent_active_experts_are_copied_and_found(
         if expert in resident or member >= scratch_experts or alone:
             assert code == codes[expert]
             continue
-        assert code == (TIER_DEVICE << TIER_SHIFT) | (first + member)
+        assert code == code_of(Tier.SLAB, first + member)
         assert torch.equal(places[first + member].cpu(), host[expert])
         untouched.discard(first + member)
     assert all(bool((places[place] == 0xAA).all()) for place in untouched)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.expert_bytes import matrix_of, write_expert
 from tests.workers.kernels.test_linear_prefill import fp8_weight
 from tests.workers.kernels.test_quantise_rows import in_expert_order
+from workers.experts.layout import ExpertShape, ExpertSlab, Tier, code_of
 from workers.kernels import experts_prefill, linear_prefill
-from workers.kernels.expert_layout import TIER_SHIFT, ExpertLayout, ExpertSlab
 from workers.kernels.linear_decode import Weight
 from workers.kernels.linear_prefill import PrefillWork
 from workers.kernels.quantise_rows import quantise_rows, round_in_place
@@ -23,9 +24,6 @@ BF16_ERROR = 6e-3
 
 MIXTURE_ERROR = 4e-2
 """Of the mixture: an activation that differs in its last bf16 bit may round to the next e4m3 value, 1/16 away."""
-
-
-W13_W2 = ("w1", "w3", "w2")
 
 
 @dataclass
@@ -66,7 +64,7 @@ def group(ids: Tensor, num_experts: int, device: torch.device, skip: int = 0) ->
 
 def make_layer(device: torch.device, seed: int) -> Layer:
     """Experts of very different size, in slots of another order than their ids."""
-    layout = ExpertLayout(WIDE, INNER)
+    layout = ExpertShape(WIDE, INNER)
     base = torch.zeros((EXPERTS + 2) * layout.expert_bytes, dtype=torch.uint8)
     table = torch.randperm(EXPERTS + 2, generator=torch.Generator().manual_seed(seed))[:EXPERTS]
     values: dict[str, list[Tensor]] = {"w1": [], "w2": [], "w3": []}
@@ -78,7 +76,7 @@ def make_layer(device: torch.device, seed: int) -> Layer:
             tensors |= {f"{name}.weight": packed, f"{name}.scale": scales}
             values[name].append(quant.fp4_dequant(packed, scales))
         slot = int(table[expert]) * layout.expert_bytes
-        layout.pack(tensors, base[slot : slot + layout.expert_bytes])
+        write_expert(layout, tensors, base[slot : slot + layout.expert_bytes])
     w13, value13 = fp8_weight(2 * INNER, WIDE, device, seed + 3)
     w2, value2 = fp8_weight(WIDE, INNER, device, seed + 4)
     return Layer(
@@ -199,8 +197,8 @@ def test_other_tiers_give_the_same_bits(device: torch.device, seed: int) -> None
     resident = run(layer, x, ids, weights, device)
     host = layer.slab.base.cpu().pin_memory() if device.type == "cuda" else layer.slab.base.clone()
     table = layer.slab.table.clone()
-    table[1::2] |= 1 << TIER_SHIFT
-    base = layer.slab.base.clone().view(-1, ExpertLayout(WIDE, INNER).expert_bytes)
+    table[1::2] |= code_of(Tier.HOST, 0)
+    base = layer.slab.base.clone().view(-1, ExpertShape(WIDE, INNER).expert_bytes)
     base[layer.slab.table[1::2].long()] = 0xFF
     layer.slab = ExpertSlab(base.flatten(), table, host=host)
     assert torch.equal(run(layer, x, ids, weights, device), resident)
@@ -223,9 +221,9 @@ def test_the_tile_list_covers_every_pair_once(device: torch.device) -> None:
 def test_flash_shapes_are_the_references_every_time(device: torch.device, seed: int) -> None:
     wide, inner, experts, choices, tokens = 4096, 2048, 8, 6, 700
     torch.manual_seed(seed)
-    layout = ExpertLayout(wide, inner)
+    layout = ExpertShape(wide, inner)
     base = torch.randint(0, 256, (experts, layout.expert_bytes), dtype=torch.uint8, device=device)
-    base[:, 3 * layout.code_bytes :] = 116 + (base[:, 3 * layout.code_bytes :] & 3)
+    base[:, 3 * layout.codes_bytes :] = 116 + (base[:, 3 * layout.codes_bytes :] & 3)
     slab = ExpertSlab(base.flatten(), torch.arange(experts, dtype=torch.int32, device=device))
     ids = torch.rand(tokens, experts).topk(choices).indices
     groups = group(ids, experts, device)
@@ -251,10 +249,9 @@ def test_flash_shapes_are_the_references_every_time(device: torch.device, seed: 
             assert torch.equal(out[:, :choices], first[1])
             continue
         first += [raw, out[:, :choices]]
-        parts = [layout.unpack(slot) for slot in base]
         for number in range(experts):
             rows = expert == number
-            w1, w3, w2 = (quant.fp4_dequant(parts[number][f"{n}.weight"], parts[number][f"{n}.scale"]) for n in W13_W2)
+            w1, w3, w2 = (matrix_of(layout, base[number], name) for name in ("w1", "w3", "w2"))
             value = moe.swiglu(inputs[rows] @ w1.T, inputs[rows] @ w3.T, LIMIT) * weights.flatten()[order][rows, None]
             _every_row_close(raw.flatten(0, 1)[rows], in_expert_order(value).cpu())
             activation = hidden.flatten(0, 1)[rows].float().unflatten(-1, (-1, 4, 32)).transpose(-1, -2).flatten(-3)
