@@ -288,11 +288,12 @@ class DecodeWorker:
         return True
 
     def on_step_error(self, error: Exception) -> None:
-        """The whole batch was in the step that failed: all of it ends, everything else goes on."""
+        """The whole batch was in the step that failed: all of it ends, everything else goes on if the device does."""
         for sequence in self._attempts:
             if sequence.state is SeqState.RUNNING:
                 self._end(sequence, RequestError(f"decode step failed: {type(error).__name__}: {error}"))
         self._flush()
+        self.engine.check_device()
 
     def next_deadline_s(self) -> float | None:
         waits = [limit for _, limit in self._admissions.values()]

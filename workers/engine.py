@@ -23,7 +23,7 @@ from kvstore.pools.aggregate import KVPools
 from kvstore.sequence_kv import SequenceKV
 from kvstore.spec import KVSpec, RowRange
 from workers.batch import ForwardBatch
-from workers.errors import RequestError
+from workers.errors import DeviceLost, RequestError
 from workers.messages import GenerateRequest
 from workers.pipeline import AheadModel, DecodePipeline
 from workers.sampler import Sampled, SampleState, request_seed, sample
@@ -233,6 +233,18 @@ class Engine:
         if warm_up is not None:
             warm_up(decode=decode)
             logger.info("model=%s warm_up_s=%.1f", self.facts.name, time.monotonic() - began_s)
+
+    def check_device(self) -> None:
+        """After a step that failed: raises `DeviceLost` when no other can work either.
+
+        An error inside a kernel (a bad address, a link or memory that broke) ends the whole CUDA context.
+        """
+        if self.pools.device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize(self.pools.device)
+        except RuntimeError as error:
+            raise DeviceLost(str(error).partition("\n")[0]) from error
 
     def open_slot(self, kv: SequenceKV) -> None:
         """Clears what the slot's previous owner left in its rings."""

@@ -4,6 +4,7 @@ WorkerError
 +-- BadConfig            config.json has an unknown, missing or contradictory key
 +-- BadCheckpoint        a tensor or file of the checkpoint is not what the config implies
 +-- InexactWeights       a tensor would have to be rounded to become an operand of the GPU kernels
++-- DeviceLost           the GPU answers no more: everything in its memory is gone, and so must the process be
 +-- RequestError         one request cannot be served; carries the HTTP status the router should give
 |   +-- RequestTooLong       can never fit (400)
 |   +-- WorkerFull           come back later (429)
@@ -41,6 +42,10 @@ class BadCheckpoint(WorkerError):
 
 class InexactWeights(WorkerError):
     """A tensor holds values that the kernels' operand cannot hold without rounding."""
+
+
+class DeviceLost(WorkerError):
+    """The device answers no more. Only a new process gets it back."""
 
 
 class RequestError(WorkerError):

@@ -39,7 +39,7 @@ class Stepper(Protocol):
         """Runs once each time the loop is about to sleep."""
 
     def on_step_error(self, error: Exception) -> None:
-        """A step raised: fails the requests it was computing."""
+        """A step raised: fails the requests it was computing. What this raises stops the loop for good."""
 
     def on_stop(self, failure: str) -> None:
         """Ends every request; `failure` is empty on an ordinary close."""

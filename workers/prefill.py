@@ -196,11 +196,12 @@ class PrefillWorker:
             sink.done(Prefilled(self.engine.tail_rows(chunk), first, 0, self._clock() - sequence.arrival_s))
 
     def on_step_error(self, error: Exception) -> None:
-        """The prompts of the step that failed end; everything else goes on."""
+        """The prompts of the step that failed end; everything else goes on if the device does."""
         chunks, self._in_step = self._in_step, ()
         for chunk in chunks:
             if self._attempts.find(*chunk.sequence.key) is chunk.sequence:
                 self._end(chunk.sequence, RequestError(f"prefill step failed: {type(error).__name__}: {error}"))
+        self.engine.check_device()
 
     def next_deadline_s(self) -> float | None:
         return self._attempts.next_deadline_s()

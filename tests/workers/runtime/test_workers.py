@@ -9,8 +9,10 @@ import pytest
 
 from tests.workers.runtime.fake_model import VOCAB, FakeModel, fake_engine, oracle_tokens
 from tests.workers.runtime.pair import WAIT_S, Pair, RowSink, image_of, make_request, tokens_of
+from workers.engine import Engine
 from workers.errors import (
     DeadlineExceeded,
+    DeviceLost,
     RequestAborted,
     RequestError,
     RequestTooLong,
@@ -217,6 +219,30 @@ def test_a_failing_step_fails_its_requests_and_the_worker_serves_on() -> None:
         model.fail_on = None
         request = make_request("b", prompt(20))
         assert pair.run(request) == oracle_tokens(request.prompt_ids, request.sampling)
+
+
+def test_a_lost_device_ends_every_request_and_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(engine: Engine) -> None:
+        raise DeviceLost("an illegal memory access was encountered")
+
+    monkeypatch.setattr(Engine, "check_device", lost)
+    pair = Pair()
+    for engine, worker in ((pair.decode_engine, pair.decode), (pair.prefill_engine, pair.prefill)):
+        assert isinstance(engine.model, FakeModel)
+        request = make_request("a", prompt(20), max_tokens=1500)
+        if worker is pair.decode:
+            pair.admit(request)
+            sink = pair.compute(request)
+            engine.model.fail_on = sink.result.first.token_id  # type: ignore[union-attr]
+            pair.land(request, sink)
+            assert pair.events.rest("a")[-1].finish is FinishReason.ERROR
+        else:
+            engine.model.fail_on = 7
+            assert pair.compute(make_request("b", [*prompt(200), 7])).error is not None
+        worker.loop.join(WAIT_S)
+        assert not worker.loop.alive and "DeviceLost: an illegal memory access" in worker.loop.failure
+    pair.prefill.close()
+    pair.decode.close()
 
 
 def test_a_failing_prefill_step_fails_its_prompt_and_the_worker_serves_on() -> None:
