@@ -20,10 +20,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from cluster.config import BUNDLED_MODEL, ClusterConfig, ConfigError, Device, PrecisionMode, load_config
+from cluster.config import BUNDLED_MODEL, ClusterConfig, Device, PrecisionMode, load_config
 from cluster.errors import ClusterError
 from cluster.http_client import ApiFailure, RouterClient
 from cluster.state import ClusterState, read_state
+from cluster.synthetic import model_folder
 from workers.errors import WorkerError
 
 BEGAN = time.time()
@@ -45,7 +46,9 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML 
 AddressOption = Annotated[str | None, typer.Option(help="Address of a running Ray cluster instead of a local one.")]
 HostOption = Annotated[str | None, typer.Option(help="Address to listen on.")]
 PortOption = Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")]
-ModelOption = Annotated[Path | None, typer.Option(help="Checkpoint folder; the bundled dsv4-nano when not given.")]
+ModelOption = Annotated[
+    Path | None, typer.Option(help="Checkpoint folder or synthetic:PRESET; the bundled dsv4-nano if unset.")
+]
 DeviceOption = Annotated[Device | None, typer.Option(help="Where to compute; auto takes GPUs when Ray sees any.")]
 NameOption = Annotated[str, typer.Option(help="Name of the deployment, when several run at once.")]
 UrlOption = Annotated[str | None, typer.Option(help="Router address; the running deployment's when not given.")]
@@ -287,10 +290,10 @@ def _settings(
         router = _over(config.router, host=host, port=port)
         ray = _over(config.ray, address=address)
         changed: ClusterConfig = _over(
-            config, router=router, ray=ray, model=model.resolve() if model else None, device=device
+            config, router=router, ray=ray, model=model_folder(model, Path.cwd()) if model else None, device=device
         )
         return changed
-    except ConfigError as exc:
+    except ClusterError as exc:
         _fail(str(exc))
 
 

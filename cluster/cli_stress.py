@@ -25,6 +25,7 @@ from cluster.stress import table
 from cluster.stress.options import StressOptions
 from cluster.stress.proof import Proof
 from cluster.stress.target import far_tokens
+from cluster.synthetic import model_folder
 from workers.errors import WorkerError
 
 app = typer.Typer(
@@ -94,7 +95,9 @@ def retract(
     url: Annotated[str | None, typer.Option(help="A running deployment that allows it; else one is started.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="DSV4_API_KEY", help="Bearer token, when there is one.")] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Settings of the deployment to start.")] = None,
-    model: Annotated[Path | None, typer.Option(help="Checkpoint folder; the bundled dsv4-nano when not given.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder or synthetic:PRESET; the bundled dsv4-nano if unset.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
 ) -> None:
     """Ask questions plain and again under retracts; fails unless every token and log-probability is the same."""
@@ -188,4 +191,4 @@ def _user_errors() -> Iterator[None]:
 
 def _base(path: Path | None, model: Path | None) -> ClusterConfig:
     config = load_config(path) if path else ClusterConfig(model=BUNDLED_MODEL)
-    return dataclasses.replace(config, model=model.resolve()) if model else config
+    return dataclasses.replace(config, model=model_folder(model, Path.cwd())) if model else config

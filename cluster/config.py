@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NewType
 
 from cluster.errors import ClusterError
+from cluster.synthetic import model_folder
 
 DEFAULT_MAX_CONTEXT = 16384
 """Longest context that is promised unasked: V4-Flash's own million would size every pool for it."""
@@ -208,8 +209,11 @@ class ExpertSettings:
     """Fast memory for experts of one worker, never exceeded; unset keeps all of them there."""
     slots: int | None = None
     """Experts in fast memory, instead of what `hbm` buys."""
-    host: NumBytes = NumBytes(0)
-    """Host memory of one worker for absent experts: a bank filled at start, or, with `residency`, mapped pages."""
+    total_gpu: NumBytes | None = None
+    """GPU memory of one whole worker; experts get what weights, KV and buffers leave of it. GPU workers only."""
+    host: NumBytes | None = None
+    """Host memory of one worker for absent experts: a bank filled at start, or, with `residency`, mapped pages. Unset:
+    none on CPU workers; on GPU workers, which read absent experts there, room for all as far as the host has it."""
     policy: ExpertPolicy = ExpertPolicy.LFRU
     """lru, lfu, heat, lfru or static (which needs a trace in `preload`)."""
     source: ExpertSource = ExpertSource.MMAP
@@ -227,7 +231,7 @@ class ExpertSettings:
     @property
     def is_limited(self) -> bool:
         """Whether some experts may be absent from fast memory."""
-        return self.hbm is not None or self.slots is not None
+        return self.hbm is not None or self.slots is not None or self.total_gpu is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +263,7 @@ class ClusterConfig:
     """One deployment. Raises `ConfigError` when values contradict each other."""
 
     model: Path = BUNDLED_MODEL
-    """Checkpoint folder in the official layout."""
+    """Checkpoint folder in the official layout, or `synthetic:PRESET[:layers=N][:seed=S]` for random weights."""
     model_name: str = ""
     """Name that clients use; empty takes the folder's."""
     device: Device = Device.AUTO
@@ -336,14 +340,20 @@ class ClusterConfig:
         limited = experts.is_limited
         check(experts.hbm is None or experts.hbm >= 1, "experts.hbm", f"found {experts.hbm}, expected at least 1 byte")
         check(experts.slots is None or experts.slots >= 1, "experts.slots", f"found {experts.slots}, expected >= 1")
-        check(experts.hbm is None or experts.slots is None, "experts.slots", "found beside hbm, expected one of them")
-        bounded = not limited or experts.source is not ExpertSource.RESIDENCY or experts.host > 0
+        total = experts.total_gpu
+        check(total is None or total >= 1, "experts.total_gpu", f"found {total}, expected at least 1 byte")
+        budgets = [key for key in ("hbm", "slots", "total_gpu") if getattr(experts, key) is not None]
+        beside = f"found beside {budgets[0]}, expected one of them" if len(budgets) > 1 else ""
+        check(not beside, f"experts.{budgets[-1] if budgets else ''}", beside)
+        on_gpu = total is None or self.device is not Device.CPU
+        check(on_gpu, "experts.total_gpu", "has no meaning with device: cpu; use hbm or slots")
+        bounded = not limited or experts.source is not ExpertSource.RESIDENCY or bool(experts.host)
         check(bounded, "experts.host", "found 0, expected a size with source: residency")
         recorded = experts.preload not in ("none", "prefix")
         is_static = experts.policy is ExpertPolicy.STATIC
         check(recorded or not is_static, "experts.policy", "static needs a recorded trace in experts.preload")
         for key in ("host", "packed", "verify"):
-            check(limited or not getattr(experts, key), f"experts.{key}", "has no effect without experts.hbm or slots")
+            check(limited or not getattr(experts, key), f"experts.{key}", "has no effect without a budget")
 
     @property
     def served_name(self) -> str:
@@ -432,7 +442,7 @@ def _value_from(hint: Any, value: object, key: str, source: str, base: Path) -> 
     if hint is Path:
         if not isinstance(value, str):
             raise ValueError(f"found {value!r}, expected a path")
-        return (base / Path(value).expanduser()).resolve()
+        return model_folder(value, base) if key == "model" else (base / Path(value).expanduser()).resolve()
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ValueError(f"found {value!r}, expected a list of strings")

@@ -8,6 +8,7 @@ greedy and run to their full length (`ignore_eos`), so that a level is the same 
 
 from __future__ import annotations
 
+import contextlib
 import random
 import string
 import threading
@@ -158,22 +159,20 @@ class Clients:
             return self._taken - 1
 
     def _work(self) -> None:
-        client = self._connect()
-        with self._lock:
-            self._open.append(client)
         try:
-            while (index := self._next()) is not None:
-                served = self._ask(client, index)
-                with self._changed:
-                    self._done.append(served)
-                    self._changed.notify()
+            with contextlib.closing(self._connect()) as client:
+                with self._lock:
+                    self._open.append(client)
+                while (index := self._next()) is not None:
+                    served = self._ask(client, index)
+                    with self._changed:
+                        self._done.append(served)
+                        self._changed.notify()
         except Exception as exc:
             # Outermost frame of the thread: the main thread raises it.
             with self._changed:
                 self._failure = exc
                 self._changed.notify()
-        finally:
-            client.close()
 
     def _ask(self, client: Client, index: int) -> Served:
         body = body_of(self._load, self._prompts.text(self.concurrency, index), self._load.output_tokens)
