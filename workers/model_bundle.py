@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class ModelBundle:
     model_hash: str
     """Identity of the weights, however they are held: KV images of another model are refused."""
     supply: ExpertSupply | None = None
-    """Where routed experts come from when `weights` have none in memory (meta tensors)."""
+    """Where routed experts come from when `weights` have none in memory."""
 
     @classmethod
     def from_named(cls, config: ModelConfig, tensors: dict[str, Tensor], name: str) -> ModelBundle:
@@ -99,6 +99,35 @@ class ModelBundle:
         return cls(checked.config, weights, name, identity, supply)
 
     @classmethod
+    def load_limited_for(
+        cls,
+        directory: str | Path,
+        device: torch.device | str,
+        precision: Precision,
+        experts: ExpertConfig,
+        *,
+        num_readers: int = 1,
+        name: str = "",
+        on_progress: OnProgress | None = None,
+    ) -> ModelBundle:
+        """As `load_limited` for a GPU: everything but the routed experts, as operands on `device`.
+
+        Raises `BadConfig` also where the Triton kernels cannot run the model: nothing else reads experts elsewhere.
+        """
+        from workers.gpu.loading import load_checkpoint
+
+        reason = ops.no_triton_reason(check_directory(directory).require_sound().config, precision)
+        if reason is not None:
+            raise BadConfig("experts", "a budget", f"none on this GPU: {reason}", "worker config")
+        checked, weights, heads = load_checkpoint(directory, device, routed_experts=False, on_progress=on_progress)
+        records = ExpertRecords.of_checkpoint(checked)
+        if experts.packed:
+            records = read_packed(experts.packed, records)
+        supply = ExpertSupply(records, experts, num_readers=num_readers)
+        name = name or Path(directory).resolve().name
+        return cls(checked.config, weights, name, identity_of_heads(heads), supply)
+
+    @classmethod
     def load_for(
         cls,
         directory: str | Path,
@@ -118,9 +147,9 @@ class ModelBundle:
             reason = ops.no_triton_reason(check_directory(directory).require_sound().config, precision)
             if reason is None:
                 try:
-                    config, weights, heads = load_checkpoint(directory, device, on_progress=on_progress)
+                    checked, weights, heads = load_checkpoint(directory, device, on_progress=on_progress)
                     name = name or Path(directory).resolve().name
-                    return cls(config, weights, name, identity_of_heads(heads))
+                    return cls(checked.config, weights, name, identity_of_heads(heads))
                 except InexactWeights as error:
                     reason = str(error)
             logger.info("model=%s is loaded in fp32: %s", directory, reason)
@@ -164,11 +193,22 @@ def make_engine(
     device: str = "cpu",
     num_threads: int = 1,
     max_context: int | None = None,
+    role: WorkerRole | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Engine:
-    """An engine with pools of these sizes, for sequences of up to `max_context` tokens (default: what fits)."""
+    """An engine with pools of these sizes, for sequences of up to `max_context` tokens (default: what fits).
+
+    `role`: the only kind of steps it will run, which saves memory for the other kind where experts are limited.
+    """
     spec = kv_spec(bundle.config, "fp8" if precision.kv_fp8 else "fp32")
     pools = KVPools(spec, sizes, device, model_hash=bundle.model_hash)
     facts = ModelFacts(bundle.name, bundle.config.vocab_size, bundle.config.eos_token_id)
+    on_gpu = None
+    if bundle.supply is not None and pools.device.type == "cuda":
+        from workers.gpu.serving_experts import ExpertDuties, GpuExperts
+
+        duties = ExpertDuties(role is not WorkerRole.PREFILL, role is not WorkerRole.DECODE, sizes.slots)
+        on_gpu = GpuExperts(bundle.config, bundle.supply, duties, pools.device, num_readers=num_threads)
     model = Transformer(
         bundle.config,
         bundle.weights,
@@ -177,26 +217,25 @@ def make_engine(
         num_threads=num_threads,
         max_context=max_context,
         supply=bundle.supply,
+        gpu_experts=on_gpu,
     )
+    if on_gpu is not None:
+        on_gpu.open(on_progress=on_progress)
     return Engine(model, pools, facts)
 
 
 def _load(config: WorkerConfig, precision: Precision, on_progress: OnProgress | None) -> ModelBundle:
     """The worker's checkpoint, as its device and its experts' budget want it."""
+    named: dict[str, Any] = {"name": config.model_name, "on_progress": on_progress}
     if not config.experts.is_limited:
-        return ModelBundle.load_for(
-            config.model_dir, config.device, precision, name=config.model_name, on_progress=on_progress
-        )
-    if torch.device(config.device).type != "cpu":
-        expected = "unset: a budget of experts is for CPU workers as yet"
-        raise BadConfig("experts.hbm", config.experts.hbm_bytes or config.experts.slots, expected, "worker config")
-    return ModelBundle.load_limited(
-        config.model_dir,
-        config.experts,
-        num_readers=config.num_threads,
-        name=config.model_name,
-        on_progress=on_progress,
-    )
+        return ModelBundle.load_for(config.model_dir, config.device, precision, **named)
+    named["num_readers"] = config.num_threads
+    if torch.device(config.device).type == "cuda":
+        return ModelBundle.load_limited_for(config.model_dir, config.device, precision, config.experts, **named)
+    if config.experts.total_gpu_bytes is not None:
+        found, expected = config.experts.total_gpu_bytes, "experts.hbm or experts.slots on a CPU worker"
+        raise BadConfig("experts.total_gpu", found, expected, "worker config")
+    return ModelBundle.load_limited(config.model_dir, config.experts, **named)
 
 
 def build_engine(
@@ -230,6 +269,8 @@ def build_engine(
         device=config.device,
         num_threads=config.num_threads,
         max_context=config.max_context,
+        role=config.role,
+        on_progress=on_progress,
     )
     engine.warm_up(decode=config.role is WorkerRole.DECODE)
     return engine

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from workers.cpu.model import CpuModel
     from workers.experts.supply import ExpertSupply
     from workers.gpu.model import GpuModel
+    from workers.gpu.serving_experts import GpuExperts
     from workers.gpu.weights import GpuWeights
     from workers.model.weights import ModelWeights
 
@@ -87,9 +88,16 @@ def build_cpu_model(
 
 
 def build_gpu_model(
-    config: ModelConfig, weights: ModelWeights | GpuWeights, pools: KVPools, *, max_context: int | None
+    config: ModelConfig,
+    weights: ModelWeights | GpuWeights,
+    pools: KVPools,
+    *,
+    max_context: int | None,
+    experts: GpuExperts | None = None,
 ) -> GpuModel:
     """The Triton path; fp32 weights are converted without rounding.
+
+    `experts`: where routed experts are that `weights` leave out; not open yet.
 
     Raises `InexactWeights` when that is not possible, and ValueError for a shape without kernels.
     """
@@ -98,4 +106,6 @@ def build_gpu_model(
     from workers.gpu.weights import GpuWeights
 
     operands = weights if isinstance(weights, GpuWeights) else convert(config, weights, pools.device)
-    return GpuModel(config, operands, pools, max_context=max_context)
+    if experts is None:
+        return GpuModel(config, operands, pools, max_context=max_context)
+    return GpuModel(config, experts.attach(operands), pools, max_context=max_context, **experts.model_options())

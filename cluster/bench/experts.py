@@ -28,9 +28,10 @@ from workers.experts.bank import HostBank
 from workers.experts.cache import ExpertCache
 from workers.experts.generator import UNIFORM, V4_LIKE, generate
 from workers.experts.layout import ExpertShape, Tier, code_of
+from workers.experts.places import Places
 from workers.experts.policy import POLICIES
 from workers.experts.trace import RoutingTrace
-from workers.gpu.cached_experts import ExpertMemory, Places
+from workers.gpu.cached_experts import ExpertMemory
 from workers.gpu.expert_stream import ExpertFetch, ExpertStream
 from workers.gpu.synthetic import layer_experts
 from workers.model.config import PAGE_TOKENS, ModelConfig

@@ -130,11 +130,16 @@ def load_without_experts(
 
 
 def iter_tensors(
-    directory: str | Path, *, draft_blocks: bool = True, on_progress: OnProgress | None = None
+    directory: str | Path,
+    *,
+    draft_blocks: bool = True,
+    routed_experts: bool = True,
+    on_progress: OnProgress | None = None,
 ) -> Iterator[RawTensor]:
     """Every tensor in its stored form, in file order, with the same checks as `load_named`. Raises `BadCheckpoint`."""
     checked = check_directory(directory).require_sound()
     matched = _selected(checked, draft_blocks=draft_blocks)
+    matched = [item for item in matched if routed_experts or not _is_expert(item)]
     counter = ProgressCounter(sum(m.nbytes for m in matched), on_progress)
     if checked.index.recipe is not None:
         yield from _iter_drawn(checked, matched, counter)
@@ -167,6 +172,13 @@ def _iter_drawn(
                 pair = future.result()
                 counter.add(done.nbytes, done.spec.name)
                 yield RawTensor(done.spec, done.form, pair.weight, pair.scale)
+
+
+def load_expert_heads(checked: CheckedCheckpoint) -> dict[str, TensorHead]:
+    """Heads of the trunk's routed experts: a few rows of each are read. Raises `BadCheckpoint`."""
+    matched = _selected(checked, draft_blocks=False)
+    with _reader(checked) as reader:
+        return {item.spec.name: _load_head(item, reader) for item in matched if _is_expert(item)}
 
 
 def scan_values(checked: CheckedCheckpoint, on_progress: OnProgress | None = None) -> list[BadCheckpoint]:

@@ -15,6 +15,9 @@ import numpy.typing as npt
 
 from workers.experts.policy import Ids, Policy, Usage, Values, per_layer_floor
 
+FLOOR_BONUS = 1e9
+"""More than any policy's value: a layer's best few come before all others."""
+
 
 @dataclass(frozen=True, slots=True)
 class Moves:
@@ -71,20 +74,33 @@ class Residency:
         """
         if not self.policy.admits or moves < 1:
             return Moves(np.empty(0, np.int64), np.empty(0, np.int64))
-        values = self.policy.value(self.usage)
-        inside = np.zeros(len(values), bool)
+        inside = np.zeros(len(self.usage.heat), bool)
         inside[held] = True
-        worth = np.where(inside, self.policy.margin, 1.0) * values
-        worth[self.usage.last_step < 0] = np.where(inside[self.usage.last_step < 0], 0.0, -1.0)
-        desired = np.zeros(len(values), bool)
-        desired[self._best(worth, len(held) + num_free)] = True
-        enter = np.flatnonzero(desired & ~inside & (self.usage.last_step >= 0))
-        enter = enter[np.lexsort((enter, -values[enter]))][:moves]
-        spare = np.flatnonzero(inside & ~desired & ~self._stays)
+        used = self.usage.last_step >= 0
+        worth = np.where(inside, self.policy.margin, 1.0) * self.policy.value(self.usage)
+        worth[~used & (self.usage.profile == 0)] = 0.0
+        count = len(held) + num_free
+        if not count:
+            return Moves(np.empty(0, np.int64), np.empty(0, np.int64))
+        score = worth + np.where(self._in_floor(worth, count), FLOOR_BONUS, 0.0)
+        least = np.partition(score, -count)[-count]
+        enter = _first(np.flatnonzero(used & ~inside & (score >= least)), -score, moves)
+        spare = np.flatnonzero(inside & (score < least) & ~self._stays)
         spare = spare[~keep(spare)] if len(spare) else spare
-        spare = spare[np.lexsort((-spare, values[spare]))]
-        leave = spare[: max(0, len(enter) - num_free)]
+        leave = _first(spare[::-1], score, max(0, len(enter) - num_free))
         return Moves(enter[: num_free + len(leave)], leave)
+
+    def _in_floor(self, worth: Values, count: int) -> npt.NDArray[np.bool_]:
+        """Which pairs are among the best few of their layer, of those that are worth anything."""
+        floor = per_layer_floor(count, self._num_layers, self._top_k)
+        if floor == 0:
+            return np.zeros(len(worth), bool)
+        table = worth.reshape(self._num_layers, self._num_experts)
+        least = np.partition(table, self._num_experts - floor, axis=1)[:, self._num_experts - floor, None]
+        above, equal = table > least, table == least
+        first_equal = np.cumsum(equal, axis=1) <= floor - above.sum(axis=1, keepdims=True)
+        inside: npt.NDArray[np.bool_] = (above | (equal & first_equal)) & (table > 0)
+        return inside.ravel()
 
     def _best(self, worth: Values, count: int) -> Ids:
         """Ascending pairs of the highest worth, each layer's floor first; ties to the lower pair.
@@ -98,3 +114,11 @@ class Residency:
         np.put_along_axis(rank, order, np.arange(self._num_experts)[None, :], 1)
         first = (rank.ravel() >= floor) | (worth < 0)
         return np.sort(np.lexsort((np.arange(len(worth)), -worth, first))[:count])
+
+
+def _first(pairs: Ids, key: Values, count: int) -> Ids:
+    """The `count` pairs with the lowest `key` [all pairs], ascending; of equals those that stand first in `pairs`."""
+    if count < len(pairs):
+        bound = np.partition(key[pairs], count)[count] if count else -np.inf
+        pairs = pairs[key[pairs] <= bound]
+    return pairs[np.argsort(key[pairs], kind="stable")][:count]

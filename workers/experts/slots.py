@@ -54,7 +54,7 @@ class SlotTable:
         """int32 [pairs]: what the device's table holds once every change given out has been applied."""
         self._pair_of = np.full(num_slots, -1, np.int64)
         self._state = [SlotState.FREE] * num_slots
-        self._slot_of: dict[int, int] = {}
+        self._slot_of = np.full(len(homes), -1, np.int64)
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
@@ -69,12 +69,13 @@ class SlotTable:
 
     def state_of(self, pair: int) -> SlotState | None:
         """State of the pair's slot; `None` when it has none."""
-        slot = self._slot_of.get(pair)
+        slot = self.slot_of(pair)
         return None if slot is None else self._state[slot]
 
     def slot_of(self, pair: int) -> int | None:
         """The pair's slot, in any state but LEAVING."""
-        return self._slot_of.get(pair)
+        slot = int(self._slot_of[pair])
+        return None if slot < 0 else slot
 
     def residents(self) -> npt.NDArray[np.int64]:
         """Ascending pairs whose code points into the slab."""
@@ -82,15 +83,21 @@ class SlotTable:
 
     def has_home(self, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which of `pairs` are somewhere beside the slab."""
-        return self._homes[pairs] != NOWHERE
+        known: npt.NDArray[np.bool_] = self._homes[pairs] != NOWHERE
+        return known
 
     def held(self) -> npt.NDArray[np.int64]:
         """Ascending pairs with a slot: resident, or on the way in."""
-        return np.array(sorted(self._slot_of), np.int64)
+        return np.flatnonzero(self._slot_of >= 0)
+
+    def in_flight(self, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of `pairs`, each with a slot, are still on the way in."""
+        coming: npt.NDArray[np.bool_] = self.codes[pairs] >> TIER_SHIFT != Tier.SLAB
+        return coming
 
     def fill(self, pair: int) -> int | None:
         """A slot to copy `pair` into; `None` when none is free. Raises ValueError when it has one."""
-        if pair in self._slot_of:
+        if self._slot_of[pair] >= 0:
             raise ValueError(f"pair {pair} already has slot {self._slot_of[pair]}")
         if not self._free:
             return None
@@ -107,7 +114,7 @@ class SlotTable:
     def failed(self, pair: int) -> None:
         """The copy came to nothing: the slot is free again, the code never changed."""
         slot = self._expect(pair, SlotState.FILLING)
-        del self._slot_of[pair]
+        self._slot_of[pair] = -1
         self._release(slot)
 
     def leave(self, pair: int) -> tuple[int, Change]:
@@ -116,7 +123,7 @@ class SlotTable:
         if self._homes[pair] == NOWHERE:
             raise IntegrityError(f"pair {pair} has no home but slot {slot}")
         self._state[slot] = SlotState.LEAVING
-        del self._slot_of[pair]
+        self._slot_of[pair] = -1
         return slot, self._point(pair, int(self._homes[pair]))
 
     def quiet(self, slot: int) -> None:
@@ -141,7 +148,7 @@ class SlotTable:
         self._free.append(slot)
 
     def _expect(self, pair: int, state: SlotState) -> int:
-        slot = self._slot_of.get(pair)
+        slot = self.slot_of(pair)
         if slot is None or self._state[slot] is not state:
             found = "no slot" if slot is None else self._state[slot].value
             raise IntegrityError(f"pair {pair} has {found}, not {state.value}")
@@ -156,11 +163,11 @@ class SlotTable:
             if (pair >= 0) == (state is SlotState.FREE):
                 raise IntegrityError(f"slot {slot} is {state.value} and holds pair {pair}")
             owned = state in (SlotState.FILLING, SlotState.RESIDENT)
-            if owned != (self._slot_of.get(pair) == slot and pair >= 0):
-                raise IntegrityError(f"slot {slot} is {state.value}; pair {pair} has slot {self._slot_of.get(pair)}")
+            if owned != (pair >= 0 and self._slot_of[pair] == slot):
+                raise IntegrityError(f"slot {slot} is {state.value} and holds pair {pair}, which knows of another")
             if state is SlotState.RESIDENT and self.codes[pair] != code_of(Tier.SLAB, slot):
                 raise IntegrityError(f"pair {pair} is resident in slot {slot}, its code is {self.codes[pair]:#x}")
-        resident = {p for p, s in self._slot_of.items() if self._state[s] is SlotState.RESIDENT}
+        resident = {p for p in self.held().tolist() if self.state_of(p) is SlotState.RESIDENT}
         if set(self.residents().tolist()) != resident:
             raise IntegrityError("codes point into slots that hold other pairs")
         elsewhere = np.setdiff1d(np.arange(len(self.codes)), np.array(sorted(resident), np.int64))

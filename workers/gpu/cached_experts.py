@@ -2,13 +2,8 @@
 
 Owns: the slab, the table and use counters of all layers, and what else kernels read experts from: the host bank, the
 other GPU's slab. Kernels read a resident expert from the slab and any other in place; which is which changes only
-between steps (`workers/experts/cache.py`), and no graph is ever captured again for it.
-
-Places of the slab, in order:
-
-    slots     the cache's
-    scratch   absent experts of one layer of a decode step (`ExpertFetch`)
-    staging   absent experts of two layers of a prefill step (`ExpertStream`)
+between steps (`workers/experts/cache.py`), and no graph is ever captured again for it. The slab also has the places to
+which steps bring absent experts (`expert_stream.py`).
 """
 
 from __future__ import annotations
@@ -23,29 +18,15 @@ import torch
 from torch import Tensor
 
 from workers.experts.bank import HostBank
-from workers.experts.cache import Bring, ExpertCache, Lanes
+from workers.experts.cache import INTERVAL, MOVES, Bring, ExpertCache, Lanes
 from workers.experts.layout import TIER_SHIFT, ExpertShape, ExpertSlab, Tier, code_of
+from workers.experts.places import Places
 from workers.experts.policy import LFRU, Policy, Values
 from workers.experts.residency import Residency
 from workers.experts.slots import NOWHERE, SlotTable
 from workers.gpu.expert_lanes import lanes_of
 from workers.gpu.weights import GpuWeights
 from workers.model.config import ModelConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """How many experts each part of a slab holds."""
-
-    slots: int
-    scratch: int = 0
-    half: int = 0
-    """Of one of prefill's two staging halves."""
-
-    @property
-    def total(self) -> int:
-        """Experts of the whole slab."""
-        return self.slots + self.scratch + 2 * self.half
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +51,18 @@ class ExpertMemory:
         bank: HostBank | None,
         device: torch.device | str,
         *,
+        heat: Tensor | None = None,
         slab: Tensor | None = None,
         peer: Any = None,
     ) -> ExpertMemory:
-        """All pairs at home in the bank, no use counted. `slab`: memory that somebody else has made."""
+        """All pairs at home in the bank. `heat`, `slab`: counters and memory that exist already."""
         shape = ExpertShape(config.hidden_size, config.moe_intermediate_size)
         pairs = config.num_hidden_layers * config.n_routed_experts
         if slab is None:
             slab = torch.empty(places.total * shape.expert_bytes, dtype=torch.uint8, device=device)
+        if heat is None:
+            heat = torch.zeros(pairs, dtype=torch.int32, device=device)
         homes = torch.from_numpy(homes_in(bank, pairs)).to(device)
-        heat = torch.zeros(pairs, dtype=torch.int32, device=device)
         return cls(config, slab.view(places.total, shape.expert_bytes), places, homes, heat, bank, peer)
 
     @property
@@ -122,8 +105,8 @@ class ExpertMemory:
         pinned: Sequence[int] = (),
         filled: bool = True,
         bring: Bring | None = None,
-        interval: int = 16,
-        moves: int = 16,
+        interval: int = INTERVAL,
+        moves: int = MOVES,
         verify: bool = False,
     ) -> ExpertCache:
         """A cache of the first `num_slots` slots; every pair without one at home.

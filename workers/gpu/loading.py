@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from workers.checkpoint.check import check_directory
-from workers.checkpoint.load import TensorHead, head_of, iter_tensors
+from workers.checkpoint.check import CheckedCheckpoint, check_directory
+from workers.checkpoint.load import TensorHead, head_of, iter_tensors, load_expert_heads
 from workers.checkpoint.names import Encoding, StoredForm, TensorSpec, tensor_table
 from workers.checkpoint.progress import OnProgress, Progress
 from workers.errors import InexactWeights
@@ -94,24 +94,36 @@ def _require_exact(spec: TensorSpec, found: Tensor, expected: Tensor) -> None:
 
 
 def load_checkpoint(
-    directory: str | Path, device: torch.device | str, *, on_progress: OnProgress | None = None
-) -> tuple[ModelConfig, GpuWeights, dict[str, TensorHead]]:
-    """Config, weights on `device`, and the head of every trunk tensor by official name.
+    directory: str | Path,
+    device: torch.device | str,
+    *,
+    routed_experts: bool = True,
+    on_progress: OnProgress | None = None,
+) -> tuple[CheckedCheckpoint, GpuWeights, dict[str, TensorHead]]:
+    """What was found, weights on `device`, and the head of every trunk tensor by official name.
+
+    `routed_experts` false: no memory is taken for them, and nothing is read of them but their heads.
 
     Raises `BadCheckpoint`, `InexactWeights`, and `ValueError` for a shape without kernels.
     """
     began = time.perf_counter()
-    config = check_directory(directory).require_sound().config
-    weights = GpuWeights.allocate(config, device)
-    targets = dict(_targets(config, weights))
-    heads: dict[str, TensorHead] = {}
-    for raw in iter_tensors(directory, draft_blocks=False, on_progress=_logged(directory, on_progress)):
+    checked = check_directory(directory).require_sound()
+    weights = GpuWeights.allocate(checked.config, device, experts_per_layer=None if routed_experts else 0)
+    targets = dict(_targets(checked.config, weights))
+    heads = {} if routed_experts else load_expert_heads(checked)
+    tensors = iter_tensors(
+        directory,
+        draft_blocks=False,
+        routed_experts=routed_experts,
+        on_progress=_logged(directory, on_progress),
+    )
+    for raw in tensors:
         targets.pop(raw.spec.name).put(raw.spec, raw.form, raw.weight, raw.scale)
         heads[raw.spec.name] = head_of(raw)
     assert not targets, f"no tensor filled {min(targets)}"
     seconds = time.perf_counter() - began
     logger.info("weights=%s device=%s bytes=%d load_s=%.1f", directory, device, weights.nbytes, seconds)
-    return config, weights, heads
+    return checked, weights, heads
 
 
 def convert(config: ModelConfig, weights: ModelWeights, device: torch.device | str) -> GpuWeights:
@@ -203,7 +215,8 @@ def _ffn(config: ModelConfig, layer: GpuLayer, prefix: str) -> Iterator[tuple[st
     yield f"{prefix}shared_experts.w2.weight", _Fp8Rows(layer.shared_w2, 0)
     shape = ExpertShape(config.hidden_size, config.moe_intermediate_size)
     base = layer.experts.base
-    for expert, slot in enumerate(layer.experts.table.tolist()):
+    slots = layer.experts.table.tolist() if base.numel() else []
+    for expert, slot in enumerate(slots):
         for name, (codes, scales) in shape.offsets().items():
             at = slot * shape.expert_bytes
             yield (

@@ -95,12 +95,14 @@ class GpuWeights:
     ) -> GpuWeights:
         """Uninitialised memory for every operand, all experts resident. Raises ValueError as `unsupported_shape`.
 
-        `experts_per_layer`: a smaller slab that experts share in turn, for benchmarks of models that do not fit.
+        `experts_per_layer`: a smaller slab that experts share in turn, for benchmarks of models that do not fit; 0:
+        none, for a model whose experts are kept elsewhere (`cached_experts.py`).
         """
         reason = unsupported_shape(config)
         if reason is not None:
             raise ValueError(reason)
-        return _Allocator(config, torch.device(device), experts_per_layer or config.n_routed_experts).model()
+        held = config.n_routed_experts if experts_per_layer is None else experts_per_layer
+        return _Allocator(config, torch.device(device), held).model()
 
     @property
     def device(self) -> torch.device:
@@ -213,7 +215,7 @@ class _Allocator:
         indexed = kind is LayerKind.C4
         columns = x_bf16_columns(c, kind)
         hashed = c.router_kind(index) is RouterKind.HASH
-        slots = torch.arange(experts, dtype=torch.int32, device=self.device) % self.slots_per_layer
+        slots = torch.arange(experts, dtype=torch.int32, device=self.device) % max(1, self.slots_per_layer)
         return GpuLayer(
             kind=kind,
             attn_norm=self.empty(hidden),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from workers.cpu.expert_cache import CpuExperts
     from workers.experts.supply import ExpertSupply
     from workers.gpu.model import GpuModel
+    from workers.gpu.serving_experts import GpuExperts
     from workers.gpu.weights import GpuWeights
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,9 @@ class Transformer:
 
     `weights` are fp32, or already the GPU path's operands. `backend` forces one (`reference` for checks); `num_threads`
     bounds the threads of the CPU path, by default torch's; `max_context` bounds the sequences of the GPU path, by
-    default the model's own limit; `supply` brings the routed experts that `weights` leave out (CPU path only). Runs on
-    the thread that owns the pools. Raises ValueError when the pools were laid out for another precision.
+    default the model's own limit; `supply` brings the routed experts that `weights` leave out on the CPU path,
+    `gpu_experts` on the GPU path, where its owner opens it before the first step. Runs on the thread that owns the
+    pools. Raises ValueError when the pools were laid out for another precision.
     """
 
     def __init__(
@@ -56,12 +58,13 @@ class Transformer:
         num_threads: int | None = None,
         max_context: int | None = None,
         supply: ExpertSupply | None = None,
+        gpu_experts: GpuExperts | None = None,
     ) -> None:
         chosen, reason = (backend, "asked for") if backend else ops.choose_backend(config, precision, pools)
         gpu: GpuModel | None = None
         if chosen == "triton":
             try:
-                gpu = ops.build_gpu_model(config, weights, pools, max_context=max_context)
+                gpu = ops.build_gpu_model(config, weights, pools, max_context=max_context, experts=gpu_experts)
             except InexactWeights as error:
                 if backend == "triton":
                     raise
@@ -70,7 +73,7 @@ class Transformer:
         self.backend: ops.Backend = chosen
         self.ahead = gpu
         """The model as the decode pipeline drives it, where steps run beside the host."""
-        self.experts: CpuExperts | None = None
+        self.experts: CpuExperts | GpuExperts | None = gpu_experts
         """Where some routed experts are absent from fast memory."""
         self.batch_device = torch.device("cpu") if gpu is not None else pools.device
         """Where `forward` and `decode` want their batches."""

@@ -9,10 +9,11 @@ import pytest
 
 from kvstore.errors import IntegrityError
 from workers.experts.generator import RoutingModel, generate
+from workers.experts.layout import Tier, code_of
 from workers.experts.policy import HEAT, LFRU, STATIC
 from workers.experts.residency import Residency
 from workers.experts.simulate import belady
-from workers.experts.slots import SlotState, SlotTable, Tier, code_of
+from workers.experts.slots import SlotState, SlotTable
 
 NOBODY = lambda pairs: np.zeros(len(pairs), bool)  # noqa: E731
 
@@ -129,3 +130,19 @@ def test_decisions_every_sixteen_steps_stay_near_the_optimum() -> None:
         table.check_integrity()
     best = belady(trace, slots, warmup=800, needed=needed)
     assert hits / total >= 0.95 * best.rate
+
+
+def test_one_stray_use_does_not_displace_whom_a_profile_knows() -> None:
+    residency = Residency(1, 6, 1, HEAT, np.array([0.5, 0.4, 0.3, 0.01, 0.0, 0.0]))
+    residency.note(np.array([1, 0, 0, 0, 1, 0]), 4)
+    assert not len(residency.decide(np.array([0, 1, 2]), 0, 8, keep=NOBODY).enter)
+    residency.note(np.array([0, 0, 0, 0, 90, 0]), 90)
+    moves = residency.decide(np.array([0, 1, 2]), 0, 8, keep=NOBODY)
+    assert moves.enter.tolist() == [4] and moves.leave.tolist() == [2]
+
+
+def test_a_layers_best_few_come_before_hotter_experts_of_other_layers() -> None:
+    residency = Residency(2, 4, 1, HEAT)
+    residency.note(np.array([9, 8, 7, 6, 2, 1, 0, 0]), 10)
+    moves = residency.decide(np.array([0, 1, 2, 3]), 0, 8, keep=NOBODY)
+    assert moves.enter.tolist() == [4] and moves.leave.tolist() == [3]

@@ -10,7 +10,8 @@ import torch
 
 from workers.experts.bank import HostBank
 from workers.experts.layout import ExpertShape, Tier, code_of
-from workers.gpu.cached_experts import ExpertMemory, Places
+from workers.experts.places import Places
+from workers.gpu.cached_experts import ExpertMemory
 from workers.gpu.expert_stream import ExpertStream
 from workers.model.presets import NANO
 
@@ -78,17 +79,7 @@ def test_a_step_keeps_the_table_it_began_with() -> None:
     bank.close()
 
 
-def test_a_bank_is_seen_by_whoever_attaches_and_never_by_strangers() -> None:
-    bank = filled_bank()
-    again = HostBank.attach(bank.path, bank.place, BYTES)
-    assert bool((again.expert(7) == 8).all())
-    again.expert(7).fill_(99)
-    assert bool((bank.expert(7) == 99).all())
-    path = bank.path
-    again.close()
-    bank.close()
-    with pytest.raises(OSError):
-        HostBank.attach(path, bank.place, BYTES)
+def test_a_pair_without_a_place_has_no_bytes() -> None:
     partial = HostBank([2], 4, BYTES)
     with pytest.raises(OSError, match="pair 0"):
         partial.expert(0)

@@ -1,0 +1,43 @@
+"""How much host memory may still be taken, by the machine and by the control group we live in. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int:
+    """Bytes that processes here can still have: what the kernel says is available, within the group's limit.
+
+    Page cache counts as free on both sides.
+    """
+    free = _field(meminfo, "MemAvailable:") * 1024
+    for limit, used, stat in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    ):
+        most, now = _number(cgroup / limit), _number(cgroup / used)
+        if most is not None and now is not None:
+            cached = _field(cgroup / stat, "inactive_file") + _field(cgroup / stat, "active_file")
+            free = min(free, max(0, most - now + cached))
+    return free
+
+
+def _number(path: Path) -> int | None:
+    """The file's only number; None without the file or a limit."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _field(path: Path, name: str) -> int:
+    """The first number after `name` at a line's start; 0 without it."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)

@@ -1,0 +1,289 @@
+"""`GpuExperts`: the routed experts of a GPU worker whose memory holds only some of them.
+
+Owns: what the budget buys, the slab, the host bank behind it, the cache and how steps reach both, statistics. Does not
+own: kernels, policies, the order of table changes and copies (`workers/experts/cache.py`). Absent experts are read from
+pinned host memory by the kernels themselves or copied right before them, so that every step gives the same bits at any
+residency, and no step waits for the host. Engine thread, except `stats_fields`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from workers.checkpoint.progress import OnProgress
+from workers.errors import BadConfig
+from workers.experts.bank import HostBank
+from workers.experts.cache import ExpertCache
+from workers.experts.config import PRELOADS, SOURCE, pays_little
+from workers.experts.host_memory import available_bytes
+from workers.experts.layout import ExpertShape, ExpertSlab
+from workers.experts.places import ExpertSizes, plan_places
+from workers.experts.policy import POLICIES, STATIC, Ids, Values, highest
+from workers.experts.profile import read_profile
+from workers.experts.residency import Residency
+from workers.experts.supply import ExpertSupply
+from workers.gpu.cached_experts import ExpertMemory
+from workers.gpu.expert_source import Bringer, ExpertSource
+from workers.gpu.expert_stream import ExpertFetch, ExpertsInPlace, ExpertStream
+from workers.gpu.step import LayerExperts
+from workers.gpu.weights import GpuWeights
+from workers.model.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+HOST_SHARE = 0.9
+"""Part of the host memory that is free now that an unasked bank may take: the rest of the node needs some too."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertDuties:
+    """What a worker's steps are."""
+
+    decodes: bool = True
+    prefills: bool = True
+    max_running: int = 16
+    """Sequences of the largest decode step."""
+
+
+class _Later:
+    """`LayerExperts` of a slab that is allocated after the buffers of the model's steps."""
+
+    def __init__(self) -> None:
+        self.inner: LayerExperts | None = None
+
+    def begin(self) -> None:
+        assert self.inner is not None, "the experts' memory was never allocated"
+        self.inner.begin()
+
+    def layer(self, index: int, groups: Any) -> ExpertSlab:
+        assert self.inner is not None
+        return self.inner.layer(index, groups)
+
+    def done(self, index: int) -> None:
+        assert self.inner is not None
+        self.inner.done(index)
+
+
+class GpuExperts:
+    """Residency of one model's experts. `attach` before the model is made, `open` before its first step."""
+
+    def __init__(
+        self, config: ModelConfig, supply: ExpertSupply, duties: ExpertDuties, device: torch.device, *, num_readers: int
+    ) -> None:
+        """Takes counters on the device, nothing else. Raises `BadConfig` when the experts are not stored in FP4."""
+        self._config, self._supply, self._duties, self._device = config, supply, duties, device
+        self._shape = ExpertShape(config.hidden_size, config.moe_intermediate_size)
+        self._source = ExpertSource(supply, self._shape, num_readers)
+        self.sizes = ExpertSizes(
+            config.num_hidden_layers,
+            config.n_routed_experts,
+            config.num_experts_per_tok,
+            self._shape.expert_bytes,
+            duties.max_running if duties.decodes else 0,
+            duties.prefills,
+        )
+        self._heat = torch.zeros(self.sizes.pairs, dtype=torch.int32, device=device)
+        self._decode, self._prefill = _Later(), _Later()
+        self.note = ""
+        self._cache: ExpertCache | None = None
+        self._memory: ExpertMemory | None = None
+        self._stream: ExpertStream | None = None
+
+    def attach(self, weights: GpuWeights) -> GpuWeights:
+        """The same weights, whose routers count uses here; `model_options` say where experts are."""
+        layers, experts = [], self.sizes.experts
+        for index, layer in enumerate(weights.layers):
+            heat = self._heat[index * experts : (index + 1) * experts]
+            layers.append(dataclasses.replace(layer, experts=dataclasses.replace(layer.experts, heat=heat)))
+        return dataclasses.replace(weights, layers=tuple(layers))
+
+    def model_options(self) -> dict[str, Any]:
+        """Arguments of the `GpuModel` whose experts these are."""
+        return {
+            "before_decode": self.before_decode,
+            "expert_stream": self._prefill,
+            "decode_experts": self._decode,
+        }
+
+    def open(self, *, spare_bytes: int | None = None, on_progress: OnProgress | None = None) -> None:
+        """Allocates the slab, fills bank and slots. `spare_bytes`: what `total_gpu` leaves for experts.
+
+        Raises `BadConfig` below the smallest budget, `ExpertUnavailable` when an expert cannot be read.
+        """
+        config = self._supply.config
+        self.places = plan_places(config, self.sizes, spare_bytes=spare_bytes)
+        profile = None
+        if config.preload not in PRELOADS:
+            profile = read_profile(config.preload, self.sizes.layers, self.sizes.experts)
+        capacity = self._bank_capacity()
+        pinned = self._pinned(profile, capacity)
+        bank = self._make_bank(pinned, capacity, on_progress)
+        self._memory = ExpertMemory.allocate(self._config, self.places, bank, self._device, heat=self._heat)
+        moving = self._duties.decodes and self.places.slots > len(pinned)
+        # Nothing ever comes into slots that no decode step looks at: they are filled at once.
+        filled = config.preload != "none" or not moving
+        count = self.places.slots if filled else len(pinned)
+        cuda = self._device.type == "cuda"
+        cache = self._memory.cache(
+            policy=POLICIES[config.policy] if moving else STATIC,
+            profile=profile,
+            pinned=pinned.tolist(),
+            filled=filled,
+            bring=Bringer(self._source, bank, count, pinned=cuda, on_progress=on_progress),
+            verify=config.verify,
+        )
+        self._cache = cache
+        self._stream = ExpertStream(self._memory, lambda: cache.slots.codes) if self.places.half else None
+        in_place = ExpertsInPlace(self._memory)
+        self._decode.inner = ExpertFetch(self._memory) if self.places.scratch and bank is not None else in_place
+        self._prefill.inner = self._stream or in_place
+        self._say(len(pinned))
+
+    def _say(self, num_pinned: int) -> None:
+        sizes, places = self.sizes, self.places
+        few = places.slots < sizes.pairs and pays_little(places.slots, sizes.layers, sizes.top_k)
+        if few and self._duties.decodes:
+            self.note = f"experts: {few}"
+            logger.warning(self.note)
+        logger.info(
+            "experts: %d pairs, slots=%d pinned=%d scratch=%d staging=2x%d of %d bytes, slab_bytes=%d bank_bytes=%d "
+            "policy=%s source=%s",
+            sizes.pairs, places.slots, num_pinned, places.scratch, places.half, sizes.expert_bytes,
+            self.nbytes, self.bank_bytes, self._supply.config.policy, self._supply.config.source,
+        )  # fmt: skip
+
+    def _bank_capacity(self) -> int:
+        """Pairs that the bank holds. Raises `BadConfig` when slots and bank together cannot hold every pair."""
+        pairs, size, slots = self.sizes.pairs, self.sizes.expert_bytes, self.places.slots
+        if slots >= pairs:
+            return 0
+        asked = self._supply.config.host_bytes
+        free = available_bytes()
+        capacity = min(pairs, (int(HOST_SHARE * free) if asked is None else asked) // size)
+        if capacity < pairs - slots:
+            found = f"{asked} bytes" if asked is not None else f"unset, {free} bytes of host memory free"
+            least = f"at least {(pairs - slots) * size} bytes for the {pairs - slots} experts that {slots} slots leave"
+            raise BadConfig("experts.host", found, f"{least} (or a larger budget of GPU memory)", SOURCE)
+        if asked is not None and capacity * size > free:
+            raise BadConfig("experts.host", f"{asked} bytes", f"at most {free}, what the host has free now", SOURCE)
+        return capacity
+
+    def _pinned(self, profile: Values | None, capacity: int) -> Ids:
+        """Pairs without a place in the bank, the most useful ones: they stay in their slots for ever."""
+        count = self.sizes.pairs - capacity
+        if count == 0:
+            return np.empty(0, np.int64)
+        first = Residency(self.sizes.layers, self.sizes.experts, self.sizes.top_k, STATIC, profile).first_residents(
+            count
+        )
+        return first if profile is None else highest(profile, first, count)
+
+    def _make_bank(self, pinned: Ids, capacity: int, on_progress: OnProgress | None) -> HostBank | None:
+        """The pairs that may be absent, in host memory, locked for the device; None when none may."""
+        if capacity == 0:
+            return None
+        elsewhere = np.ones(self.sizes.pairs, bool)
+        elsewhere[pinned] = False
+        bank = HostBank(np.flatnonzero(elsewhere).tolist(), self.sizes.pairs, self.sizes.expert_bytes)
+        if self._device.type == "cuda":
+            bank.lock()
+        self._source.fill(bank, on_progress)
+        return bank
+
+    def before_decode(self) -> None:
+        """Right before each decode step is launched: looks at what has moved, starts what follows. Waits for nothing.
+
+        Raises `IntegrityError` when a verifying cache finds wrong bytes in a slot.
+        """
+        assert self._cache is not None
+        self._cache.before_step()
+
+    @property
+    def cache(self) -> ExpertCache:
+        """Residency, after `open`."""
+        assert self._cache is not None
+        return self._cache
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that counts as experts': slab, table, counters."""
+        if self._memory is None:
+            return self._heat.numel() * self._heat.element_size()
+        return self._memory.nbytes
+
+    @property
+    def bank_bytes(self) -> int:
+        """Host memory of the bank."""
+        bank = None if self._memory is None else self._memory.bank
+        return 0 if bank is None else bank.nbytes
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` unless slots and codes agree."""
+        self.cache.check_integrity()
+
+    def stats_fields(self) -> dict[str, object]:
+        """This part's fields of `WorkerStats`. Any thread; gauges may be a step apart."""
+        if self._cache is None:
+            return {}
+        cache, stream, sizes = self._cache, self._stream, self.sizes
+        counters, reads = cache.counters, self._supply.counters
+        shape = (sizes.layers, sizes.experts)
+        resident = (cache.slots.codes >= 0) & (cache.slots.codes < 1 << 24)
+        used = cache.residency.usage.count
+        best = np.sort(used)[::-1][: self.places.slots].sum()
+        num_resident = int(resident.sum())
+        streamed = 0 if stream is None else stream.copied_experts
+        return {
+            "expert_lookups": counters.lookups,
+            "expert_hits": counters.hits,
+            "expert_misses": {
+                "cold": counters.cold_misses,
+                "capacity": counters.capacity_misses,
+                "prefill": streamed,
+            },
+            "expert_evictions": counters.evicted,
+            "expert_moves": counters.moved_in,
+            "expert_bytes": {
+                "disk": reads.disk_bytes,
+                "host": (counters.cold_misses + counters.capacity_misses) * sizes.expert_bytes,
+                "moves": counters.moved_bytes,
+                "prefill": 0 if stream is None else stream.copied_bytes,
+            },
+            "expert_read_s_total": reads.read_s,
+            "expert_io_errors": reads.io_errors + counters.io_errors,
+            "expert_slots": {"used": num_resident, "free": self.places.slots - num_resident},
+            "expert_budget_bytes": {
+                "requested": self.requested_bytes,
+                "effective": self.places.total * sizes.expert_bytes + sizes.table_bytes,
+                "measured": self.nbytes,
+            },
+            "expert_host_bytes": {"bank": self.bank_bytes},
+            "expert_oracle_hit_ratio": float(best / max(1.0, used.sum())),
+            "expert_layer_lookups": _by_layer(cache.pair_lookups.reshape(shape)),
+            "expert_layer_hits": _by_layer(cache.pair_hits.reshape(shape)),
+            "expert_layer_resident": _by_layer(resident.reshape(shape)),
+        }
+
+    @property
+    def requested_bytes(self) -> int:
+        """The budget as it was given; slots as bytes of all places."""
+        config = self._supply.config
+        given = config.hbm_bytes or config.total_gpu_bytes
+        return given or self.places.total * self.sizes.expert_bytes + self.sizes.table_bytes
+
+    def close(self) -> None:
+        """Gives the bank and files back; no step may run any more."""
+        if self._memory is not None and self._memory.bank is not None:
+            self._memory.bank.close()
+        self._supply.close()
+
+
+def _by_layer(values: np.ndarray) -> dict[str, int]:
+    """Sums of [L, E] over a layer's experts."""
+    return {str(layer): int(value) for layer, value in enumerate(values.sum(axis=1))}
