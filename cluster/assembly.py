@@ -96,6 +96,7 @@ def expert_config(spec: WorkerSpec) -> ExpertConfig:
     return ExpertConfig(
         hbm_bytes=settings.hbm,
         slots=settings.slots,
+        total_gpu_bytes=settings.total_gpu,
         host_bytes=settings.host,
         policy=settings.policy.value,
         source=settings.source.value,
