@@ -20,9 +20,9 @@ from torch import Tensor
 
 from workers.errors import WorkerError
 
-_PINNED, _FD_HANDLE, _ON_DEVICE, _READ_WRITE = 1, 1, 1, 3
+_PINNED, _FD_HANDLE, _ON_DEVICE, _READ, _READ_WRITE = 1, 1, 1, 1, 3
 """CU_MEM_ALLOCATION_TYPE_PINNED, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, CU_MEM_LOCATION_TYPE_DEVICE,
-CU_MEM_ACCESS_FLAGS_PROT_READWRITE (read-only access to device memory is not supported)."""
+CU_MEM_ACCESS_FLAGS_PROT_READ and _READWRITE."""
 
 
 class DriverRefused(WorkerError):
@@ -99,9 +99,9 @@ def tensor_at(address: int, num_bytes: int, device: torch.device | str) -> Tenso
 class Addresses:
     """Reserved addresses of one device, mapped to one block of memory at a time."""
 
-    def __init__(self, num_bytes: int, device: torch.device | str) -> None:
+    def __init__(self, num_bytes: int, device: torch.device | str, *, is_writable: bool) -> None:
         """Reserves at least `num_bytes`; takes no memory. Raises `DriverRefused`."""
-        self.device = _index_of(device)
+        self.device, self._access = _index_of(device), _READ_WRITE if is_writable else _READ
         self.num_bytes = _rounded(num_bytes, self.device)
         start = _word()
         _call("cuMemAddressReserve", ctypes.byref(start), _size(self.num_bytes), _size(0), _word(0), _word(0))
@@ -114,7 +114,7 @@ class Addresses:
             raise ValueError(f"{num_bytes} bytes into {self.num_bytes} addresses, {self._mapped} of them mapped")
         _call("cuMemMap", _word(self.start), _size(num_bytes), _size(0), _word(handle), _word(0))
         self._mapped = num_bytes
-        access = _Access(_Location(_ON_DEVICE, self.device), _READ_WRITE)
+        access = _Access(_Location(_ON_DEVICE, self.device), self._access)
         _call("cuMemSetAccess", _word(self.start), _size(num_bytes), ctypes.byref(access), _size(1))
 
     def unmap(self) -> None:

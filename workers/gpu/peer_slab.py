@@ -21,7 +21,7 @@ class SharedSlab:
     def __init__(self, num_bytes: int, device: torch.device | str) -> None:
         """Raises `DriverRefused` when the device has less memory."""
         self._block = Block.allocate(num_bytes, device)
-        self._addresses = Addresses(num_bytes, device)
+        self._addresses = Addresses(num_bytes, device, is_writable=True)
         self._block.map_at(self._addresses)
         self.memory: Tensor = tensor_at(self._addresses.start, num_bytes, torch.device("cuda", self._addresses.device))
 
@@ -41,12 +41,12 @@ class SharedSlab:
 
 
 class PeerWindow:
-    """Where the other worker's slab appears. `memory` uint8 keeps its address while peers come and go."""
+    """Where the other worker's slab appears, to be read. `memory` uint8 keeps its address while peers come and go."""
 
     def __init__(self, device: torch.device | str) -> None:
         """Reserves addresses for the largest slab that any GPU in sight can hold."""
         sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-        self._addresses = Addresses(max(sizes), device)
+        self._addresses = Addresses(max(sizes), device, is_writable=False)
         self._nothing = Block.allocate(1, device)
         self._nothing.map_at(self._addresses)
         own = torch.device("cuda", self._addresses.device)
