@@ -24,6 +24,10 @@ SCRATCH_SHARE = 8
 """A small budget spends at most one place in so many on scratch: slots save more copies than scratch makes faster."""
 
 
+ALLOCATION_BYTES = 512
+"""What torch rounds each of a worker's five allocations for experts up to."""
+
+
 @dataclass(frozen=True, slots=True)
 class Places:
     """How many experts each part of a slab holds, in this order."""
@@ -59,7 +63,7 @@ class ExpertSizes:
     @property
     def table_bytes(self) -> int:
         """Device bytes beside the slab: table, counters, and a step's own table for prefill and decode, int32 each."""
-        return 4 * (3 * self.pairs + self.experts)
+        return 4 * (3 * self.pairs + self.experts) + 5 * ALLOCATION_BYTES
 
 
 def plan_places(config: ExpertConfig, sizes: ExpertSizes, *, spare_bytes: int | None = None) -> Places:
