@@ -1,0 +1,79 @@
+"""What a GPU budget buys: never more than it says, and a refusal that names the smallest that works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from workers.errors import BadConfig
+from workers.experts.config import ExpertConfig
+from workers.experts.host_memory import available_bytes
+from workers.experts.places import ExpertSizes, Places, plan_places
+
+FLASH = 13_369_344
+DECODE = ExpertSizes(43, 256, 6, FLASH, max_running=128, prefills=False)
+PREFILL = ExpertSizes(43, 256, 6, FLASH, max_running=0, prefills=True)
+BOTH = ExpertSizes(43, 256, 6, FLASH, max_running=4, prefills=True)
+NANO = ExpertSizes(8, 12, 3, 52_224, max_running=2, prefills=True)
+
+
+@pytest.mark.parametrize("sizes", [DECODE, PREFILL, BOTH, NANO])
+@pytest.mark.parametrize("experts", [6, 7, 20, 100, 1000, 5000, 9999, 11_007, 11_008, 20_000])
+def test_places_of_a_budget_in_bytes_fit_it(sizes: ExpertSizes, experts: int) -> None:
+    budget = experts * sizes.expert_bytes + sizes.table_bytes + 17
+    places = plan_places(ExpertConfig(hbm_bytes=budget), sizes)
+    assert places.total * sizes.expert_bytes + sizes.table_bytes <= budget
+    assert sizes.top_k <= places.slots <= sizes.pairs
+    assert (places.half > 0) <= sizes.prefills and (places.scratch > 0) <= (sizes.max_running > 0)
+    if places.slots == sizes.pairs:
+        assert places == Places(sizes.pairs)
+    # Nothing worth an expert is left over, as long as experts are absent.
+    elif sizes.prefills or places.total < sizes.pairs:
+        assert budget - places.total * sizes.expert_bytes - sizes.table_bytes < 2 * sizes.expert_bytes
+
+
+def test_prefill_of_a_large_budget_stages_whatever_a_layer_lacks() -> None:
+    places = plan_places(ExpertConfig(hbm_bytes=110 * 10**9), PREFILL)
+    absent_a_layer = 256 - places.slots // 43
+    assert absent_a_layer <= places.half <= absent_a_layer + 2
+
+
+def test_total_budget_is_what_the_rest_leaves() -> None:
+    config = ExpertConfig(total_gpu_bytes=24 * 10**9)
+    places = plan_places(config, DECODE, spare_bytes=12 * 10**9)
+    assert places == plan_places(ExpertConfig(hbm_bytes=12 * 10**9), DECODE)
+
+
+@pytest.mark.parametrize("sizes", [DECODE, PREFILL, NANO])
+@pytest.mark.parametrize("taken", [0, 7 * 10**9])
+def test_the_refusal_names_a_budget_that_works(sizes: ExpertSizes, taken: int) -> None:
+    least = taken + sizes.table_bytes + sizes.top_k * sizes.expert_bytes
+    for key in ("hbm_bytes", "total_gpu_bytes") if taken else ("hbm_bytes",):
+        used = taken if key == "total_gpu_bytes" else 0
+        named = least - taken + used
+        with pytest.raises(BadConfig, match=f"at least {named} bytes"):
+            plan_places(ExpertConfig(**{key: named - 1}), sizes, spare_bytes=named - 1 - used)
+        assert plan_places(ExpertConfig(**{key: named}), sizes, spare_bytes=named - used).slots == sizes.top_k
+
+
+def test_slots_below_one_tokens_choices_are_refused() -> None:
+    with pytest.raises(BadConfig, match=r"experts\.slots.*at least 6 slots"):
+        plan_places(ExpertConfig(slots=5), DECODE)
+    assert plan_places(ExpertConfig(slots=6), DECODE).slots == 6
+    assert plan_places(ExpertConfig(slots=20_000), DECODE) == Places(11_008)
+
+
+def test_free_host_memory_is_what_machine_and_group_leave(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 4000 kB\nMemAvailable:    3000 kB\n")
+    group = tmp_path / "group"
+    assert available_bytes(meminfo, group) == 3000 * 1024
+    group.mkdir()
+    for name, text in {"memory.max": "2048000", "memory.current": "1024000", "memory.stat": "anon 5\n"}.items():
+        (group / name).write_text(text + "\n")
+    assert available_bytes(meminfo, group) == 1024000
+    (group / "memory.stat").write_text("anon 5\ninactive_file 1000\nactive_file 24\n")
+    assert available_bytes(meminfo, group) == 1025024
+    (group / "memory.max").write_text("max\n")
+    assert available_bytes(meminfo, group) == 3000 * 1024
