@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from cluster.stress import table
 from cluster.stress.options import StressOptions
 from cluster.stress.proof import Proof
 from cluster.stress.target import far_tokens
-from cluster.synthetic import model_folder
+from cluster.synthetic import model_folder, vocabulary_of
 from workers.errors import WorkerError
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(highlight=False)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
 err = Console(stderr=True, highlight=False)
 
 MUTATE_SAMPLES = 48
@@ -56,6 +57,14 @@ class Victim(enum.StrEnum):
     RANDOM = "random"
     ALL = "all"
     NAMED = "named"
+
+
+class Prompts(enum.StrEnum):
+    """What is asked."""
+
+    AUTO = "auto"
+    QUESTIONS = "questions"
+    WORDS = "words"
 
 
 class Tier(enum.StrEnum):
@@ -87,6 +96,9 @@ def retract(
     max_context: Annotated[int | None, typer.Option(min=512, help="Longest prompt plus output, in tokens.")] = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="Output budget of one request.")] = 512,
     fail_copy: Annotated[int | None, typer.Option(min=1, help="The copy with this number fails.")] = None,
+    prompts: Annotated[
+        Prompts, typer.Option(help="words: random ones, for models that cannot answer; auto: if synthetic.")
+    ] = Prompts.AUTO,
     pressure: Annotated[
         bool, typer.Option("--pressure", help="Force nothing; make each pool too small in turn.")
     ] = False,
@@ -123,6 +135,7 @@ def retract(
             fail_copy=fail_copy,
             max_tokens=max_tokens,
             far_tokens=far_tokens(base.model),
+            vocabulary=_vocabulary(base, prompts, pressure=pressure),
             **MUTATE_OPTIONS if mutate else {},
         )
         proof = Proof(options, base, url=url, api_key=api_key, console=err)
@@ -187,6 +200,16 @@ def _user_errors() -> Iterator[None]:
     except (ClusterError, WorkerError) as exc:
         err.print(f"[red]error:[/red] {exc}", soft_wrap=True)
         raise typer.Exit(1) from exc
+
+
+def _vocabulary(base: ClusterConfig, prompts: Prompts, *, pressure: bool) -> int | None:
+    """Words are of the model's vocabulary. Raises `ClusterError` when it has none that we know."""
+    found = None if prompts is Prompts.QUESTIONS else vocabulary_of(base.model)
+    if prompts is Prompts.WORDS and found is None:
+        raise ClusterError(f"--prompts words: {base.model.name} is not a synthetic model")
+    if pressure and found is not None:
+        raise ClusterError("--pressure asks questions, which a synthetic model cannot answer")
+    return found
 
 
 def _base(path: Path | None, model: Path | None) -> ClusterConfig:

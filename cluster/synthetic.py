@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import re
 import string
 from collections.abc import Iterator
@@ -137,6 +138,23 @@ def tokenizer(vocab_size: int) -> dict[str, Any]:
             "merges": [],
         },
     }  # fmt: skip
+
+
+def vocabulary_of(folder: Path) -> int | None:
+    """Tokens of a synthetic model's vocabulary; None for any other folder."""
+    if not (folder / "synthetic.json").is_file():
+        return None
+    return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
+
+
+def text_of(draw: random.Random, num_words: int, vocab_size: int) -> str:
+    """Random words that a synthetic tokenizer of this size knows, each one token (the first may be three)."""
+    letters, known = string.ascii_lowercase, vocab_size - len(SPECIAL) - len(VISIBLE) - 256
+    words = []
+    for _ in range(num_words):
+        number = draw.randrange(min(26**3, known))
+        words.append(letters[number // 676] + letters[number // 26 % 26] + letters[number % 26])
+    return " ".join(words)
 
 
 def _byte_symbols() -> list[str]:

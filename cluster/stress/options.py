@@ -42,6 +42,8 @@ class StressOptions:
     """Of the penalised ones; it makes a sure model unsure, so that what the sampler draws shows."""
     only_far: bool = False
     """Every sample has such a context, instead of five in nine."""
+    vocabulary: int | None = None
+    """Tokens of a synthetic model's vocabulary: prompts are random words of it, and nothing is scored."""
 
     def control(self, mutate: str | None = None) -> RetractControl:
         """What the decode workers are told. Raises `ValueError` naming a bad setting."""

@@ -21,6 +21,7 @@ from cluster.stress.runs import Bench, Row, plain_run, retracted_run, shortage_r
 from cluster.stress.samples import StressSample, stress_samples
 from cluster.stress.target import Target, running_target, started_target, stress_config
 from cluster.stress.watcher import ProgressWatcher
+from cluster.stress.words import word_samples
 
 OnStarted = Callable[[], None]
 
@@ -52,7 +53,7 @@ class Proof:
 
     def prove(self, on_started: OnStarted, *, batched: bool) -> None:
         """Plain, then retracted; with `batched` also plain at the same concurrency."""
-        with self._bench(stress_samples(self.options), on_started) as bench:
+        with self._bench(self._samples(), on_started) as bench:
             plain = plain_run(bench)
             if batched:
                 plain_run(bench, self.options.concurrency, plain.answers)
@@ -62,7 +63,7 @@ class Proof:
         """Plain, retracted without an error as the control group, then each mutation until it is caught."""
         names = mutations_named(name)
         self._planned = len(names)
-        with self._bench(stress_samples(self.options), on_started) as bench:
+        with self._bench(self._samples(), on_started) as bench:
             plain = plain_run(bench)
             retracted_run(bench, plain.answers)
             quiet = dataclasses.replace(bench, watcher=ProgressWatcher(self._console, keeps=False))
@@ -76,6 +77,9 @@ class Proof:
                 # Also what teaches the workers how long outputs are.
                 plain = plain_run(bench)
                 shortage_run(bench, space, plain.answers)
+
+    def _samples(self) -> list[StressSample]:
+        return stress_samples(self.options) if self.options.vocabulary is None else word_samples(self.options)
 
     @contextlib.contextmanager
     def _bench(

@@ -33,6 +33,8 @@ class Row:
     answers: tuple[Answer, ...]
     right: int
     wall_s: float
+    scored: bool = True
+    """Whether the questions have answers."""
     compared: int = 0
     """Answers that have a plain one to compare with; 0 for the plain run itself."""
     differences: tuple[Difference, ...] = ()
@@ -54,7 +56,10 @@ class Row:
         return sum(bool(answer.error) for answer in self.answers)
 
     @property
-    def score(self) -> float:
+    def score(self) -> float | None:
+        """Share of right answers; None where there is nothing to be right about."""
+        if not self.scored:
+            return None
         return self.right / len(self.answers) if self.answers else 0.0
 
     @property
@@ -136,10 +141,10 @@ def _run(
         try:
             for answer in bench.ask(bench.samples, concurrency):
                 answers.append(answer)
-                right += answer.is_right(bench.samples[answer.index])
+                right += bench.options.vocabulary is None and answer.is_right(bench.samples[answer.index])
                 if answer.index in expected and (away := difference(expected[answer.index], answer)) is not None:
                     found.append(away)
-                bench.watcher.advance(_note(len(answers), right, len(found), compares=bool(expected)))
+                bench.watcher.advance(_note(bench.options, len(answers), right, len(found), compares=bool(expected)))
             interrupted = False
         finally:
             wall_s = time.perf_counter() - began
@@ -151,6 +156,7 @@ def _run(
                 answers=tuple(sorted(answers, key=lambda answer: answer.index)),
                 right=right,
                 wall_s=wall_s,
+                scored=bench.options.vocabulary is None,
                 compared=sum(answer.index in expected for answer in answers),
                 differences=tuple(sorted(found, key=lambda item: item.index)),
                 report=report,
@@ -165,9 +171,9 @@ def _run(
     return row
 
 
-def _note(num_answers: int, right: int, num_different: int, *, compares: bool) -> str:
-    score = f"{right / num_answers:.0%} right"
-    return f"{score}, {num_answers - num_different} identical" if compares else score
+def _note(options: StressOptions, num_answers: int, right: int, num_different: int, *, compares: bool) -> str:
+    score = [f"{right / num_answers:.0%} right"] if options.vocabulary is None else []
+    return ", ".join([*score, f"{num_answers - num_different} identical"] if compares else score)
 
 
 def _aftermath(link: RetractLink, *, waits: bool) -> tuple[RetractReport, Rest]:

@@ -54,6 +54,8 @@ class StressSample:
     seed: int
     max_tokens: int
     repetition_penalty: float = 1.0
+    full_length: bool = False
+    """The answer has `max_tokens` whatever the model says."""
 
     def body(self, model: str, top_logprobs: int) -> dict[str, Any]:
         """The streaming chat request, without the streaming fields."""
@@ -66,6 +68,7 @@ class StressSample:
             "max_tokens": self.max_tokens,
             "logprobs": True,
             "top_logprobs": top_logprobs,
+            "ignore_eos": self.full_length,
             **thinking_field(self.task.thinking),
         }
 

@@ -38,7 +38,7 @@ def run_table(rows: Sequence[Row]) -> Table:
             bytes_text(report.bytes_out) if report.events else "",
             bytes_text(report.bytes_in) if report.events else "",
             added if report.events else "",
-            f"{row.score:.1%} ({row.right})",
+            "" if row.score is None else f"{row.score:.1%} ({row.right})",
             f"{row.identical} of {row.compared}" if row.compared else "",
             str(row.rest.leaked),
             "[red]failed[/red]" if row.problems else "[green]passed[/green]",
