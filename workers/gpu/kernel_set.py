@@ -71,7 +71,6 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         experts_decode,
         indexer,
         kv_step,
-        kv_store,
         linear_decode,
         mhc,
         routing,
@@ -92,16 +91,11 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         return x_quantised if x_quantised.shape[0] > linear_decode.ROUNDED_TOKENS else None
 
     def hc_pre(*tensors: Any, x_quantised: Tensor) -> None:
-        mhc.hc_pre(*tensors, work=streams, x_quantised=for_many(x_quantised))
+        mhc.hc_pre(*tensors, work=streams, x_quantised=for_many(x_quantised), finish=False)
 
     def hc_post_pre(*tensors: Any, x_quantised: Tensor, x_experts: Tensor | None = None) -> None:
-        mhc.hc_post_pre(*tensors, work=streams, x_quantised=for_many(x_quantised), x_experts=x_experts)
-
-    def store_and_compress(*tensors: Any, rows: Tensor | None, main: Any, index: Any, eps: float) -> None:
-        if rows is None:
-            kv_store.norm_and_store(*tensors, eps)
-        else:
-            kv_step.store_and_compress(*tensors, rows, main, index, eps, work=c128_work)
+        rounded = for_many(x_quantised)
+        mhc.hc_post_pre(*tensors, work=streams, x_quantised=rounded, x_experts=x_experts, finish=False)
 
     return KernelSet(
         embed_streams=mhc.embed_streams,
@@ -109,7 +103,7 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         hc_post_pre=hc_post_pre,
         hc_post_head=partial(mhc.hc_post_head, work=streams),
         project_x=linear_decode.project_x,
-        store_and_compress=store_and_compress,
+        store_and_compress=partial(kv_step.store_and_compress, work=c128_work),
         linear=partial(linear_decode.linear, rounded=rounded),
         select_entries=partial(indexer.select_entries, work=_index_work(config, sizes, prefill=False), mode="decode"),
         sparse_attention=partial(attention.sparse_attention, work=_split_work(config, sizes), mode="decode"),
@@ -127,9 +121,10 @@ class _PrefillOps:
     """Prefill's forms of ops whose arguments differ from decode's, and their scratch."""
 
     def __init__(self, config: ModelConfig, sizes: StepSizes) -> None:
-        from workers.kernels import compressor, experts_prefill, kv_store, linear_prefill, mhc_prefill
+        from workers.kernels import compressor, experts_prefill, kv_store, linear_prefill, mhc_prefill, routing
 
-        self._compressor, self._experts, self._store = compressor, experts_prefill, kv_store
+        self._compressor, self._experts, self._store, self._routing = compressor, experts_prefill, kv_store, routing
+        self._route_work = _route_work(config, sizes)
         self._linear, self._mhc = linear_prefill, mhc_prefill
         c, tokens, device = config, sizes.num_tokens, sizes.device
         width, index = c.num_attention_heads * c.head_dim, c.index_n_heads * c.index_head_dim
@@ -159,13 +154,16 @@ class _PrefillOps:
 
     def store_and_compress(
         self, out_fp8: Tensor, q_norm: Tensor, kv_norm: Tensor, rope: Tensor, meta: Any, window: Tensor,
-        latent: Tensor, *, rows: Tensor | None, main: Any, index: Any, eps: float,
+        latent: Tensor, *, rows: Tensor | None, main: Any, index: Any, eps: float, comb: Any,
     ) -> None:  # fmt: skip
         self._store.norm_and_store(out_fp8, q_norm, kv_norm, rope, meta, window, latent, eps)
         if rows is not None and index is not None:
             self._compressor.compress_c4(rows, meta, main, index, rope, eps, mode="prefill")
         elif rows is not None:
             self._compressor.compress_c128(rows, meta, main, rope, eps, mode="prefill")
+
+    def route(self, *tensors: Any, comb: Any, heat: Tensor | None = None) -> None:
+        self._routing.route(*tensors, heat=heat, work=self._route_work)
 
     def expert_gate_up(self, x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, shared_hidden: Tensor) -> None:
         self._experts.expert_gate_up(x, weights, *operands, tiles=self._tiles)
@@ -176,7 +174,7 @@ class _PrefillOps:
 
 def prefill_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     """Triton's ops for steps of many tokens."""
-    from workers.kernels import indexer, linear_prefill, mhc, mhc_prefill, routing, sampling
+    from workers.kernels import indexer, linear_prefill, mhc, mhc_prefill, sampling
     from workers.kernels import sparse_attention as attention
 
     ops = _PrefillOps(config, sizes)
@@ -194,7 +192,7 @@ def prefill_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         sparse_attention=partial(attention.sparse_attention, work=attention_work, mode="prefill"),
         grouped_linear=partial(linear_prefill.grouped_linear, work=ops.work),
         gate_and_shared=ops.gate_and_shared,
-        route=partial(routing.route, work=_route_work(config, sizes)),
+        route=ops.route,
         expert_gate_up=ops.expert_gate_up,
         expert_down=ops.expert_down,
         head=linear_prefill.head,

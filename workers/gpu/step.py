@@ -97,10 +97,10 @@ class Step:
         k.hc_pre(streams, first.hc_attn, first.attn_norm, x, post, comb, x_quantised=rounded)
         for index, layer in enumerate(weights.layers):
             self._at(index)
-            self._attention(index, layer, meta, x, rounded, attn_out, max_entries)
+            self._attention(index, layer, meta, x, rounded, attn_out, comb, max_entries)
             between = (streams, post, comb, layer.hc_ffn, layer.ffn_norm, x)
             k.hc_post_pre(attn_out, *between, x_quantised=rounded, x_experts=experts_x)
-            self._moe(index, layer, meta, x, rounded, experts_x, moe_out)
+            self._moe(index, layer, meta, x, rounded, experts_x, moe_out, comb)
             if index + 1 < len(weights.layers):
                 after = weights.layers[index + 1]
                 between = (streams, post, comb, after.hc_attn, after.attn_norm, x)
@@ -124,11 +124,12 @@ class Step:
         x: Tensor,
         rounded: Tensor,
         out: Tensor,
+        comb: Tensor,
         max_entries: int | None,
     ) -> None:
         """Normed hidden state [T, D] to the sublayer's output [T, 1, D]. All KV is written before any is read.
 
-        `rounded`: x through e4m3, for products that want it so.
+        `rounded`: x through e4m3, for products that want it so. `comb`: gates that decode's mHC leaves open until here.
         """
         c, k, a, pools = self.parts.config, self.kernels, self.buffers, self.parts.pools[index]
         rope, eps, tokens = self.parts.ropes.of(layer.kind), c.rms_norm_eps, x.shape[0]
@@ -148,6 +149,7 @@ class Step:
             main=pools.main,
             index=pools.index,
             eps=eps,
+            comb=(comb, layer.hc_attn),
         )
         for lo in range(0, tokens, a.block):
             hi = min(tokens, lo + a.block)
@@ -183,11 +185,20 @@ class Step:
         k.linear(o_latent, layer.wo_b, out)
 
     def _moe(
-        self, index: int, layer: GpuLayer, meta: StepMeta, x: Tensor, rounded: Tensor, experts_x: Tensor, out: Tensor
+        self,
+        index: int,
+        layer: GpuLayer,
+        meta: StepMeta,
+        x: Tensor,
+        rounded: Tensor,
+        experts_x: Tensor,
+        out: Tensor,
+        comb: Tensor,
     ) -> None:
         """Normed hidden state [T, D] to k routed parts and the shared one [T, k + 1, D].
 
         `rounded`: x through e4m3; `experts_x`: likewise, columns in the order in which expert kernels unpack weights.
+        `comb`: as in `_attention`.
         """
         c, k, a, tokens = self.parts.config, self.kernels, self.buffers, x.shape[0]
         chosen, inner, limit = c.num_experts_per_tok, c.moe_intermediate_size, c.swiglu_limit
@@ -198,7 +209,8 @@ class Step:
         k.gate_and_shared(x, layer.gate, layer.shared_w13, limit, gate_logits, shared_hidden, x_quantised=rounded)
         chooser = layer.bias if layer.tid2eid is None else layer.tid2eid
         heat = {} if layer.experts.heat is None else {"heat": layer.experts.heat}
-        k.route(gate_logits, chooser, meta.token_ids, c.routed_scaling_factor, ids, routing, groups, **heat)
+        scores = (gate_logits, chooser, meta.token_ids, c.routed_scaling_factor)
+        k.route(*scores, ids, routing, groups, comb=(comb, layer.hc_ffn), **heat)
         slab = layer.experts if self.stream is None else self.stream.layer(index, groups)
         k.expert_gate_up(experts_x, ids, routing, groups, slab, hidden, limit, shared_hidden=shared_hidden)
         k.expert_down(hidden, shared_hidden, layer.shared_w2, ids, groups, slab, out)

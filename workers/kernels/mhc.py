@@ -92,13 +92,15 @@ def hc_pre(
     work: Tensor,
     *,
     x_quantised: Tensor | None = None,
+    finish: bool = True,
     pdl: bool | None = None,
 ) -> None:
     """The first sublayer's input: `x [T, D] bf16` = rmsnorm(mix of `streams [T, 4, D] bf16`), and the gates of the
     write-back, `post [T, 4]` and `comb [T, 16]` fp32. `work`: `work_floats` elements. `x_quantised [T, D] bf16`, if
-    given: `x` through e4m3 with one power-of-two scale per 128 channels (exact in bf16), as FP8 linears want it."""
+    given: `x` through e4m3 with one power-of-two scale per 128 channels (exact in bf16), as FP8 linears want it.
+    `finish`: as in `hc_post_pre`."""
     _sums(None, streams, post, comb, hc.fn, None, work, streams.shape[0], pdl)
-    _collapsed(streams, None, hc, norm_weight, work, x, x_quantised, None, post, comb, pdl)
+    _collapsed(streams, None, hc, norm_weight, work, x, x_quantised, None, post, comb, pdl, finish)
 
 
 def hc_post_pre(
@@ -122,7 +124,8 @@ def hc_post_pre(
     place; `hc`, `norm_weight` belong to the next sublayer, whose input is `x [T, D] bf16` (and `x_quantised`, as in
     `hc_pre`). `x_experts [T, D] bf16`, if given: the same values in expert order (`experts_decode.expert_gate_up`):
     inside each 128 channels, place 32 j + h holds channel 4 h + j. With `finish` False, `comb` is left as logits, and
-    a launch before the next write-back must turn them into matrices (`mhc_gates.finish_comb`; `routing.route` can).
+    a launch before the next write-back must turn them into matrices (`mhc_gates.finish_comb`; `routing.route` and
+    `kv_step.store_and_compress` can).
     """
     _sums(sub_out, streams, post, comb, hc.fn, None, work, streams.shape[0], pdl)
     _collapsed(streams, None, hc, norm_weight, work, x, x_quantised, x_experts, post, comb, pdl, finish)

@@ -210,6 +210,15 @@ def finish_comb(comb, first, num_tokens, TOKENS: tl.constexpr, ITERS: tl.constex
         tl.store(comb + token * 16 + i, matrix[i], mask=inside)
 
 
+@triton.jit(do_not_specialize=["num_tokens"])
+def finish_comb_kernel(comb, num_tokens, ITERS: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr):
+    """Grid (T / COMB_TOKENS): `finish_comb` where no other launch has a program for it."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    finish_comb(comb, tl.program_id(0) * COMB_TOKENS, num_tokens, COMB_TOKENS, ITERS, EPS)
+
+
 @triton.jit
 def collapse_kernel(
     streams,

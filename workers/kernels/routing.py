@@ -18,7 +18,7 @@ from torch import Tensor
 
 from workers.kernels.launch import pdl_options
 from workers.kernels.mhc import HyperConnection
-from workers.kernels.mhc_gates import COMB_TOKENS, finish_comb
+from workers.kernels.mhc_gates import COMB_TOKENS, finish_comb, finish_comb_kernel
 
 DECODE_TOKENS = 64
 """Most tokens of the one-program form."""
@@ -382,53 +382,90 @@ def route(
         groups: written.
         heat: int32 [E], grows by the uses of each expert.
         work: int32 [`work_words`], for more than 64 tokens; allocated when None (not inside a graph).
-        comb: fp32 [T, 16] of `hc_post_pre(finish=False)`, and its weights: finished by the way. Decode only.
+        comb: fp32 [T, 16] of `hc_post_pre(finish=False)`, and its weights: finished by the way.
     """
     num_tokens, num_experts = logits.shape
     if num_tokens == 0:
         groups.num_active.zero_()
         groups.active_begin.zero_()
         return
-    hashed = not chooser.dtype.is_floating_point
-    vocab = chooser.shape[0] if hashed else 0
-    heat_or_any = ids if heat is None else heat
+    vocab = 0 if chooser.dtype.is_floating_point else chooser.shape[0]
     pow2, num_chosen = triton.next_power_of_2, ids.shape[1]
     shape: dict[str, Any] = {"E": num_experts, "EP": pow2(num_experts), "K": num_chosen, "KP": pow2(num_chosen)}
-    lists = (groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order)
-    options = pdl_options(logits, pdl)
+    tensors = (logits, chooser, token_ids, ids, weights)
     if num_tokens <= DECODE_TOKENS:
-        tile, warps = next(choice for choice in DECODE_TILES if num_tokens <= choice[0])
-        warps = _warps(warps, tile * shape["KP"])
-        flags: dict[str, Any] = {"HASH": hashed, "HEAT": heat is not None, "ITERS": 0, "EPS": 0.0}
-        matrices, programs = weights, 1
-        if comb is not None:
-            matrices, programs = comb[0], 1 + triton.cdiv(num_tokens, COMB_TOKENS.value)
-            flags |= {"ITERS": comb[1].iters, "EPS": comb[1].eps}
-        operands = (logits, chooser, token_ids, ids, weights, *lists, heat_or_any, matrices, num_tokens, vocab, scaling)
-        route_decode_kernel[(programs,)](*operands, **shape, TILE=tile, **flags, num_warps=warps, **options)
+        _route_decode(tensors, (num_tokens, vocab, scaling), groups, heat, comb, shape, pdl)
         return
-    assert comb is None
     if work is None:
         work = torch.empty(work_words(num_tokens, num_experts), dtype=torch.int32, device=logits.device)
+    _route_prefill(tensors, (num_tokens, vocab, scaling), groups, heat, work, shape, pdl)
+    if comb is not None:
+        matrices, hc = comb
+        sizes = {"ITERS": hc.iters, "EPS": hc.eps}
+        programs = triton.cdiv(num_tokens, COMB_TOKENS.value)
+        finish_comb_kernel[(programs,)](matrices, num_tokens, **sizes, num_warps=1, **pdl_options(logits, pdl))
+
+
+def _lists(groups: Groups) -> tuple[Tensor, ...]:
+    return groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order
+
+
+def _route_decode(
+    tensors: tuple[Tensor, ...],
+    scalars: tuple[int, int, float],
+    groups: Groups,
+    heat: Tensor | None,
+    comb: tuple[Tensor, HyperConnection] | None,
+    shape: dict[str, Any],
+    pdl: bool | None,
+) -> None:
+    """One launch. tensors: logits, chooser, token_ids, ids, weights; scalars: tokens, vocabulary, scaling."""
+    logits, chooser, _, ids, weights = tensors
+    tile, warps = next(choice for choice in DECODE_TILES if scalars[0] <= choice[0])
+    matrices, programs, iters, eps = weights, 1, 0, 0.0
+    if comb is not None:
+        matrices, iters, eps = comb[0], comb[1].iters, comb[1].eps
+        programs += triton.cdiv(scalars[0], COMB_TOKENS.value)
+    route_decode_kernel[(programs,)](
+        *(*tensors, *_lists(groups), ids if heat is None else heat, matrices, *scalars),
+        **shape,
+        TILE=tile,
+        HASH=not chooser.dtype.is_floating_point,
+        HEAT=heat is not None,
+        ITERS=iters,
+        EPS=eps,
+        num_warps=_warps(warps, tile * shape["KP"]),
+        **pdl_options(logits, pdl),
+    )
+
+
+def _route_prefill(
+    tensors: tuple[Tensor, ...],
+    scalars: tuple[int, int, float],
+    groups: Groups,
+    heat: Tensor | None,
+    work: Tensor,
+    shape: dict[str, Any],
+    pdl: bool | None,
+) -> None:
+    """Three launches; arguments as in `_route_decode`."""
+    logits, chooser, token_ids, ids, _ = tensors
+    num_tokens, num_experts = logits.shape
     num_tiles = triton.cdiv(num_tokens, TILE_TOKENS)
     totals, tile_counts = work[:num_experts], work[num_experts:]
-    operands = (logits, chooser, token_ids, ids, weights, tile_counts, num_tokens, vocab, scaling)
-    warps = _warps(8, TILE_TOKENS * shape["KP"])
-    choose_kernel[(num_tiles,)](*operands, **shape, TILE=TILE_TOKENS, HASH=hashed, num_warps=warps, **options)
+    hashed = not chooser.dtype.is_floating_point
+    options = {"num_warps": _warps(8, TILE_TOKENS * shape["KP"]), **pdl_options(logits, pdl)}
+    choose_kernel[(num_tiles,)](*tensors, tile_counts, *scalars, **shape, TILE=TILE_TOKENS, HASH=hashed, **options)
     scan_tiles_kernel[(triton.cdiv(num_experts, SCAN_EXPERTS),)](
-        tile_counts,
-        totals,
-        heat_or_any,
-        num_tiles,
+        *(tile_counts, totals, ids if heat is None else heat, num_tiles),
         E=num_experts,
         TILES=SCAN_TILES,
         EXPERTS=SCAN_EXPERTS,
         HEAT=heat is not None,
-        num_warps=8,
-        **options,
+        **(options | {"num_warps": 8}),
     )
-    operands = (token_ids, ids, tile_counts, totals, *lists, num_tokens)
-    order_kernel[(num_tiles,)](*operands, **shape, TILE=TILE_TOKENS, num_warps=warps, **options)
+    operands = (token_ids, ids, tile_counts, totals, *_lists(groups), num_tokens)
+    order_kernel[(num_tiles,)](*operands, **shape, TILE=TILE_TOKENS, **options)
 
 
 def _warps(most: int, pairs: int) -> int:
@@ -463,4 +500,5 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         case("choose", choose_kernel, 8, TILE=TILE_TOKENS),
         case("scan_tiles", scan_tiles_kernel, 8, HEAT=True, **scan),
         case("order", order_kernel, 8, TILE=TILE_TOKENS),
+        case("finish_comb", finish_comb_kernel, 1, ITERS=20, EPS=1e-6),
     ]

@@ -120,7 +120,7 @@ def head(x, weight, out) -> None:
 
 
 def store_and_compress(
-    out_fp8, q_norm, kv_norm, rope_table, meta: StepMeta, window_pool, latent, *, rows, main, index, eps
+    out_fp8, q_norm, kv_norm, rope_table, meta: StepMeta, window_pool, latent, *, rows, main, index, eps, comb
 ) -> None:
     _store_window(out_fp8, q_norm, kv_norm, rope_table, meta, window_pool, latent, eps)
     if rows is not None:
@@ -224,7 +224,7 @@ def gate_and_shared(x, gate, w13, limit, out_logits, out_hidden, *, x_quantised)
     out_hidden.copy_(swiglu(*up_gate.chunk(2, dim=-1), limit))
 
 
-def route(logits, chooser, token_ids, scaling, ids, weights, groups: Groups) -> None:
+def route(logits, chooser, token_ids, scaling, ids, weights, groups: Groups, *, comb, heat=None) -> None:
     scores = torch.nn.functional.softplus(logits).sqrt()
     if chooser.ndim == 1:
         order = (scores + chooser).sort(dim=-1, descending=True, stable=True).indices
@@ -238,6 +238,8 @@ def route(logits, chooser, token_ids, scaling, ids, weights, groups: Groups) -> 
     ]
     pairs.sort()
     active = sorted({e for e, _ in pairs})
+    if heat is not None:
+        heat += torch.bincount(torch.tensor([e for e, _ in pairs], dtype=torch.long), minlength=len(heat)).int()
     groups.num_active[0] = len(active)
     for i, e in enumerate(active):
         groups.active_experts[i] = e
@@ -249,10 +251,11 @@ def route(logits, chooser, token_ids, scaling, ids, weights, groups: Groups) -> 
 
 def _expert(slab: ExpertSlab, shape: ExpertShape, expert: int, name: str) -> Tensor:
     codes, scales = shape.offsets()[name]
-    at = int(slab.table[expert]) * shape.expert_bytes
+    code = int(slab.table[expert])
+    base, at = (slab.base, slab.host, slab.peer)[code >> 24], (code & 0xFFFFFF) * shape.expert_bytes
     rows, columns = (shape.hidden, shape.inner) if name == "w2" else (shape.inner, shape.hidden)
-    packed = slab.base[at + codes : at + codes + shape.codes_bytes].view(torch.int8).view(rows, columns // 2)
-    return fp4_dequant(packed, slab.base[at + scales : at + scales + shape.scales_bytes].view(rows, columns // 32))
+    packed = base[at + codes : at + codes + shape.codes_bytes].view(torch.int8).view(rows, columns // 2)
+    return fp4_dequant(packed, base[at + scales : at + scales + shape.scales_bytes].view(rows, columns // 32))
 
 
 def _members(groups: Groups) -> list[tuple[int, list[int]]]:

@@ -173,6 +173,15 @@ def test_routing_finishes_the_matrices_that_were_left_open(device: torch.device,
     assert torch.equal(open_.x, closed.x) and torch.equal(open_.post, closed.post)
 
 
+@pytest.mark.parametrize("num_tokens", [3, 65])
+def test_routing_finishes_any_number_of_matrices(device: torch.device, num_tokens: int) -> None:
+    step = Step(1, device)
+    comb = torch.randn(num_tokens, 16, device=device)
+    expected = reference.sinkhorn(comb.unflatten(1, (4, 4)), iters=step.hc.iters, eps=step.hc.eps)
+    learned(num_tokens, device).run(comb=(comb, step.hc))
+    assert torch.allclose(comb, expected.flatten(1), rtol=1e-4, atol=1e-6)
+
+
 def test_repeated_steps_give_the_same_bits(device: torch.device) -> None:
     first, second = Step(4, device), Step(4, device)
     first.post_pre()
