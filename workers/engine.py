@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -65,6 +67,17 @@ class ExpertStatistics(Protocol):
 
     def stats_fields(self) -> dict[str, object]:
         """Its fields of `WorkerStats`. Any thread."""
+
+
+@runtime_checkable
+class SharedExperts(Protocol):
+    """Experts that the workers of a host read from each other's memory."""
+
+    def start_sharing(self, call: Callable[[Callable[[], None]], Future[None]]) -> None:
+        """From now on; `call` runs something on the engine thread between two steps."""
+
+    def stop_sharing(self) -> None:
+        """Ends it, while the engine thread still runs. Waits up to seconds. Safe to call again."""
 
 
 class BrokenLogits(RequestError):

@@ -208,7 +208,8 @@ def make_engine(
         from workers.gpu.serving_experts import ExpertDuties, GpuExperts
 
         duties = ExpertDuties(role is not WorkerRole.PREFILL, role is not WorkerRole.DECODE, sizes.slots)
-        on_gpu = GpuExperts(bundle.config, bundle.supply, duties, pools.device, num_readers=num_threads)
+        key = bundle.model_hash
+        on_gpu = GpuExperts(bundle.config, bundle.supply, duties, pools.device, num_readers=num_threads, key=key)
     model = Transformer(
         bundle.config,
         bundle.weights,

@@ -20,10 +20,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kvstore.errors import IntegrityError
+from workers.experts.layout import TIER_SHIFT, Tier
 from workers.experts.residency import Residency
 from workers.experts.slots import Change, SlotTable
 
@@ -80,6 +82,8 @@ class CacheCounters:
     hits: int = 0
     cold_misses: int = 0
     capacity_misses: int = 0
+    peer_misses: int = 0
+    """Of both kinds, those that the other GPU's slab answered."""
     moved_in: int = 0
     evicted: int = 0
     moved_bytes: int = 0
@@ -144,6 +148,7 @@ class ExpertCache:
         self._codes_mark: Mark | None = None
         self._last = np.zeros(len(slots.codes), np.int64)
         self._resident_then = np.zeros(len(slots.codes), bool)
+        self._at_peer_then = np.zeros(len(slots.codes), bool)
         self._seen = np.zeros(len(slots.codes), bool)
         self.pair_hits = np.zeros(len(slots.codes), np.int64)
         """Of `counters.hits`, each pair's; of `counters.lookups`, `pair_lookups`."""
@@ -176,6 +181,10 @@ class ExpertCache:
         if self._bank is None:
             raise OSError(f"expert pair {pair} is in no bank")
         return self._bank.expert(pair)
+
+    def rehome(self, homes: npt.NDArray[np.int32]) -> None:
+        """All absent pairs are found at these codes by whatever is launched from here on; see `SlotTable.rehome`."""
+        self._apply(self.slots.rehome(homes))
 
     def before_step(self) -> None:
         """Call right before each step is launched, on the thread that launches."""
@@ -265,12 +274,14 @@ class ExpertCache:
         counters.hits += hits
         counters.cold_misses += int(fresh.sum())
         counters.capacity_misses += int(uses.sum()) - hits - int(fresh.sum())
+        counters.peer_misses += int(uses[self._at_peer_then].sum())
         self._seen |= uses > 0
 
     def _note_residents(self) -> None:
         """Hits of the coming interval are counted against who is resident at its start."""
         self._resident_then = np.zeros(len(self._seen), bool)
         self._resident_then[self.slots.residents()] = True
+        self._at_peer_then = self.slots.codes >> TIER_SHIFT == Tier.PEER
 
     def _apply(self, changes: list[Change]) -> bool:
         """The device's table follows `slots.codes`, in order with the steps."""

@@ -56,6 +56,8 @@ class ExpertConfig:
     """File of `dsv4 experts repack`, read instead of the checkpoint's shards; empty reads the shards."""
     verify: bool = False
     """Compare every read of an expert with a checksum of its first read, and slots with what was read."""
+    worker: str = ""
+    """This worker's name among those of its host."""
     share: str = ""
     """Folder in which the deployment's workers on this host find each other's memory; empty shares nothing."""
     peer: PeerPlace | None = None

@@ -26,7 +26,11 @@ from workers.experts.share import Offer, Share
 
 logger = logging.getLogger(__name__)
 
+APART = "peer-off"
+"""While a file of this name is in the share's folder no worker reads the other's experts: for measurements."""
+
 SLAB = "slab"
+"""What a worker's offer of its slab is called."""
 
 RETRY_S = 0.5
 """Time between two looks for a worker that is not there: it is starting, or being started again."""
@@ -104,7 +108,7 @@ class PeerLink:
         self._thread.start()
 
     def close(self) -> None:
-        """Stops looking. The table keeps what it has: call it when no step will follow. Safe to call again."""
+        """Parts and stops looking; an engine that has stopped keeps its table. Safe to call again."""
         self._closing.set()
         if self._thread.is_alive():
             self._thread.join(5.0 + LOOK_S)
@@ -112,7 +116,7 @@ class PeerLink:
     def _run(self) -> None:
         refused = ""
         while not self._closing.is_set():
-            offer = self._share.take(self._peer, SLAB)
+            offer = None if self._is_apart() else self._share.take(self._peer, SLAB)
             if offer is None:
                 self._closing.wait(RETRY_S)
                 continue
@@ -150,11 +154,15 @@ class PeerLink:
         self.is_met.set()
         logger.info("peer=%s holds %d experts for us", self._peer, len(offer.facts["pairs"]))
 
+    def _is_apart(self) -> bool:
+        return (self._share.folder / APART).exists()
+
     def _stay(self, offer: Offer) -> None:
-        while not offer.is_gone(LOOK_S):
-            if self._closing.is_set():
-                return
-        logger.warning("peer=%s is gone: back to the host bank", self._peer)
+        """Until the owner's end, or our own: then nothing points into the window any more."""
+        while not (is_gone := offer.is_gone(LOOK_S)) and not self._closing.is_set() and not self._is_apart():
+            pass
+        if is_gone:
+            logger.warning("peer=%s is gone: back to the host bank", self._peer)
         self._call(self._part).result()
 
     def _part(self) -> None:

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 WAIT_S = 0.1
 """Time between two looks at a bank that another worker fills."""
 
+Choose = Callable[[], Sequence[int]]
+"""Pairs of a new bank; called under the lock."""
+
 Fill = Callable[[HostBank, Progress], None]
 """Writes every expert of the bank, telling (bytes done, bytes in all)."""
 
@@ -32,21 +35,21 @@ Fill = Callable[[HostBank, Progress], None]
 def open_bank(
     share: Share | None,
     key: str,
-    pairs: Sequence[int],
+    choose: Choose,
     num_pairs: int,
     expert_bytes: int,
     fill: Fill,
     on_progress: Progress | None = None,
 ) -> HostBank:
-    """A bank with the experts `pairs` of the model `key`, filled. Raises what `fill` raises, and `BadConfig` when the
-    workers of this host are told to keep different experts.
+    """A bank of the model `key`, filled; whoever makes it chooses which pairs it holds. Raises what `choose` and `fill`
+    raise, and `BadConfig` when another worker's bank is of another model.
 
     Without a `share` the bank is this process's alone. The bytes of one model are the same whoever fills, so the key
     names the weights, not the worker.
     """
     tell = on_progress or _nowhere
     if share is None:
-        bank = HostBank(pairs, num_pairs, expert_bytes)
+        bank = HostBank(choose(), num_pairs, expert_bytes)
         fill(bank, tell)
         return bank
     what = f"bank-{key}"
@@ -54,11 +57,10 @@ def open_bank(
     try:
         _wait_for(lock, tell)
         offer = share.find(what)
-        bank = _made(lock, pairs, num_pairs, expert_bytes, fill, tell) if offer is None else _taken(offer)
-        missing = sum(not bank.holds(pair) for pair in pairs)
-        if missing or bank.expert_bytes != expert_bytes or bank.num_pairs != num_pairs:
-            found = f"{bank.capacity} of {bank.num_pairs} experts of {bank.expert_bytes} bytes in this host's bank"
-            raise BadConfig("experts.host", found, f"{len(pairs)} others of {expert_bytes} bytes", "worker config")
+        bank = _made(lock, choose(), num_pairs, expert_bytes, fill, tell) if offer is None else _taken(offer)
+        if bank.expert_bytes != expert_bytes or bank.num_pairs != num_pairs:
+            found = f"{bank.num_pairs} experts of {bank.expert_bytes} bytes in this host's bank"
+            raise BadConfig("experts", found, f"{num_pairs} of {expert_bytes} bytes", "worker config")
         facts = {"places": bank.place.tolist(), "expert_bytes": bank.expert_bytes}
         share.offer(what, bank.fd, facts)
         return bank

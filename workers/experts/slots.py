@@ -132,12 +132,16 @@ class SlotTable:
             raise IntegrityError(f"slot {slot} is {self._state[slot].value}, not leaving")
         self._release(slot)
 
-    def rehome(self, pair: int, code: int) -> Change | None:
-        """A new home of a pair (a bank or a peer came or went); the change, when the pair lives there now."""
-        self._homes[pair] = code
-        if self.codes[pair] >> TIER_SHIFT == Tier.SLAB:
-            return None
-        return self._point(pair, code)
+    def rehome(self, homes: npt.NDArray[np.int32]) -> list[Change]:
+        """New homes of all pairs (a peer came or went); the changes of those that live there now.
+
+        Raises `IntegrityError` when a pair outside the slab would be nowhere.
+        """
+        absent = self.codes >> TIER_SHIFT != Tier.SLAB
+        if (lost := np.flatnonzero(absent & (homes == NOWHERE) & (self._homes != NOWHERE))).size:
+            raise IntegrityError(f"{lost.size} pairs would be nowhere, pair {lost[0]} for one")
+        self._homes[:] = homes
+        return [self._point(int(pair), int(homes[pair])) for pair in np.flatnonzero(absent & (self.codes != homes))]
 
     def _point(self, pair: int, code: int) -> Change:
         self.codes[pair] = code

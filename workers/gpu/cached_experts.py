@@ -91,6 +91,12 @@ class ExpertMemory:
             raise OSError(f"code {code:#x} is of no tier that holds absent experts")
         return home[index * self.expert_bytes : (index + 1) * self.expert_bytes]
 
+    def homes(self, at_peer: Sequence[int] = ()) -> np.ndarray:
+        """int32 [pairs]: where absent pairs are; place i of the other GPU's slab holds `at_peer[i]`."""
+        homes = homes_in(self.bank, self.table.numel())
+        homes[np.asarray(at_peer, np.int64)] = np.arange(len(at_peer), dtype=np.int32) | code_of(Tier.PEER, 0)
+        return homes
+
     def attach(self, weights: GpuWeights) -> GpuWeights:
         """The same weights, their experts read through this table. What they held before is dropped."""
         layers = [dataclasses.replace(layer, experts=self.layer(i)) for i, layer in enumerate(weights.layers)]
@@ -117,7 +123,7 @@ class ExpertMemory:
             bring: where bytes come from at the start; by default the bank.
         """
         num_slots = num_slots or self.places.slots
-        homes = homes_in(self.bank, self.table.numel())
+        homes = self.homes()
         self.table.copy_(torch.from_numpy(homes))
         self.heat.zero_()
         c = self.config

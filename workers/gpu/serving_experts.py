@@ -1,34 +1,42 @@
 """`GpuExperts`: the routed experts of a GPU worker whose memory holds only some of them.
 
 Owns: what the budget buys, the slab, the host bank behind it, the cache and how steps reach both, statistics. Does not
-own: kernels, policies, the order of table changes and copies (`workers/experts/cache.py`). Absent experts are read from
-pinned host memory by the kernels themselves or copied right before them, so that every step gives the same bits at any
-residency, and no step waits for the host. Engine thread, except `stats_fields`.
+own: kernels, policies, the order of table changes and copies (`workers/experts/cache.py`), the other GPU's slab
+(`expert_peer.py`). Absent experts are read by the kernels themselves, from pinned host memory or the other slab, or
+copied right before them, so that every step gives the same bits at any residency, and no step waits for the host.
+Engine thread, except `stats_fields`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from workers.checkpoint.progress import OnProgress
+from workers.checkpoint.progress import OnProgress, Progress
 from workers.errors import BadConfig
 from workers.experts.bank import HostBank
 from workers.experts.cache import ExpertCache
 from workers.experts.config import PRELOADS, SOURCE, pays_little
 from workers.experts.host_memory import available_bytes
 from workers.experts.layout import ExpertShape, ExpertSlab
+from workers.experts.peer_link import EngineCall
 from workers.experts.places import ExpertSizes, plan_places
 from workers.experts.policy import POLICIES, STATIC, Ids, Values, highest
 from workers.experts.profile import read_profile
 from workers.experts.residency import Residency
+from workers.experts.share import Share
+from workers.experts.shared_bank import open_bank
 from workers.experts.supply import ExpertSupply
 from workers.gpu.cached_experts import ExpertMemory
+from workers.gpu.expert_peer import ExpertPeer
 from workers.gpu.expert_source import Bringer, ExpertSource
 from workers.gpu.expert_stream import ExpertFetch, ExpertsInPlace, ExpertStream
 from workers.gpu.step import LayerExperts
@@ -74,9 +82,19 @@ class GpuExperts:
     """Residency of one model's experts. `attach` before the model is made, `open` before its first step."""
 
     def __init__(
-        self, config: ModelConfig, supply: ExpertSupply, duties: ExpertDuties, device: torch.device, *, num_readers: int
+        self,
+        config: ModelConfig,
+        supply: ExpertSupply,
+        duties: ExpertDuties,
+        device: torch.device,
+        *,
+        num_readers: int,
+        key: str = "",
     ) -> None:
-        """Takes counters on the device, nothing else. Raises `BadConfig` when the experts are not stored in FP4."""
+        """Takes counters on the device, nothing else. Raises `BadConfig` when the experts are not stored in FP4.
+
+        `key` names the weights: workers of a host share bank and slabs of one key only.
+        """
         self._config, self._supply, self._duties, self._device = config, supply, duties, device
         self._shape = ExpertShape(config.hidden_size, config.moe_intermediate_size)
         self._source = ExpertSource(supply, self._shape, num_readers)
@@ -94,6 +112,11 @@ class GpuExperts:
         self._cache: ExpertCache | None = None
         self._memory: ExpertMemory | None = None
         self._stream: ExpertStream | None = None
+        self._key = key
+        self._share = Share.open(supply.config.share, supply.config.worker)
+        self._peer: ExpertPeer | None = None
+        self._kept: Ids = np.empty(0, np.int64)
+        """Pairs in the first slots, in order, for good."""
 
     def attach(self, weights: GpuWeights) -> GpuWeights:
         """The same weights, whose routers count uses here; `model_options` say where experts are."""
@@ -121,10 +144,13 @@ class GpuExperts:
         profile = None
         if config.preload not in PRELOADS:
             profile = read_profile(config.preload, self.sizes.layers, self.sizes.experts)
-        capacity = self._bank_capacity()
-        pinned = self._pinned(profile, capacity)
-        bank = self._make_bank(pinned, capacity, on_progress)
-        self._memory = ExpertMemory.allocate(self._config, self.places, bank, self._device, heat=self._heat)
+        slab = self._meet_peer()
+        bank = self._open_bank(profile, on_progress)
+        pinned = self._kept = self._keep(bank)
+        window = None if self._peer is None else self._peer.window
+        self._memory = ExpertMemory.allocate(
+            self._config, self.places, bank, self._device, heat=self._heat, slab=slab, peer=window
+        )
         moving = self._duties.decodes and self.places.slots > len(pinned)
         # Nothing ever comes into slots that no decode step looks at: they are filled at once.
         filled = config.preload != "none" or not moving
@@ -158,11 +184,45 @@ class GpuExperts:
             self.nbytes, self.bank_bytes, self._supply.config.policy, self._supply.config.source,
         )  # fmt: skip
 
-    def _bank_capacity(self) -> int:
-        """Pairs that the bank holds. Raises `BadConfig` when slots and bank together cannot hold every pair."""
+    def _meet_peer(self) -> Tensor | None:
+        """Memory of a slab that the other GPU may read, when there is to be another."""
+        place, size = self._supply.config.peer, self.places.total * self.sizes.expert_bytes
+        if place is None or self._share is None or self.places.slots >= self.sizes.pairs:
+            return None
+        self._peer = ExpertPeer(self._share, place, self.sizes, self.places.slots, size, self._device)
+        return self._peer.slab[:size]
+
+    def _open_bank(self, profile: Values | None, on_progress: OnProgress | None) -> HostBank | None:
+        """The pairs that may be absent, in host memory, locked for the device; None when none may."""
+        if self.places.slots >= self.sizes.pairs:
+            return None
+
+        def fill(bank: HostBank, note: Callable[[int, int], None]) -> None:
+            def tell(progress: Progress) -> None:
+                note(progress.done_bytes, progress.total_bytes)
+                if on_progress is not None:
+                    on_progress(progress)
+
+            self._source.fill(bank, tell)
+
+        began = time.monotonic()
+
+        def waited(done: int, total: int) -> None:
+            if on_progress is not None:
+                on_progress(Progress(done, total, time.monotonic() - began, "experts, by another worker"))
+
+        sizes = (self.sizes.pairs, self.sizes.expert_bytes)
+        bank = open_bank(self._share, self._key, lambda: self._banked(profile), *sizes, fill, waited)
+        if self._device.type == "cuda":
+            bank.lock()
+        return bank
+
+    def _banked(self, profile: Values | None) -> list[int]:
+        """Whom a new bank holds: all, or all but the most useful, which must stay in slots for good then.
+
+        Raises `BadConfig` when slots and bank together cannot hold every pair.
+        """
         pairs, size, slots = self.sizes.pairs, self.sizes.expert_bytes, self.places.slots
-        if slots >= pairs:
-            return 0
         asked = self._supply.config.host_bytes
         free = available_bytes()
         capacity = min(pairs, (int(HOST_SHARE * free) if asked is None else asked) // size)
@@ -172,29 +232,50 @@ class GpuExperts:
             raise BadConfig("experts.host", found, f"{least} (or a larger budget of GPU memory)", SOURCE)
         if asked is not None and capacity * size > free:
             raise BadConfig("experts.host", f"{asked} bytes", f"at most {free}, what the host has free now", SOURCE)
-        return capacity
+        if capacity == pairs:
+            return list(range(pairs))
+        shape = (self.sizes.layers, self.sizes.experts, self.sizes.top_k)
+        first = Residency(*shape, STATIC, profile).first_residents(pairs - capacity)
+        kept = first if profile is None else highest(profile, first, pairs - capacity)
+        return np.setdiff1d(np.arange(pairs), kept).tolist()
 
-    def _pinned(self, profile: Values | None, capacity: int) -> Ids:
-        """Pairs without a place in the bank, the most useful ones: they stay in their slots for ever."""
-        count = self.sizes.pairs - capacity
-        if count == 0:
-            return np.empty(0, np.int64)
-        first = Residency(self.sizes.layers, self.sizes.experts, self.sizes.top_k, STATIC, profile).first_residents(
-            count
-        )
-        return first if profile is None else highest(profile, first, count)
+    def _keep(self, bank: HostBank | None) -> Ids:
+        """Pairs for the first slots, in this order and for good: without a place in the bank, or promised to the peer.
 
-    def _make_bank(self, pinned: Ids, capacity: int, on_progress: OnProgress | None) -> HostBank | None:
-        """The pairs that may be absent, in host memory, locked for the device; None when none may."""
-        if capacity == 0:
-            return None
-        elsewhere = np.ones(self.sizes.pairs, bool)
-        elsewhere[pinned] = False
-        bank = HostBank(np.flatnonzero(elsewhere).tolist(), self.sizes.pairs, self.sizes.expert_bytes)
+        Raises `BadConfig` when this worker's slots cannot hold those that another's bank leaves out.
+        """
+        if bank is None:
+            return np.arange(self.sizes.pairs)
+        homeless = np.flatnonzero(bank.place < 0)
+        if len(homeless) > self.places.slots:
+            found = f"a bank without {len(homeless)} experts"
+            raise BadConfig("experts.host", found, f"at most the {self.places.slots} that fit the slots", SOURCE)
+        promised = np.empty(0, np.int64) if self._peer is None else self._peer.promises()
+        return np.concatenate([homeless, np.setdiff1d(promised, homeless)])[: self.places.slots]
+
+    # -- the other GPU ------------------------------------------------------------------------------------------------
+
+    def start_sharing(self, call: EngineCall) -> None:
+        """Begins to offer the slab and to look for the other one. `call` runs things between steps."""
+        if self._peer is not None:
+            self._peer.start(self._kept.tolist(), self, call, key=self._key)
+
+    def stop_sharing(self) -> None:
+        """Ends both; call it before the last step. Safe to call again."""
+        if self._peer is not None:
+            self._peer.stop()
+
+    def peer_came(self, pairs: Ids) -> None:
+        """Place i of the other slab holds `pairs[i]`: whoever of them is absent is read there from now on."""
+        assert self._memory is not None
+        self.cache.rehome(self._memory.homes(pairs.tolist()))
+
+    def peer_left(self) -> None:
+        """Back to the bank. Nothing that was launched reads the other slab any more when this returns."""
+        assert self._memory is not None
+        self.cache.rehome(self._memory.homes())
         if self._device.type == "cuda":
-            bank.lock()
-        self._source.fill(bank, on_progress)
-        return bank
+            torch.cuda.synchronize(self._device)
 
     def before_decode(self) -> None:
         """Right before each decode step is launched: looks at what has moved, starts what follows. Waits for nothing.
@@ -219,9 +300,9 @@ class GpuExperts:
 
     @property
     def bank_bytes(self) -> int:
-        """Host memory of the bank."""
+        """Host memory of the bank, where this worker made it: of those who share one, one counts it."""
         bank = None if self._memory is None else self._memory.bank
-        return 0 if bank is None else bank.nbytes
+        return bank.nbytes if bank is not None and bank.is_first else 0
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` unless slots and codes agree."""
@@ -251,7 +332,8 @@ class GpuExperts:
             "expert_moves": counters.moved_in,
             "expert_bytes": {
                 "disk": reads.disk_bytes,
-                "host": (counters.cold_misses + counters.capacity_misses) * sizes.expert_bytes,
+                "host": (counters.cold_misses + counters.capacity_misses - counters.peer_misses) * sizes.expert_bytes,
+                "peer": counters.peer_misses * sizes.expert_bytes,
                 "moves": counters.moved_bytes,
                 "prefill": 0 if stream is None else stream.copied_bytes,
             },
@@ -279,6 +361,10 @@ class GpuExperts:
 
     def close(self) -> None:
         """Gives the bank and files back; no step may run any more."""
+        if self._peer is not None:
+            self._peer.close()
+        if self._share is not None:
+            self._share.close()
         if self._memory is not None and self._memory.bank is not None:
             self._memory.bank.close()
         self._supply.close()

@@ -27,7 +27,7 @@ from kvstore.transfer.sender import KVSender
 from kvstore.transfer.wire import channel_options
 from workers.config import WorkerConfig
 from workers.decode import DecodeWorker
-from workers.engine import Engine
+from workers.engine import Engine, SharedExperts
 from workers.messages import SpaceStats, WorkerRole, WorkerStats
 from workers.prefill import PrefillWorker
 from workers.service import codec
@@ -76,6 +76,8 @@ def store_config(config: WorkerConfig, engine: Engine) -> KVStoreConfig:
 class RunningWorker(ABC):
     """A listening worker."""
 
+    worker: PrefillWorker | DecodeWorker
+
     def __init__(self, config: WorkerConfig, engine: Engine) -> None:
         self.config = config
         self.engine = engine
@@ -98,6 +100,8 @@ class RunningWorker(ABC):
         self.address = f"{shown}:{port}"
         self._open()
         await self._server.start()
+        if (sharing := self._sharing) is not None:
+            sharing.start_sharing(self.worker.loop.call)
         logger.info("worker=%s role=%s address=%s", self.config.name, self.config.role.value, self.address)
 
     async def stop(self) -> None:
@@ -105,12 +109,20 @@ class RunningWorker(ABC):
         if self._stopping:
             return
         self._stopping = True
+        if (sharing := self._sharing) is not None:
+            await asyncio.to_thread(sharing.stop_sharing)
         await asyncio.to_thread(self._close_worker)
         await self._end_streams()
         await self._server.stop(self.config.drain_s)
         await self._close_transfer()
 
     close = stop
+
+    @property
+    def _sharing(self) -> SharedExperts | None:
+        """The model's experts, where they can be read by another worker."""
+        experts = self.engine.experts
+        return experts if isinstance(experts, SharedExperts) else None
 
     async def Stats(self, call: pb.StatsCall, context: grpc.aio.ServicerContext) -> pb.StatsReply:  # noqa: N802
         """The `Stats` call of either service."""

@@ -170,7 +170,21 @@ def test_memory_of_a_dead_peer_is_kept_when_nothing_can_replace_it(folder: Path,
     again.close()
 
 
-def test_a_worker_that_closes_keeps_its_table(folder: Path, link: Callable) -> None:
+def test_a_worker_that_closes_parts_first_and_so_does_one_that_is_told_to(folder: Path, link: Callable) -> None:
+    worker = Worker()
+    peers = link(worker)
+    friend = other(folder, 3)
+    until(peers.is_met.is_set)
+    (folder / "peer-off").touch()
+    until(lambda: worker.events == ["open", "came", "left", "shut"])
+    (folder / "peer-off").unlink()
+    until(peers.is_met.is_set)
+    peers.close()
+    assert worker.events == ["open", "came", "left", "shut"] * 2
+    friend.close()
+
+
+def test_a_worker_whose_engine_has_stopped_keeps_its_table(folder: Path, link: Callable) -> None:
     worker = Worker()
     peers = link(worker)
     friend = other(folder, 3)

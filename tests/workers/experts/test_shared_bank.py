@@ -31,6 +31,10 @@ def folder() -> Iterator[Path]:
         yield Path(name) / "share"
 
 
+def everything() -> range:
+    return range(PAIRS)
+
+
 def fill(bank: HostBank, note: Progress) -> None:
     for pair in range(PAIRS):
         if bank.holds(pair):
@@ -54,7 +58,7 @@ def owner(folder: str, gate: multiprocessing.connection.Connection, dies_after: 
             note((pair + 1) * BYTES, PAIRS * BYTES)
 
     share = Share(Path(folder), "first")
-    open_bank(share, "m", range(PAIRS), PAIRS, BYTES, slowly)
+    open_bank(share, "m", everything, PAIRS, BYTES, slowly)
     gate.send("filled")
     time.sleep(60)
 
@@ -75,7 +79,7 @@ def test_the_second_worker_finds_the_first_ones_pages_and_keeps_them_when_it_is_
     process, said = start_owner(folder)
     assert said == "filled"
     second = Share(folder, "second")
-    bank = open_bank(second, "m", range(PAIRS), PAIRS, BYTES, never)
+    bank = open_bank(second, "m", everything, PAIRS, BYTES, never)
     assert not bank.is_first and is_right(bank)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
@@ -83,7 +87,7 @@ def test_the_second_worker_finds_the_first_ones_pages_and_keeps_them_when_it_is_
     assert is_right(bank), "the mapping outlives whoever made it"
 
     third = Share(folder, "third")
-    again = open_bank(third, "m", range(PAIRS), PAIRS, BYTES, never)
+    again = open_bank(third, "m", everything, PAIRS, BYTES, never)
     again.expert(5).fill_(77)
     assert bool((bank.expert(5) == 77).all()), "one copy in memory"
     for share in (second, third):
@@ -103,7 +107,7 @@ def test_the_next_worker_fills_when_the_first_dies_over_it(folder: Path) -> None
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
 
-    bank = open_bank(share, "m", range(PAIRS), PAIRS, BYTES, fill, tell)
+    bank = open_bank(share, "m", everything, PAIRS, BYTES, fill, tell)
     process.join()
     assert seen[0] == (5 * BYTES, PAIRS * BYTES), "the holder's progress, while we wait"
     assert seen[-1] == (PAIRS * BYTES, PAIRS * BYTES)
@@ -112,21 +116,23 @@ def test_the_next_worker_fills_when_the_first_dies_over_it(folder: Path) -> None
     share.close()
 
 
-def test_a_bank_of_other_experts_is_refused(folder: Path) -> None:
+def test_whoever_makes_the_bank_chooses_its_experts_and_other_models_have_their_own(folder: Path) -> None:
     first, second = Share(folder, "first"), Share(folder, "second")
-    bank = open_bank(first, "m", range(6), PAIRS, BYTES, fill)
-    with pytest.raises(BadConfig, match="6 of 24 experts"):
-        open_bank(second, "m", range(7), PAIRS, BYTES, never)
-    other = open_bank(second, "another model", range(7), PAIRS, BYTES, fill)
-    assert other.capacity == 7
+    bank = open_bank(first, "m", lambda: range(6), PAIRS, BYTES, fill)
+    found = open_bank(second, "m", everything, PAIRS, BYTES, never)
+    assert np.array_equal(found.place, bank.place) and found.capacity == 6
+    with pytest.raises(BadConfig, match="24 experts of 52224 bytes"):
+        open_bank(second, "m", everything, PAIRS + 1, BYTES, never)
+    other = open_bank(second, "another model", everything, PAIRS, BYTES, fill)
+    assert other.capacity == PAIRS
     for share in (first, second):
         share.close()
-    for each in (bank, other):
+    for each in (bank, found, other):
         each.close()
 
 
 def test_without_a_share_the_bank_is_private() -> None:
-    bank = open_bank(None, "m", range(PAIRS), PAIRS, BYTES, fill)
+    bank = open_bank(None, "m", everything, PAIRS, BYTES, fill)
     assert bank.is_first and is_right(bank)
     bank.close()
 
@@ -138,8 +144,8 @@ def test_a_failed_fill_reaches_the_caller_and_frees_the_lock(folder: Path) -> No
         raise OSError("no such file")
 
     with pytest.raises(OSError, match="no such file"):
-        open_bank(share, "m", range(PAIRS), PAIRS, BYTES, broken)
-    bank = open_bank(share, "m", range(PAIRS), PAIRS, BYTES, fill)
+        open_bank(share, "m", everything, PAIRS, BYTES, broken)
+    bank = open_bank(share, "m", everything, PAIRS, BYTES, fill)
     assert is_right(bank)
     bank.close()
     share.close()

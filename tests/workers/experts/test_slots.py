@@ -64,7 +64,8 @@ def test_random_lives_keep_slots_and_codes_together(seed: int) -> None:
         elif leaving and action > 0.8:
             table.quiet(leaving.pop(rng.randrange(len(leaving))))
         elif action > 0.95:
-            table.rehome(pair, code_of(rng.choice([Tier.HOST, Tier.PEER]), rng.randrange(9)))
+            tier = rng.choice([Tier.HOST, Tier.PEER])
+            table.rehome(np.array([code_of(tier, rng.randrange(9)) for _ in range(9)], np.int32))
         table.check_integrity()
 
 
