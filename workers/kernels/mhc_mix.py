@@ -112,12 +112,21 @@ def _mixed(gates, out, r0, r1, r2, r3, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _written_back(sub_out, source, token, channel, mask, gates, D: tl.constexpr, R: tl.constexpr, WIDEN: tl.constexpr):
-    """The four new streams at some channels, which also go to memory. R = 0: the streams as they are."""
+def _old_streams(source, mask, D: tl.constexpr):
+    """The four streams `[TM, C]` at the pointers `source`."""
     x0 = tl.load(source, mask=mask, other=0.0)
     x1 = tl.load(source + D, mask=mask, other=0.0)
     x2 = tl.load(source + 2 * D, mask=mask, other=0.0)
     x3 = tl.load(source + 3 * D, mask=mask, other=0.0)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _written_back(
+    sub_out, old, source, token, channel, mask, gates, D: tl.constexpr, R: tl.constexpr, WIDEN: tl.constexpr
+):
+    """The four new streams at some channels, which also go to memory. R = 0: the streams as they are."""
+    x0, x1, x2, x3 = old
     if R > 0:
         part = sub_out + token[:, None] * (R * D) + channel[None, :]
         out = tl.load(part, mask=mask, other=0.0).to(tl.float32)
@@ -187,18 +196,22 @@ def mix_decode_kernel(
     WIDEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (D / C, T / TM): one part per program, `fn` on its way before the predecessor has ended."""
+    """Grid (D / C, T / TM): one part per program, `fn` on its way before the predecessor has ended, and with it (R > 0)
+    streams and gates: those are older than the launch that makes `sub_out`, which waits before it signals."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(0)
     channel = part * C + tl.arange(0, C)
     parts = _fn_parts(fn, part * C, C, D, NUM_FN, WIDEN)
-    if PDL:
+    if PDL and R == 0:
         tl.extra.cuda.gdc_wait()
     index, token, inside = _rows(rows, num_rows, TM, HAS_ROWS)
     gates = _loaded_gates(post, comb, token, inside) if R > 0 else ()
     source = streams + token[:, None] * (4 * D) + channel[None, :]
-    x0, x1, x2, x3 = _written_back(sub_out, source, token, channel, inside[:, None], gates, D, R, WIDEN)
+    old = _old_streams(source, inside[:, None], D)
+    if PDL and R > 0:
+        tl.extra.cuda.gdc_wait()
+    x0, x1, x2, x3 = _written_back(sub_out, old, source, token, channel, inside[:, None], gates, D, R, WIDEN)
     acc = _products(x0, x1, x2, x3, parts, WIDEN)
     _store_sums(work, index, inside, part, acc, _inner_products(x0, x1, x2, x3), NUM_FN, D // C)
 
@@ -236,7 +249,8 @@ def mix_prefill_kernel(
     for start in range(0, D // PARTS, C):
         channel = part * (D // PARTS) + start + tl.arange(0, C)
         source = streams + token[:, None] * (4 * D) + channel[None, :]
-        x0, x1, x2, x3 = _written_back(sub_out, source, token, channel, inside[:, None], gates, D, R, WIDEN)
+        old = _old_streams(source, inside[:, None], D)
+        x0, x1, x2, x3 = _written_back(sub_out, old, source, token, channel, inside[:, None], gates, D, R, WIDEN)
         acc += _products(x0, x1, x2, x3, _fn_parts(fn, part * (D // PARTS) + start, C, D, NUM_FN, WIDEN), WIDEN)
         inner = _inner_products(x0, x1, x2, x3)
         g0, g1, g2, g3, g4 = g0 + inner[0], g1 + inner[1], g2 + inner[2], g3 + inner[3], g4 + inner[4]

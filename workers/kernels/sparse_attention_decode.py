@@ -7,8 +7,11 @@ or all of a token, and `combine` does the additions that are left: the bits of t
 can follow the number of tokens.
 
 A program has few heads, and one warp for every 64 dimensions of the rows, as keys and as values: scores are summed over
-the warps. Products are bf16 with fp32 accumulation, probabilities are rounded to bf16 for the values and their sum is
-not (official kernel).
+the warps. Products are f16 with fp32 accumulation: e4m3 codes are exact there, their scales multiply the scores and the
+probabilities. Probabilities are rounded for the values (f16; the official kernel has bf16) and their sum is not.
+
+A chunk of the window is older than the launches that make the queries and the selection, and is loaded before waiting
+for them: every launch between the one that stores it and this one waits before it signals, or its predecessor does.
 """
 
 from __future__ import annotations
@@ -16,9 +19,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from workers.kernels.attention_parts import LOG2E, chunk_rows, divisor, dot_bf16, finite, visible_entries
-from workers.kernels.formats import e4m3_to_f16
+from workers.kernels.attention_parts import LOG2E, chunk_rows, divisor, finite, visible_entries
+from workers.kernels.formats import e4m3_to_f16, pow2_reciprocal
 from workers.kernels.kv_rows import as_bf16, rotate, unit_and_offset
+
+AT_ONCE = tl.constexpr(32)
+"""Parts that `combine` loads at once; where a token can have more, it walks their runs."""
 
 RUN_KEYS = 256
 """Keys of a run. A change moves the last bits of every result with more keys than this."""
@@ -32,18 +38,23 @@ def _power_of_two(exponent):
 
 @triton.jit
 def _queries(q, live, angle, eps, W: tl.constexpr, WIDEN: tl.constexpr):
-    """bf16 [W, BH, 64] raw queries by groups of 64 dimensions, the last group rotated; fp32 [BH] factors of their norm,
-    which are applied to the scores. q: pointers [BH] to raw rows."""
-    column = tl.arange(0, W)[:, None, None] * 64 + tl.arange(0, 64)[None, None, :]
-    x = tl.load(q[None, :, None] + column, mask=live[None, :, None], other=0.0)  # [W, BH, 64]
-    wide = x.to(tl.float32)
-    norm = tl.rsqrt(tl.sum(tl.sum(wide * wide, 2), 0) / (W * 64) + eps)
-    rope = tl.load(q[:, None] + ((W - 1) * 64 + tl.arange(0, 64))[None, :], mask=live[:, None], other=0.0)
-    cos = tl.load(angle + tl.arange(0, 32)[None, :])
-    sin = tl.load(angle + 32 + tl.arange(0, 32)[None, :])
-    rope = as_bf16(rotate(rope.to(tl.float32), cos, sin), WIDEN)
-    x = tl.where(tl.arange(0, W)[:, None, None] == W - 1, rope[None, :, :], x)
-    return x, norm * ((W * 64) ** -0.5 * LOG2E)
+    """f16 [W, BH, 64] queries by groups of 64 dimensions: normed, then the last group rotated, each rounded to bf16.
+
+    q: pointers [BH] to raw rows; angle: pointer to the position's cos | sin.
+    """
+    BH: tl.constexpr = q.shape[0]
+    group = tl.arange(0, W)
+    column = group[:, None, None] * 64 + tl.arange(0, 64)[None, None, :]
+    x = tl.load(q[None, :, None] + column, mask=live[None, :, None], other=0.0).to(tl.float32)  # [W, BH, 64]
+    rotary = (group == W - 1)[:, None, None]
+    pair = tl.arange(0, 32)[None, None, :]
+    cos = tl.load(angle + pair + 0 * group[:, None, None], mask=rotary, other=1.0)
+    sin = tl.load(angle + 32 + pair + 0 * group[:, None, None], mask=rotary, other=0.0)
+    norm = tl.rsqrt(tl.sum(tl.sum(x * x, 2), 0) / (W * 64) + eps)
+    x = as_bf16(x * norm[None, :, None], WIDEN).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x, (W, BH, 32, 2)))
+    x = tl.join(tl.fma(even, cos, -(odd * sin)), tl.fma(odd, cos, even * sin))
+    return as_bf16(tl.reshape(x, (W, BH, 64)), WIDEN).to(tl.float32).to(tl.float16)
 
 
 @triton.jit
@@ -62,7 +73,10 @@ def _chunk(
     HW: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Rows of a chunk as bf16 [W, KEYS, 64], exact, dead rows 0; and which rows exist, bool [KEYS]."""
+    """Rows of a chunk: numbers f16 [W, KEYS, 64] and their scales fp32 [W, KEYS], dead rows 0; and which rows exist.
+
+    Numbers are e4m3 codes, exact, and the rotary part, of which f16 keeps all bits between 2 ** -14 and 65504.
+    """
     ROW: tl.constexpr = W * 64 + 64
     SHIFT: tl.constexpr = 6 if RATIO == 4 else 1  # an entry page has 64 or 2 rows
     row, live = chunk_rows(chunk, position, num_entries, selected, WINDOW, RATIO, KEYS)
@@ -90,29 +104,32 @@ def _chunk(
     rope = tl.load(words[None, :, None] + column, mask=live[None, :, None], other=0.0)  # [1, KEYS, 64]
     exponent = ((scale[None, :] >> (group * 8)[:, None]) & 0xFF).to(tl.uint32)  # byte 0 stands for zeros only
     scale = (exponent << 23).to(tl.float32, bitcast=True)
-    value = (e4m3_to_f16(code, HW).to(tl.float32) * scale[:, :, None]).to(tl.bfloat16)
-    value = tl.where(is_nope, value, rope)
+    scale = tl.where((group == W - 1)[:, None] & live[None, :], 1.0, scale)
+    value = tl.where(is_nope, e4m3_to_f16(code, HW), rope.to(tl.float32).to(tl.float16))
     if not WIDEN:
         # NOTE: without this the compiler moves the conversion behind the exchange between threads, and then converts
         # twice: for the tile as keys and for the tile as values.
-        value = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], tl.bfloat16, is_pure=False, pack=2)
-    return value, live
+        value = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], tl.float16, is_pure=False, pack=2)
+    return value, scale, live
 
 
 @triton.jit
-def _weights(q, k, live, scale, WIDEN: tl.constexpr):
-    """Of one chunk: bf16 probabilities [BH, KEYS], their maximum as a whole power of two and their sum, fp32 [BH]."""
-    s = tl.sum(dot_bf16(q, tl.permute(k, (0, 2, 1)), None, WIDEN), 0) * scale[:, None]
+def _weights(q, k, scale, live):
+    """Of one chunk: probabilities fp32 [BH, KEYS], their maximum as a whole power of two and their sum, fp32 [BH]."""
+    WIDTH: tl.constexpr = q.shape[0] * q.shape[2]
+    s = tl.sum(tl.dot(q, tl.permute(k, (0, 2, 1))) * scale[:, None, :], 0) * (WIDTH**-0.5 * LOG2E)
     s = tl.where(live[None, :], s, -float("inf"))
     top = tl.ceil(tl.max(s, 1))
     p = tl.exp2(s - finite(top)[:, None])
-    return as_bf16(p, WIDEN), top, tl.sum(p, 1)
+    return p, top, tl.sum(p, 1)
 
 
 @triton.jit
-def _values(p, k, W: tl.constexpr, WIDEN: tl.constexpr):
-    """fp32 [W, BH, 64]: probabilities times values."""
-    return dot_bf16(tl.broadcast_to(p[None, :, :], (W, p.shape[0], p.shape[1])), k, None, WIDEN)
+def _values(p, k, scale):
+    """fp32 [W, BH, 64]: probabilities times values. Scales go to the probabilities, as f16 shares of their maximum."""
+    most = tl.maximum(tl.max(scale, 1), 2.0**-60)  # [W], a power of two
+    share = scale * pow2_reciprocal(most)[:, None]
+    return tl.dot((p[None, :, :] * share[:, None, :]).to(tl.float16), k) * most[:, None, None]
 
 
 @triton.jit(do_not_specialize=["num_pages", "num_parts"])
@@ -155,7 +172,6 @@ def attend_decode(
     """Grid (ceil(HEADS / BH), T, parts)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     HD: tl.constexpr = W * 64
     STRIDES: tl.constexpr = (WINDOW_STRIDE, ENTRY_STRIDE)
     token = tl.program_id(1)
@@ -169,21 +185,29 @@ def attend_decode(
     first = part * (1 if SPLIT == 1 else RUN)
     if SPLIT > 0:  # noqa: SIM102 - decided by the compiler
         if (first >= num_chunks) | (position < 0):
+            if PDL:
+                tl.extra.cuda.gdc_wait()
             return
+    if PDL and RATIO == 4 and SPLIT == 1:  # noqa: SIM102 - decided by the compiler
+        if first * KEYS >= WINDOW:  # the selection is the launch before
+            tl.extra.cuda.gdc_wait()
     angle = rope_table + tl.maximum(position, 0).to(tl.int64) * 64
     tables = (window_pages + tables_at, full_pages + tables_at)
     sources = (window_codes, window_words, window_scales, entry_codes, entry_words, entry_scales)
     selected += token * SELECTED
     q += token.to(tl.int64) * Q_STRIDE + head * HD
+    place = (selected, sources, tables)
     if SPLIT == 1:
-        k, live = _chunk(
-            first, position, num_entries, selected, sources, tables, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN
-        )
-        x, scale = _queries(q, live_head, angle, eps, W, WIDEN)
-        p, maximum, total = _weights(x, k, live, scale, WIDEN)
-        values = _values(p, k, W, WIDEN)
+        k, scale, live = _chunk(first, position, num_entries, *place, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        x = _queries(q, live_head, angle, eps, W, WIDEN)
+        p, maximum, total = _weights(x, k, scale, live)
+        values = _values(p, k, scale)
     else:
-        x, scale = _queries(q, live_head, angle, eps, W, WIDEN)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        x = _queries(q, live_head, angle, eps, W, WIDEN)
         maximum = tl.full((BH,), -float("inf"), tl.float32)
         total = tl.zeros((BH,), tl.float32)
         values = tl.zeros((W, BH, 64), tl.float32)
@@ -192,16 +216,16 @@ def attend_decode(
             run_total = tl.zeros((BH,), tl.float32)
             run_values = tl.zeros((W, BH, 64), tl.float32)
             for chunk in tl.range(run, tl.minimum(run + RUN, end)):
-                k, live = _chunk(
-                    chunk, position, num_entries, selected, sources, tables, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN
+                k, scale, live = _chunk(
+                    chunk, position, num_entries, *place, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN
                 )
-                p, top, chunk_total = _weights(x, k, live, scale, WIDEN)
+                p, top, chunk_total = _weights(x, k, scale, live)
                 new_maximum = tl.maximum(maximum, top)
                 kept = _power_of_two(maximum - finite(new_maximum))
                 added = _power_of_two(top - finite(new_maximum))
                 maximum = new_maximum
                 run_total = run_total * kept + chunk_total * added
-                run_values = run_values * kept[None, :, None] + _values(p, k, W, WIDEN) * added[None, :, None]
+                run_values = run_values * kept[None, :, None] + _values(p, k, scale) * added[None, :, None]
                 total *= kept
                 values *= kept[None, :, None]
             total += run_total
@@ -222,6 +246,20 @@ def attend_decode(
         statistics = work + (tl.num_programs(1).to(tl.int64) * HEADS * num_parts) * HD + at * 2
         tl.store(statistics, maximum, mask=live_head)
         tl.store(statistics + 1, total, mask=live_head)
+
+
+@triton.jit
+def _run(work, statistics, first, live_parts, shift, PARTS: tl.constexpr, HD: tl.constexpr):
+    """Sum and values [HD / 2, 2] of PARTS parts from `first` on, added first to last, at the maximum `shift`."""
+    total = 0.0
+    values = tl.zeros((HD // 2, 2), tl.float32)
+    for i in tl.static_range(PARTS):
+        live = first + i < live_parts
+        top = tl.load(statistics + (first + i) * 2, mask=live, other=-float("inf"))
+        added = _power_of_two(top - shift)
+        total += tl.load(statistics + (first + i) * 2 + 1, mask=live, other=0.0) * added
+        values += tl.load(work + (first + i) * HD, mask=live, other=0.0) * added
+    return total, values
 
 
 @triton.jit(do_not_specialize=["num_parts"])
@@ -247,43 +285,41 @@ def combine(
     """Add the parts of one head of one token, divide, undo the rotation. Grid (HEADS, T)."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     HD: tl.constexpr = W * 64
     PARTS_OF_RUN: tl.constexpr = RUN if SPLIT == 1 else 1
-    STEP: tl.constexpr = 8 if SPLIT == 1 else 1
-    tl.static_assert(PARTS_OF_RUN % STEP == 0)
     token = tl.program_id(1)
     head = tl.program_id(0)
     position = tl.load(positions + token)
-    num_chunks = (WINDOW + KEYS - 1) // KEYS + (visible_entries(position, SELECTED, RATIO) + KEYS - 1) // KEYS
-    live_parts = tl.where(position < 0, 0, num_chunks if SPLIT == 1 else (num_chunks + RUN - 1) // RUN)
-    at = (token.to(tl.int64) * HEADS + head) * num_parts
-    statistics = work + (tl.num_programs(1).to(tl.int64) * HEADS * num_parts) * HD + at * 2
-    every = tl.arange(0, MOST)
-    maximum = tl.max(tl.load(statistics + every * 2, mask=every < live_parts, other=-float("inf")), 0)
-    shift = finite(maximum)
-    dim = tl.arange(0, HD // 2)[:, None] * 2 + tl.arange(0, 2)[None, :]
-    work += at * HD + dim
-    total = 0.0
-    values = tl.zeros((HD // 2, 2), tl.float32)
-    for run in range(0, live_parts, PARTS_OF_RUN):
-        run_total = 0.0
-        run_values = tl.zeros((HD // 2, 2), tl.float32)
-        for part in range(run, tl.minimum(run + PARTS_OF_RUN, live_parts), STEP):
-            for i in tl.static_range(STEP):
-                live = part + i < live_parts
-                top = tl.load(statistics + (part + i) * 2, mask=live, other=-float("inf"))
-                added = _power_of_two(top - shift)
-                run_total += tl.load(statistics + (part + i) * 2 + 1, mask=live, other=0.0) * added
-                run_values += tl.load(work + (part + i) * HD, mask=live, other=0.0) * added
-        total += run_total
-        values += run_values
-    values *= divisor(maximum, total, tl.load(sink + head))
+    sink = tl.load(sink + head)
     pair = tl.arange(0, HD // 2)
     angle = rope_table + tl.maximum(position, 0).to(tl.int64) * 64 + (pair - (HD // 2 - 32))
     rotary = pair >= HD // 2 - 32
     cos = tl.load(angle, mask=rotary, other=1.0)
     sin = tl.load(angle + 32, mask=rotary, other=0.0)
+    num_chunks = (WINDOW + KEYS - 1) // KEYS + (visible_entries(position, SELECTED, RATIO) + KEYS - 1) // KEYS
+    live_parts = tl.where(position < 0, 0, num_chunks if SPLIT == 1 else (num_chunks + RUN - 1) // RUN)
+    at = (token.to(tl.int64) * HEADS + head) * num_parts
+    statistics = work + (tl.num_programs(1).to(tl.int64) * HEADS * num_parts) * HD + at * 2
+    every = tl.arange(0, MOST)
+    dim = tl.arange(0, HD // 2)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    work += at * HD + dim
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    shift = tl.load(statistics + every * 2, mask=every < live_parts, other=-float("inf"))
+    maximum = tl.max(shift, 0)
+    total = 0.0
+    values = tl.zeros((HD // 2, 2), tl.float32)
+    if MOST <= AT_ONCE:  # all loads at once, not run by run
+        for run in tl.static_range(0, MOST, PARTS_OF_RUN):
+            added = _run(work, statistics, run, live_parts, finite(maximum), PARTS_OF_RUN, HD)
+            total += added[0]
+            values += added[1]
+    else:
+        for run in range(0, live_parts, PARTS_OF_RUN):
+            added = _run(work, statistics, run, live_parts, finite(maximum), PARTS_OF_RUN, HD)
+            total += added[0]
+            values += added[1]
+    values *= divisor(maximum, total, sink)
     even, odd = tl.split(values)
     values = tl.join(tl.fma(even, cos, odd * sin), tl.fma(odd, cos, -(even * sin)))
     tl.store(out + (token.to(tl.int64) * HEADS + head) * HD + dim, as_bf16(values, WIDEN))
