@@ -30,8 +30,11 @@ class ServePlan:
     json_file: Path | None = None
 
 
-def run_levels(url: str, api_key: str | None, plan: ServePlan, console: Console) -> ServeResults:
-    """Measures every level. Raises `ApiFailure`, `CannotMeasure`; what was measured before that is in the file."""
+def run_levels(url: str, api_key: str | None, plan: ServePlan, console: Console, *, warms: bool = True) -> ServeResults:
+    """Measures every level. Raises `ApiFailure`, `CannotMeasure`; what was measured before that is in the file.
+
+    `warms`: one short round first, which does not count.
+    """
 
     def connect() -> RouterClient:
         return RouterClient(url, api_key)
@@ -41,8 +44,9 @@ def run_levels(url: str, api_key: str | None, plan: ServePlan, console: Console)
         prompts = Prompts.measured(client, load)
         setup = {"input": load.input_tokens, "output": load.output_tokens, "GPUs": plan.gpus, "rounds": load.rounds}
         results = ServeResults(load.model, setup)
-        spent_s = warm_up(prompts, load, min(max(plan.concurrencies), 2), connect)
-        console.print(f"first round (not counted) took {spent_s:.1f} s", style="dim")
+        if warms:
+            spent_s = warm_up(prompts, load, min(max(plan.concurrencies), 2), connect)
+            console.print(f"first round (not counted) took {spent_s:.1f} s", style="dim")
         for concurrency in plan.concurrencies:
             with _bar(console, concurrency, concurrency * load.rounds) as advance:
                 level = measure_level(client, prompts, load, Machine(plan.gpus), concurrency, connect, advance)

@@ -1,0 +1,173 @@
+"""The whole mission in one run: load test and forced retracts on two GPUs. `python -m tests.bench.mission`.
+
+One deployment (by default V4-Flash's shape on two H200s, experts partly absent from either GPU) is started once and
+asked over HTTP: first one request, from whose start the time to the first token counts; then levels of clients that
+send long prompts and want long answers; then the stress run, whose retracted answers must be the plain ones, token by
+token and log-probability by log-probability. Parts that no longer fit the time limit are left out and named.
+
+Physics at 8,192 tokens in and 1,024 out: prefill is bound by matrix rate, about 15,000 tokens/s a GPU, so that 128
+requests take 70 s to arrive; decode at 128 requests touches nearly every expert of every layer in each step (147 GB: 35
+ms from HBM, and what is absent over the link). The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cluster.bench.serve_results import ServeResults, level_table
+from cluster.bench.serve_run import ServePlan, run_levels
+from cluster.config import AdminSettings, ClusterConfig, load_config
+from cluster.foreground import check_model
+from cluster.http_client import RouterClient
+from cluster.launch import Cluster, context_limit, start_cluster
+from cluster.stress import table
+from cluster.stress.options import StressOptions
+from cluster.stress.proof import Proof
+from cluster.stress.target import far_tokens
+from cluster.synthetic import vocabulary_of
+from tests.architecture.source_tree import ROOT
+
+LEVELS = "1:8192:256,8:8192:256,32:8192:256,64:8192:256,128:8192:1024"
+"""CLIENTS:INPUT:OUTPUT, by commas; each one round, so that every client decodes at the same time for a while."""
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
+
+
+@dataclass(slots=True)
+class Mission:
+    """What has been measured so far; written after every part."""
+
+    config: str
+    gpus: int
+    ready_s: float = 0.0
+    first_token_s: float = 0.0
+    """From the command's first moment to the first token of the first answer."""
+    levels: list[ServeResults] = field(default_factory=list)
+    stress: dict[str, Any] | None = None
+    left_out: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        flat = dataclasses.asdict(self)
+        flat["levels"] = [{**results["setup"], **results["levels"][0]} for results in flat["levels"]]
+        return {"bench": "mission", **flat}
+
+    def write(self, path: Path | None) -> None:
+        if path is not None:
+            path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+
+
+def levels_of(text: str) -> list[tuple[int, int, int]]:
+    """`8:1024:64` is 8 clients, 1,024 tokens in, 64 out. Raises `ValueError`."""
+    found = [tuple(int(part) for part in item.split(":")) for item in text.split(",") if item]
+    if not found or any(len(item) != 3 or min(item) < 1 for item in found):
+        raise ValueError(f"{text!r} is not a list like 8:1024:64")
+    return [(item[0], item[1], item[2]) for item in found]
+
+
+def for_the_mission(config: ClusterConfig) -> ClusterConfig:
+    """A free port, and operators may force retracts."""
+    router = dataclasses.replace(config.router, port=0)
+    return dataclasses.replace(config, router=router, admin=AdminSettings(allow_retract_control=True))
+
+
+class Clock:
+    """Seconds since the command began, and whether more fits."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._began, self._limit_s = time.monotonic(), limit_s
+
+    @property
+    def now_s(self) -> float:
+        return time.monotonic() - self._began
+
+    def is_late(self, needed_s: float = 0.0) -> bool:
+        return self.now_s + needed_s > self._limit_s
+
+
+def first_token_s(url: str) -> float:
+    """Seconds to the first token of the first answer."""
+    with RouterClient(url) as client:
+        body = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+        return client.chat({"model": client.model(), **body}).first_token_s
+
+
+def load_test(cluster: Cluster, mission: Mission, levels: list[tuple[int, int, int]], clock: Clock) -> None:
+    """Every level in the given order, as far as time goes."""
+    for clients, num_in, num_out in levels:
+        name = f"{clients} clients, {num_in} in, {num_out} out"
+        if clock.is_late():
+            mission.left_out.append(name)
+            continue
+        plan = ServePlan((clients,), num_in, num_out, 1, mission.gpus, seed=clients)
+        mission.levels.append(run_levels(cluster.url, None, plan, out, warms=False))
+        out.print(f"[{clock.now_s:.0f} s] {name} done", style="dim")
+
+
+def run_stress(
+    cluster: Cluster, config: ClusterConfig, mission: Mission, options: argparse.Namespace, clock: Clock
+) -> bool:
+    """Forced retracts on the running deployment; whether everything was identical."""
+    if options.stress_samples == 0 or clock.is_late():
+        mission.left_out.append("stress")
+        return True
+    stress = StressOptions(
+        samples=options.stress_samples,
+        interval=options.stress_interval,
+        seed=1,
+        max_tokens=options.stress_tokens,
+        max_context=min(options.stress_context, context_limit(config)),
+        far_tokens=far_tokens(config.model),
+        vocabulary=vocabulary_of(config.model),
+    )
+    proof = Proof(stress, config, url=cluster.url, api_key=None, console=out)
+    proof.prove(lambda: None, batched=False)
+    out.print(table.run_table(proof.rows))
+    for line in table.problem_lines(proof.rows):
+        out.print(line, style="red")
+    mission.stress = table.as_json(stress, proof.rows, (), passed=proof.passed)
+    return proof.passed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", type=Path, default=ROOT / "deploy" / "h200-x2-v4-flash.yaml")
+    parser.add_argument("--gpus", type=int, default=2, help="GPUs of the deployment, for figures per GPU")
+    parser.add_argument("--levels", type=levels_of, default=levels_of(LEVELS), help="CLIENTS:INPUT:OUTPUT, by commas")
+    parser.add_argument("--stress-samples", type=int, default=16)
+    parser.add_argument("--stress-interval", type=int, default=40)
+    parser.add_argument("--stress-tokens", type=int, default=128, help="output tokens of each stress request")
+    parser.add_argument("--stress-context", type=int, default=8192)
+    parser.add_argument("--limit", type=float, default=570.0, help="seconds after which no part is begun")
+    parser.add_argument("--json", type=Path, dest="json_file")
+    options = parser.parse_args()
+    clock = Clock(options.limit)
+    config = for_the_mission(load_config(options.config))
+    check_model(config)
+    mission = Mission(str(options.config), options.gpus)
+    with start_cluster(config, lambda line: out.print(f"[{clock.now_s:.0f} s] {line}", style="dim")) as cluster:
+        mission.ready_s = clock.now_s
+        first = first_token_s(cluster.url)
+        mission.first_token_s = mission.ready_s + first
+        out.print(f"ready after {mission.ready_s:.1f} s, first token {first:.2f} s later")
+        mission.write(options.json_file)
+        load_test(cluster, mission, options.levels, clock)
+        mission.write(options.json_file)
+        passed = run_stress(cluster, config, mission, options, clock)
+        mission.write(options.json_file)
+    for results in mission.levels:
+        out.print(level_table(results))
+    print(json.dumps(mission.as_dict()))
+    return 0 if passed and not any(level.errors for results in mission.levels for level in results.levels) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
