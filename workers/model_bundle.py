@@ -30,7 +30,7 @@ from workers.experts.records import ExpertRecords
 from workers.experts.repack import read_packed
 from workers.experts.supply import ExpertSupply
 from workers.messages import WorkerRole
-from workers.model.config import ModelConfig
+from workers.model.config import PAGE_TOKENS, LayerKind, ModelConfig
 from workers.model.kv_layout import kv_spec
 from workers.model.precision import Precision
 from workers.model.transformer import Transformer
@@ -38,6 +38,7 @@ from workers.model.weights import ModelWeights
 from workers.sizing import plan_pools
 
 if TYPE_CHECKING:
+    from workers.gpu.model import GpuModel
     from workers.gpu.weights import GpuWeights
 
 logger = logging.getLogger(__name__)
@@ -194,11 +195,13 @@ def make_engine(
     num_threads: int = 1,
     max_context: int | None = None,
     role: WorkerRole | None = None,
+    total: TotalGpu | None = None,
     on_progress: OnProgress | None = None,
 ) -> Engine:
     """An engine with pools of these sizes, for sequences of up to `max_context` tokens (default: what fits).
 
     `role`: the only kind of steps it will run, which saves memory for the other kind where experts are limited.
+    `total`: of a worker whose experts get what the rest leaves of a GPU.
     """
     spec = kv_spec(bundle.config, "fp8" if precision.kv_fp8 else "fp32")
     pools = KVPools(spec, sizes, device, model_hash=bundle.model_hash)
@@ -221,8 +224,34 @@ def make_engine(
         gpu_experts=on_gpu,
     )
     if on_gpu is not None:
-        on_gpu.open(on_progress=on_progress)
+        spare = None if total is None else total.left_beside(model.ahead, role)
+        on_gpu.open(spare_bytes=spare, on_progress=on_progress)
     return Engine(model, pools, facts)
+
+
+class TotalGpu:
+    """A worker's promise about all of its GPU memory; made before anything is loaded."""
+
+    def __init__(self, config: WorkerConfig, total_bytes: int) -> None:
+        from workers.gpu.device_budget import DeviceBudget
+
+        self._config, self._budget = config, DeviceBudget(config.device, total_bytes)
+
+    def left_beside(self, model: GpuModel | None, role: WorkerRole | None) -> int:
+        """Bytes for experts, once everything that steps of the largest size need has been allocated."""
+        assert model is not None, "a budget of experts needs the Triton path"
+        config = self._config
+        if role is not WorkerRole.PREFILL:
+            model.reserve_decode()
+        if role is not WorkerRole.DECODE:
+            tokens = min(config.max_running * config.max_context, model.pools.sizes.full_pages * PAGE_TOKENS)
+            entries = tokens // LayerKind.C4.value
+            model.reserve_prefill(config.chunk_tokens, num_sequences=config.max_running, num_entries=entries)
+        return self._budget.spare_bytes()
+
+    def seal(self) -> None:
+        """Nothing more is taken from here on. Raises `BadConfig` when the total is exceeded already."""
+        self._budget.seal()
 
 
 def _load(config: WorkerConfig, precision: Precision, on_progress: OnProgress | None) -> ModelBundle:
@@ -248,6 +277,9 @@ def build_engine(
     """
     torch.set_num_threads(config.num_threads)
     precision = precision_of(config.precision)
+    total = None
+    if config.experts.total_gpu_bytes is not None and torch.device(config.device).type == "cuda":
+        total = TotalGpu(config, config.experts.total_gpu_bytes)
     bundle = bundle or _load(config, precision, on_progress)
     longest = bundle.config.max_position_embeddings
     if config.max_context > longest:
@@ -271,7 +303,10 @@ def build_engine(
         num_threads=config.num_threads,
         max_context=config.max_context,
         role=config.role,
+        total=total,
         on_progress=on_progress,
     )
     engine.warm_up(decode=config.role is WorkerRole.DECODE)
+    if total is not None:
+        total.seal()
     return engine

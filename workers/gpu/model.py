@@ -113,6 +113,10 @@ class GpuModel:
 
     # -- decode -------------------------------------------------------------------------------------------------------
 
+    def reserve_decode(self) -> None:
+        """Allocate now what decode steps need, so that none of them takes device memory later, but for graphs."""
+        self._decode.meta.clear()
+
     def warm_up(self) -> None:
         """Compile the decode kernels and capture every bucket. Writes no KV."""
         decode = self._decode

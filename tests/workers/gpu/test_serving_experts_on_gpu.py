@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,16 @@ from cluster.tasks import arithmetic
 from cluster.tasks.sample import Split
 from kvstore.pools.aggregate import PoolSizes
 from tests.workers.runtime.pair import Pair, make_request, tokens_of
+from workers.config import WorkerConfig
 from workers.engine import Engine
+from workers.errors import BadConfig
 from workers.experts.config import ExpertConfig
 from workers.experts.layout import ExpertShape
+from workers.gpu.device_budget import LATER_BYTES
 from workers.gpu.serving_experts import ExpertDuties, GpuExperts
 from workers.messages import WorkerRole
 from workers.model.precision import Precision
-from workers.model_bundle import ModelBundle, make_engine
+from workers.model_bundle import ModelBundle, build_engine, make_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -87,6 +92,25 @@ def test_tokens_are_those_of_full_residency(
     print(values, {key: value for key, value in fields.items() if "layer" not in key})
     lookups, misses = fields["expert_lookups"], fields["expert_misses"]
     assert fields["expert_hits"] + sum(misses.values()) == lookups > 0  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_worker_keeps_the_total_that_it_was_given(role: WorkerRole) -> None:
+    """Nano with all of its experts needs far less: what experts get is cut down by a total that is nearly used up."""
+    settings = {"model_dir": str(BUNDLED), "device": "cuda", "num_threads": 4, "max_context": 2048, "max_running": 4}
+    base = WorkerConfig(role, "w", kv_budget_bytes=64 << 20, **settings)  # type: ignore[arg-type]
+    with pytest.raises(BadConfig, match=r"experts\.total_gpu.*at least (\d+) bytes") as refused:
+        build_engine(dataclasses.replace(base, experts=ExpertConfig(total_gpu_bytes=1 << 20)))
+    least = int(re.search(r"at least (\d+) bytes", str(refused.value))[1])  # type: ignore[index]
+    torch.cuda.empty_cache()
+    total = least + 20 * BYTES + (64 << 20)
+    engine = build_engine(dataclasses.replace(base, experts=ExpertConfig(total_gpu_bytes=total)))
+    fields = engine.experts.stats_fields()["expert_budget_bytes"]  # type: ignore[union-attr]
+    print(role.value, fields, "torch", torch.cuda.memory_reserved())
+    assert fields["measured"] <= fields["requested"] == total  # type: ignore[index]
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        torch.empty(2 * LATER_BYTES, dtype=torch.uint8, device="cuda")
+    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.parametrize("role", ROLES)
