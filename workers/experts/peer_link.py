@@ -128,9 +128,10 @@ class PeerLink:
                 self._stay(offer)
             except (WorkerStopping, CancelledError):
                 return
-            except (WorkerError, OSError) as exc:
+            except Exception as exc:
+                # Whatever it is, the bank has every expert: the worker serves on without this peer.
                 if str(exc) != refused:
-                    logger.error("peer=%s is not used: %s", self._peer, exc)
+                    logger.error("peer=%s is not used: %s", self._peer, exc, exc_info=exc)
                 refused = str(exc)
                 self._closing.wait(RETRY_S)
             finally:
