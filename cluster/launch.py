@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from cluster.actors import PartFailed, RouterActor, RouterSpec, WorkerActor, WorkerSpec
@@ -61,6 +62,11 @@ class Cluster:
         self._is_connected = False
         self.addresses: dict[str, WorkerAddress] = {}
         self.url = ""
+
+    @property
+    def share(self) -> Path | None:
+        """Folder in which workers of one node find each other's experts; None where none is absent."""
+        return Path(self._share) if self._share else None
 
     @property
     def local_processes(self) -> tuple[ProcessRef, ...]:

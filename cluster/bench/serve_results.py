@@ -72,6 +72,8 @@ class Level:
     token_ms: tuple[float, float, float]
     workers: dict[str, dict[str, float]] = field(default_factory=dict)
     """Growth of each worker's counters over the level."""
+    name: str = ""
+    """What tables call it; empty: its clients."""
 
 
 def level_of(
@@ -164,7 +166,7 @@ def level_table(results: ServeResults) -> Table:
     for level in results.levels:
         first, token = level.first_token_ms, level.token_ms
         table.add_row(
-            str(level.concurrency),
+            level.name or str(level.concurrency),
             str(level.requests),
             str(level.errors),
             f"{level.tokens_per_s:,.0f}",

@@ -13,10 +13,12 @@ ms from HBM, and what is absent over the link). The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,14 @@ from cluster.stress.proof import Proof
 from cluster.stress.target import far_tokens
 from cluster.synthetic import vocabulary_of
 from tests.architecture.source_tree import ROOT
+from workers.experts.peer_link import APART
 
 LEVELS = "1:8192:256,8:8192:256,32:8192:256,64:8192:256,128:8192:1024"
-"""CLIENTS:INPUT:OUTPUT, by commas; each one round, so that every client decodes at the same time for a while."""
+"""CLIENTS:INPUT:OUTPUT[:apart], by commas; one round each, so that all clients decode at the same time for a while.
+`apart`: the workers do not read each other's experts meanwhile, but host memory's."""
+
+SETTLE_S = 2.0
+"""Until every worker has noticed the mark: they look about once a second."""
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
 
@@ -65,12 +72,45 @@ class Mission:
             path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
 
 
-def levels_of(text: str) -> list[tuple[int, int, int]]:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One level."""
+
+    clients: int
+    num_in: int
+    num_out: int
+    apart: bool
+
+    def __str__(self) -> str:
+        return f"{self.clients} clients, {self.num_in} in, {self.num_out} out{', peers apart' if self.apart else ''}"
+
+
+def levels_of(text: str) -> list[Wanted]:
     """`8:1024:64` is 8 clients, 1,024 tokens in, 64 out. Raises `ValueError`."""
-    found = [tuple(int(part) for part in item.split(":")) for item in text.split(",") if item]
-    if not found or any(len(item) != 3 or min(item) < 1 for item in found):
-        raise ValueError(f"{text!r} is not a list like 8:1024:64")
-    return [(item[0], item[1], item[2]) for item in found]
+    found = []
+    for item in text.split(","):
+        numbers, apart, rest = item.partition(":apart")
+        parts = [int(part) for part in numbers.split(":")]
+        if len(parts) != 3 or min(parts) < 1 or rest:
+            raise ValueError(f"{item!r} is not like 8:1024:64 or 8:1024:64:apart")
+        found.append(Wanted(parts[0], parts[1], parts[2], bool(apart)))
+    return found
+
+
+@contextlib.contextmanager
+def peers_apart(cluster: Cluster, *, apart: bool) -> Iterator[None]:
+    """For the length of the block no worker reads experts from another's GPU."""
+    if not apart or cluster.share is None:
+        yield
+        return
+    mark = cluster.share / APART
+    mark.touch()
+    try:
+        time.sleep(SETTLE_S)
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+        time.sleep(SETTLE_S)
 
 
 def for_the_mission(config: ClusterConfig) -> ClusterConfig:
@@ -100,16 +140,19 @@ def first_token_s(url: str) -> float:
         return client.chat({"model": client.model(), **body}).first_token_s
 
 
-def load_test(cluster: Cluster, mission: Mission, levels: list[tuple[int, int, int]], clock: Clock) -> None:
+def load_test(cluster: Cluster, mission: Mission, levels: list[Wanted], clock: Clock, json_file: Path | None) -> None:
     """Every level in the given order, as far as time goes."""
-    for clients, num_in, num_out in levels:
-        name = f"{clients} clients, {num_in} in, {num_out} out"
+    for number, wanted in enumerate(levels):
         if clock.is_late():
-            mission.left_out.append(name)
+            mission.left_out.append(str(wanted))
             continue
-        plan = ServePlan((clients,), num_in, num_out, 1, mission.gpus, seed=clients)
-        mission.levels.append(run_levels(cluster.url, None, plan, out, warms=False))
-        out.print(f"[{clock.now_s:.0f} s] {name} done", style="dim")
+        plan = ServePlan((wanted.clients,), wanted.num_in, wanted.num_out, 1, mission.gpus, seed=number)
+        with peers_apart(cluster, apart=wanted.apart):
+            results = run_levels(cluster.url, None, plan, out, warms=False)
+        results.setup["peer"] = "off" if wanted.apart or cluster.share is None else "on"
+        mission.levels.append(results)
+        mission.write(json_file)
+        out.print(f"[{clock.now_s:.0f} s] {wanted} done", style="dim")
 
 
 def run_stress(
@@ -137,6 +180,17 @@ def run_stress(
     return proof.passed
 
 
+def joined(mission: Mission) -> ServeResults:
+    """All levels as one table; what differs between them is in each line's name."""
+    model = mission.levels[0].model if mission.levels else ""
+    whole = ServeResults(model, {"GPUs": mission.gpus, "levels": "CLIENTS:INPUT:OUTPUT, peer"})
+    for results in mission.levels:
+        setup, level = results.setup, results.levels[0]
+        name = f"{level.concurrency}:{setup['input']}:{setup['output']}, {setup['peer']}"
+        whole.levels.append(dataclasses.replace(level, name=name))
+    return whole
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", type=Path, default=ROOT / "deploy" / "h200-x2-v4-flash.yaml")
@@ -159,12 +213,10 @@ def main() -> int:
         mission.first_token_s = mission.ready_s + first
         out.print(f"ready after {mission.ready_s:.1f} s, first token {first:.2f} s later")
         mission.write(options.json_file)
-        load_test(cluster, mission, options.levels, clock)
-        mission.write(options.json_file)
+        load_test(cluster, mission, options.levels, clock, options.json_file)
         passed = run_stress(cluster, config, mission, options, clock)
         mission.write(options.json_file)
-    for results in mission.levels:
-        out.print(level_table(results))
+    out.print(level_table(joined(mission)))
     print(json.dumps(mission.as_dict()))
     return 0 if passed and not any(level.errors for results in mission.levels for level in results.levels) else 1
 
