@@ -7,13 +7,17 @@ from pathlib import Path
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 
+NO_LIMIT = 1 << 60
+"""Version 1 of control groups says so with the largest number of whole pages."""
+
 
 def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int:
     """Bytes that processes here can still have: what the kernel says is available, within the group's limit.
 
-    Page cache counts as free on both sides.
+    Page cache counts as free on both sides. A limit above what the machine has now is believed: such machines are
+    virtual and get more as they use it.
     """
-    free = _field(meminfo, "MemAvailable:") * 1024
+    free, whole = (_field(meminfo, f"Mem{name}:") * 1024 for name in ("Available", "Total"))
     for limit, used, stat in (
         ("memory.max", "memory.current", "memory.stat"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
@@ -21,7 +25,8 @@ def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int:
         most, now = _number(cgroup / limit), _number(cgroup / used)
         if most is not None and now is not None:
             cached = _field(cgroup / stat, "inactive_file") + _field(cgroup / stat, "active_file")
-            free = min(free, max(0, most - now + cached))
+            left = max(0, most - now + cached)
+            free = left if whole < most < NO_LIMIT else min(free, left)
     return free
 
 

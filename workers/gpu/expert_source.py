@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -50,10 +51,14 @@ class ExpertSource:
                 first, end = form.offsets[part]
                 self._moves.append((slice(first, end), slice(start, start + end - first)))
         self.num_readers = min(num_readers, MOST_READERS)
+        self._own = threading.local()
+        """A reader's buffer: fresh memory for each expert would cost as much as the copy out of it."""
 
     def read(self, pair: int, out: Bytes) -> None:
         """Fills `out` uint8 [expert_bytes]. Raises `ExpertUnavailable`."""
-        record = np.empty(self.supply.record_bytes, np.uint8)
+        record = getattr(self._own, "record", None)
+        if record is None:
+            record = self._own.record = np.empty(self.supply.record_bytes, np.uint8)
         self.supply.read(pair, record, stream=True)
         for source, target in self._moves:
             out[target] = record[source]

@@ -77,3 +77,8 @@ def test_free_host_memory_is_what_machine_and_group_leave(tmp_path: Path) -> Non
     assert available_bytes(meminfo, group) == 1025024
     (group / "memory.max").write_text("max\n")
     assert available_bytes(meminfo, group) == 3000 * 1024
+    # A machine that grows: 4,096,000 bytes now, 8,192,000 if it wants them.
+    (group / "memory.max").write_text("8192000\n")
+    assert available_bytes(meminfo, group) == 8192000 - 1024000 + 1024
+    (group / "memory.max").write_text(f"{2**63 - 4096}\n")
+    assert available_bytes(meminfo, group) == 3000 * 1024
