@@ -60,8 +60,13 @@ def start_decode(scene: Scene) -> Start:
 
 
 def start_prefill(scene: Scene) -> Start:
-    """Compile what prefill needs, by one small step."""
-    return _timed_start(partial(scene.model.forward, scene.prompt_batch(PAGE_TOKENS)))
+    """Compile what prefill needs, and run one small step."""
+
+    def first() -> None:
+        scene.model.warm_up_prefill()
+        scene.model.forward(scene.prompt_batch(PAGE_TOKENS))
+
+    return _timed_start(first)
 
 
 def _timed_start(action: Callable[[], Any]) -> Start:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,12 @@ class GpuModel:
         """Compile the decode kernels and capture every bucket. Writes no KV."""
         decode = self._decode
         decode.meta.clear()
-        with self._compilation("decode"):
+
+        def walk() -> None:
+            for bucket in decode.graphs.buckets:
+                decode.launch(bucket)
+
+        with self._compilation("decode", walk):
             decode.graphs.capture_all()
 
     def decode(self, batch: ForwardBatch) -> Tensor:
@@ -242,22 +248,28 @@ class GpuModel:
 
     def warm_up_prefill(self) -> None:
         """Compile the prefill kernels with a step of padding alone. Writes no KV."""
-        with torch.inference_mode(False), self._compilation("prefill"):
+        with torch.inference_mode(False):
             meta = PrefillMeta.padding(PREFILL_STEP, self.device)
-            self._prefill_step(PREFILL_STEP, 1, 1, 0).run(meta.step, rows=meta.rows, max_entries=1)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
+            step = self._prefill_step(PREFILL_STEP, 1, 1, 0)
+            run = partial(step.run, meta.step, rows=meta.rows, max_entries=1)
+            with self._compilation("prefill", run):
+                run()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
 
     @contextmanager
-    def _compilation(self, name: str) -> Iterator[None]:
-        """Logs how long the block took, and how much of it Triton's compiler did."""
+    def _compilation(self, name: str, walk: Callable[[], object]) -> Iterator[None]:
+        """Compiles what `walk` launches, then runs the block; logs how long that took, and Triton's part of it."""
         began = time.perf_counter()
         if self.device.type != "cuda":
             yield
             return
+        from workers.kernels.compile_ahead import compile_ahead
         from workers.kernels.compile_clock import CompileClock
 
         with CompileClock() as clock:
+            with compile_ahead():
+                walk()
             yield
         logger.info(
             "%s kernels=%d compiled=%d compiler_s=%.1f ready_s=%.1f",
@@ -295,14 +307,14 @@ class _Decode:
         self.step = step
         self._before = before
         self.meta = DecodeMeta(sizes.num_tokens, sizes.num_pages, sizes.device)
-        self.graphs = DecodeGraphs(self._launch, sizes.num_tokens, sizes.device, enabled=use_graphs)
+        self.graphs = DecodeGraphs(self.launch, sizes.num_tokens, sizes.device, enabled=use_graphs)
         self.running = 0
         """Sequences of the last step."""
         pinned = sizes.device.type == "cuda"
         self._results = torch.empty(2, sizes.num_tokens, dtype=torch.int32, pin_memory=pinned)
         self._ready = torch.cuda.Event() if pinned else None
 
-    def _launch(self, bucket: int) -> None:
+    def launch(self, bucket: int) -> None:
         """What a graph holds: the step, the greedy ids as the next step's tokens, the positions moved on."""
         meta, finite = self.meta.bucket(bucket), self.step.buffers.view("finite", bucket)
         logits = self.step.run(meta)
