@@ -1,0 +1,93 @@
+"""dsv4-nano on GPUs, two workers with two fifths of its experts each that read the rest from each other.
+
+Its answers are the same with the other's memory, without it, and while the other dies and comes back.
+"""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.config import BUNDLED_MODEL
+from tests.e2e.deployment import Deployment, deploy
+from tests.e2e.test_expert_budget import ask, experts_of, samples
+
+CONFIG = """
+model: {model}
+device: cuda
+max_context: 2048
+router: {{port: 0, drain: 1s, request_deadline: 60s}}
+prefill: {{chunk_tokens: 1024, kv_budget: 128MiB, max_running: 4, threads: 2}}
+decode: {{max_running: 8, kv_budget: 256MiB, lease: 10s, threads: 2}}
+experts: {{slots: 38, host: 8MiB}}
+"""
+
+COUNT = 12
+MEETING_S = 3.0
+"""The link looks every half second, and notices a file within one."""
+
+
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for temporary files whose name leaves room for a socket's."""
+    with tempfile.TemporaryDirectory(prefix="d-", dir="/tmp") as name:
+        monkeypatch.setenv("TMPDIR", name)
+        yield Path(name)
+
+
+@pytest.fixture
+def pair(scratch: Path, tmp_path: Path) -> Iterator[Deployment]:
+    running = deploy(tmp_path, CONFIG.format(model=BUNDLED_MODEL))
+    try:
+        yield running
+    finally:
+        running.dsv4("down")
+        running.destroy()
+
+
+def bytes_from(deployment: Deployment, path: str) -> float:
+    """Of the decode worker's experts, since its start."""
+    return next(row.value("bytes_total", path) for row in experts_of(deployment) if row.name == "decode-0")
+
+
+def until_back(deployment: Deployment, name: str, before: str) -> None:
+    limit = time.monotonic() + 90
+    while True:
+        row = next(row for row in deployment.status().workers if row["name"] == name)
+        if row["up"] and row["incarnation"] != before:
+            return
+        assert time.monotonic() < limit, deployment.log.read_text()
+        time.sleep(0.2)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(400)
+def test_answers_are_the_same_with_the_peer_without_it_and_after_its_death(pair: Deployment, scratch: Path) -> None:
+    asked = samples(COUNT)
+    time.sleep(MEETING_S)
+    expected = ask(pair, asked).texts
+    assert bytes_from(pair, "peer") > 0
+
+    (share,) = (path.parent for path in scratch.glob("dsv4-*/decode-0.sock"))
+    (share / "peer-off").touch()
+    time.sleep(MEETING_S)
+    read_then = bytes_from(pair, "host")
+    assert ask(pair, asked).texts == expected
+    assert bytes_from(pair, "host") > read_then
+    (share / "peer-off").unlink()
+
+    for name in ("prefill-0", "decode-0"):
+        before = next(row["incarnation"] for row in pair.status().workers if row["name"] == name)
+        pair.worker_process(name).send_signal(signal.SIGKILL)
+        until_back(pair, name, str(before))
+        time.sleep(MEETING_S)
+        read_then = bytes_from(pair, "peer")
+        assert ask(pair, asked).texts == expected, f"after the end of {name}"
+        assert bytes_from(pair, "peer") > read_then, f"{name} is met again"
+    assert pair.stop(signal.SIGINT) == []
+    assert not share.exists()
