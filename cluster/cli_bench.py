@@ -22,6 +22,7 @@ from rich.console import Console
 from cluster.cli_serve import serve
 from cluster.errors import ClusterError
 from workers.errors import WorkerError
+from workers.experts.generator import ROUTINGS
 from workers.experts.policy import POLICIES
 from workers.model.presets import PRESETS
 
@@ -145,11 +146,20 @@ def expert_cache(
     preset: Annotated[str, typer.Option(help=f"Shape: {', '.join(PRESETS)}.")] = "v4-flash",
     layers: Annotated[int | None, typer.Option(min=1, help="The first N layers; all when not given.")] = None,
     budgets: Annotated[
-        str, typer.Option(help="GB of expert slots, by commas; 24t: what a GPU of 24 GB has left for them.")
-    ] = "8,16,24t,32,64,80,100,118",
-    batches: Annotated[str, typer.Option(help="Sequences of a decode step, by commas.")] = "1,4,8,32",
-    routings: Annotated[str, typer.Option(help="v4-like, uniform, or both by commas.")] = "v4-like,uniform",
-    policy: Annotated[str, typer.Option(help=f"Who stays: {', '.join(POLICIES)}.")] = "lfru",
+        str,
+        typer.Option(help="GB of expert slots, by commas; 118gib: GiB; 24t: what a GPU of 24 GB has left for them."),
+    ] = "8,16,24t,32,64,80,100,120,118gib,122gib",
+    few: Annotated[
+        str, typer.Option(help="Budgets at which the other batches, routings and policies are measured.")
+    ] = "24t,64,122gib",
+    batches: Annotated[str, typer.Option(help="Sequences of a decode step, by commas.")] = "1,8,4,32",
+    routings: Annotated[
+        str, typer.Option(help="v4-like, uniform, by commas; any but the first at two batches only.")
+    ] = "v4-like,uniform",
+    policies: Annotated[
+        str, typer.Option(help=f"Who stays, by commas, the usual one first: {', '.join(POLICIES)}.")
+    ] = "lfru,static,lru,lfu,heat",
+    prefill: Annotated[bool, typer.Option("--prefill/--no-prefill", help="A chunk at each budget.")] = True,
     fetch: Annotated[
         bool, typer.Option("--fetch/--in-place", help="Copy a step's absent experts to scratch, or read them in place.")
     ] = True,
@@ -158,31 +168,34 @@ def expert_cache(
     ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
 ) -> None:
-    """Decode at every budget of expert slots, the rest of the experts read in place from pinned host memory.
+    """Decode and prefill at every budget of expert slots, the other experts coming from pinned host memory.
 
     Takes host memory for every expert of the chosen layers (147 GB for the whole V4-Flash) and locks it.
     """
-    if preset not in PRESETS or policy not in POLICIES:
-        raise typer.BadParameter(f"{preset!r} or {policy!r} is not known", param_hint="--preset/--policy")
-    wanted_routings = routings.split(",")
-    if unknown := set(wanted_routings) - {"v4-like", "uniform"}:
-        raise typer.BadParameter(f"{sorted(unknown)}", param_hint="--routings")
+    _known((preset,), tuple(PRESETS), "--preset")
+    _known(_texts(policies), tuple(POLICIES), "--policies")
+    _known(_texts(routings), tuple(ROUTINGS), "--routings")
     config = PRESETS[preset]
     with _user_errors():
         from cluster.bench.expert_results import tables
-        from cluster.bench.experts import run_experts
+        from cluster.bench.experts import ExpertPlan, run_experts
 
+        plan = ExpertPlan(
+            budgets=_texts(budgets),
+            few=_texts(few),
+            batches=_numbers(batches, "--batches"),
+            routings=_texts(routings),
+            policies=_texts(policies),
+            prefill=prefill,
+            json_file=json_file,
+        )
         results = run_experts(
             config,
+            plan,
             layers=layers or config.num_hidden_layers,
-            budgets=[text for text in budgets.split(",") if text],
-            batches=_numbers(batches, "--batches"),
-            routings=wanted_routings,
-            policy=policy,
+            say=lambda line: err.print(line, style="dim", soft_wrap=True),
             fetch=fetch,
             bank_experts=bank_experts,
-            json_file=json_file,
-            say=lambda line: err.print(line, style="dim"),
         )
         for table in tables(results):
             out.print(table)
@@ -237,6 +250,15 @@ def _parts(text: str) -> set[Part]:
         return {Part(name) for name in text.split(",") if name}
     except ValueError as exc:
         raise typer.BadParameter(f"{exc}; there are {', '.join(Part)}", param_hint="--parts") from exc
+
+
+def _known(given: tuple[str, ...], known: tuple[str, ...], option: str) -> None:
+    if not given or set(given) - set(known):
+        raise typer.BadParameter(f"any of {', '.join(known)}, not {','.join(given)!r}", param_hint=option)
+
+
+def _texts(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:

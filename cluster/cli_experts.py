@@ -65,6 +65,7 @@ def simulate(
 ) -> None:
     """Replay routing against caches of several sizes: every policy beside Belady's optimum and the best fixed set."""
     from cluster.experts import simulation
+    from workers.experts.generator import ROUTINGS
     from workers.experts.trace import BadTrace, RoutingTrace
 
     chosen, parts = _policies(policies), _shares(shares)
@@ -77,7 +78,7 @@ def simulate(
         else:
             routings = {
                 name: simulation.generated(name, steps=steps, layers=layers, batch=batch, seed=seed)
-                for name in simulation.GENERATED
+                for name in ROUTINGS
             }
         found = []
         with err.status("") as line:

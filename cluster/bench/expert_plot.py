@@ -23,31 +23,21 @@ def draw_experts(file: Path, image: Path) -> None:
     """Draws what `dsv4 bench experts --json` wrote. Raises `CannotPlot` or `BadResults`."""
     try:
         stored: dict[str, Any] = json.loads(file.read_text())
-        rows = [row for row in stored["rows"] if row["slots"]]
-        off = {row["batch"]: row["tokens_s"] for row in stored["rows"] if not row["slots"]}
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+        every: list[dict[str, Any]] = stored["rows"]
+        routing, policy = every[0]["routing"], next(row["policy"] for row in every if row["policy"])
+        rows = [row for row in every if row["routing"] == routing and row["policy"] in ("", policy)]
+        others = [row for row in every if row["routing"] != routing and row["batch"] == rows[0]["batch"]]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration) as exc:
         raise BadResults(f"{file}: not the result of `dsv4 bench experts`: {exc!r}") from exc
-    if not rows:
-        raise CannotPlot(f"{file}: no budget was measured")
     pyplot = pyplot_module()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    for batch in sorted({row["batch"] for row in rows}):
-        mine = sorted((row for row in rows if row["batch"] == batch), key=lambda row: row["share"])
-        shares = [100 * row["share"] for row in mine]
-        line = left.plot(shares, [row["tokens_s"] for row in mine], marker="o", label=f"batch {batch}")[0]
-        resident = batch * 1e3 / mine[0]["resident_ms"]
-        left.axhline(resident, color=line.get_color(), ls="--", lw=1)
-        if batch in off:
-            left.axhline(off[batch], color=line.get_color(), ls=":", lw=1)
-        right.plot(shares, [100 * row["hit_rate"] for row in mine], marker="o", label=f"batch {batch}")
-    left.set(yscale="log", xlabel="experts resident, %", ylabel="tokens per second")
-    left.set_title("decode; dashed: all resident, dotted: cache off")
-    right.set(xlabel="experts resident, %", ylabel="pairs of a step found in slots, %", title="hit rate")
-    for axes in (left, right):
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(18, 5), layout="constrained")
+    _speed(left, rows, others)
+    _hits(middle, rows, others)
+    _prefill(right, stored.get("prefill", []))
+    for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-        axes.legend()
     machine, setup = stored["machine"], stored["setup"]
-    what = f"expert cache, {setup['layers']} layers, generated V4-like routing"
+    what = f"expert cache, {setup['layers']} layers, generated {routing} routing, {policy}"
     figure.suptitle(f"{what}, one {machine['gpu']}, {machine['date']}")
     try:
         figure.savefig(image, dpi=120)
@@ -55,3 +45,48 @@ def draw_experts(file: Path, image: Path) -> None:
         raise CannotPlot(f"{image}: {exc}") from exc
     finally:
         pyplot.close(figure)
+
+
+def _lines(rows: list[dict[str, Any]], key: str) -> dict[Any, list[dict[str, Any]]]:
+    """Rows with slots by `key`, ascending in share."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for row in sorted((row for row in rows if row["slots"]), key=lambda row: row["share"]):
+        found.setdefault(row[key], []).append(row)
+    return found
+
+
+def _speed(axes: Any, rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    off = {row["batch"]: row["tokens_s"] for row in rows if not row["slots"]}
+    for batch, mine in sorted(_lines(rows, "batch").items()):
+        shares, speeds = [100 * row["share"] for row in mine], [row["tokens_s"] for row in mine]
+        line = axes.plot(shares, speeds, marker="o", label=f"batch {batch}")[0]
+        axes.axhline(batch * 1e3 / mine[0]["resident_ms"], color=line.get_color(), ls="--", lw=1)
+        if batch in off:
+            axes.axhline(off[batch], color=line.get_color(), ls=":", lw=1)
+    for name, mine in _lines(others, "routing").items():
+        points = ([100 * row["share"] for row in mine], [row["tokens_s"] for row in mine])
+        axes.plot(*points, marker="x", lw=0.8, color="0.4", label=f"batch {mine[0]['batch']}, {name}")
+    axes.set(yscale="log", xlabel="experts resident, %", ylabel="tokens per second")
+    axes.set_title("decode; dashed: all resident, dotted: cache off")
+    axes.legend()
+
+
+def _hits(axes: Any, rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    for batch, mine in sorted(_lines(rows, "batch").items()):
+        shares = [100 * row["share"] for row in mine]
+        line = axes.plot(shares, [100 * row["hit_rate"] for row in mine], marker="o", label=f"batch {batch}")[0]
+        best = [(share, 100 * row["best_rate"]) for share, row in zip(shares, mine, strict=True) if row["best_rate"]]
+        if best:
+            axes.plot(*zip(*best, strict=True), color=line.get_color(), ls="--", lw=1, label=f"batch {batch}, Belady")
+    for name, mine in _lines(others, "routing").items():
+        points = ([100 * row["share"] for row in mine], [100 * row["hit_rate"] for row in mine])
+        axes.plot(*points, marker="x", lw=0.8, color="0.4", label=f"batch {mine[0]['batch']}, {name}")
+    axes.set(xlabel="experts resident, %", ylabel="pairs of a step found in slots, %", title="hit rate")
+    axes.legend()
+
+
+def _prefill(axes: Any, cells: list[dict[str, Any]]) -> None:
+    cells = sorted(cells, key=lambda cell: cell["slots"])
+    axes.plot([cell["slots"] for cell in cells], [cell["tokens_s"] for cell in cells], marker="o")
+    tokens = f" of {cells[0]['tokens']:,} tokens" if cells else ""
+    axes.set(xlabel="slots", ylabel="tokens per second", title=f"prefill, one chunk{tokens}", ylim=(0, None))

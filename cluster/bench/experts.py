@@ -1,18 +1,18 @@
-"""`dsv4 bench experts`: decode of a whole model whose experts are partly in device memory, at every budget.
+"""`dsv4 bench experts`: decode and prefill of a whole model whose experts are partly in device memory, at every budget.
 
-Owns: the model with one table of experts by token id in every layer, so that a step's routing is the trace's and not
-that of random weights; the host bank; the cells. A token id of step s and sequence b is `s * B + b`, and its row of
-every layer's table is what the trace chose there: the same kernels as in serving, in the same graphs.
+Owns: the order of a run and how one cell is measured. Does not own: which cells there are (`expert_sweep.py`), the
+model (`expert_scene.py`), tables (`expert_results.py`).
 
-One bank and one slab serve all budgets: a budget uses the first slots of the slab and everything else is read in place.
-The policy's profile is the trace's own past (the steps before the measured ones), as a server that has run for a while.
+A step is launched when the one before the last is over, as the engine does it: the cache then decides from counters as
+old as in serving. Whatever the host does between steps and does not hide is in the time.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,353 +20,312 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.bench import floors
 from cluster.bench.expert_results import ExpertResults, ExpertRow, PrefillCell
+from cluster.bench.expert_scene import ExpertScene
+from cluster.bench.expert_sweep import MOST_STEPS, Cell, Workload, budgets_of, cells_of
 from cluster.bench.measure import machine
-from cluster.bench.scene import Scene, Wanted, fill_plausibly
-from workers.experts.bank import HostBank
 from workers.experts.cache import ExpertCache
-from workers.experts.generator import UNIFORM, V4_LIKE, generate
-from workers.experts.layout import ExpertShape, Tier, code_of
-from workers.experts.places import Places
+from workers.experts.generator import V4_LIKE
 from workers.experts.policy import POLICIES
-from workers.experts.trace import RoutingTrace
-from workers.gpu.cached_experts import ExpertMemory
-from workers.gpu.expert_stream import ExpertFetch, ExpertStream
-from workers.gpu.synthetic import layer_experts
-from workers.model.config import PAGE_TOKENS, ModelConfig
+from workers.experts.simulate import belady
+from workers.model.config import ModelConfig
 
-PAST_STEPS = 600
-"""Steps of a trace that are only counted: the profile."""
-
-WARM_STEPS, MOST_STEPS = 48, 128
-CHECKED_STEPS = 6
+CHECKED_STEPS = 4
 """Steps after which logits are compared between budgets: from the same KV, before anything has moved in."""
 
-CELL_S = 2.5
-"""Seconds a cell is measured for, about."""
+WARM_STEPS = 8
+CELL_S = 0.7
+"""Seconds a cell is measured for, about; at least `LEAST_STEPS`."""
 
-CONTEXT, CHUNK = 4096, 8192
-
-STAGED = 64
-"""Experts of one staging half of prefill: 0.86 GB at V4-Flash's size, twice; they count as part of no budget here."""
-
-MOST_SCRATCH = 128
-"""Experts of decode's scratch: 1.7 GB at V4-Flash's size."""
-
-HOST = code_of(Tier.HOST, 0)
+LEAST_STEPS = 3
+AHEAD = 2
+"""Steps that may be under way when another one is launched."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
-    """A name for tables and the slots that it buys."""
+class ExpertPlan:
+    """What to run. `few`: budgets of all workloads but the first, and of all policies but the first."""
 
-    name: str
-    slots: int
+    budgets: tuple[str, ...]
+    few: tuple[str, ...]
+    batches: tuple[int, ...] = (1,)
+    routings: tuple[str, ...] = ("v4-like",)
+    policies: tuple[str, ...] = ("lfru",)
+    prefill: bool = True
+    json_file: Path | None = None
 
-
-def budgets_of(texts: Sequence[str], config: ModelConfig, beside_bytes: int) -> list[Budget]:
-    """`64` buys slots of 64 GB; `24t` what a GPU of 24 GB in all has left beside `beside_bytes`."""
-    size = ExpertShape(config.hidden_size, config.moe_intermediate_size).expert_bytes
-    most, found = config.num_hidden_layers * config.n_routed_experts, []
-    for text in texts:
-        total = text.endswith("t")
-        amount = float(text.rstrip("t")) * 1e9 - (beside_bytes if total else 0)
-        slots = max(config.num_experts_per_tok, min(most, int(amount // size)))
-        found.append(Budget(f"{text.rstrip('t')} GB{' total' if total else ''}", slots))
-    return found
-
-
-def routed_by_token(config: ModelConfig, layers: int) -> ModelConfig:
-    """The trunk's first layers, each of which takes its experts from a table of token ids."""
-    return dataclasses.replace(floors.trunk(config), num_hash_layers=layers)
+    def workloads(self, layers: int, config: ModelConfig) -> list[Workload]:
+        """The first routing at every batch, the others at the first two."""
+        made = []
+        for routing in self.routings:
+            batches = self.batches if routing == self.routings[0] else self.batches[:2]
+            made += [Workload(routing, b, layers, config.n_routed_experts, config.num_experts_per_tok) for b in batches]
+        return made
 
 
-class ExpertScene:
-    """Model, bank and slab."""
+def run_experts(config: ModelConfig, plan: ExpertPlan, *, layers: int, say: Say, **options: Any) -> ExpertResults:
+    """Every cell; what is measured is written at once. `options`: more of `ExpertScene`.
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        layers: int,
-        batches: Sequence[int],
-        most_slots: int,
-        say: Say,
-        *,
-        fetch: bool,
-        bank_experts: int | None,
-    ) -> None:
-        """`fetch`: absent experts of a decode step are copied to scratch first, instead of being read in place.
-
-        `bank_experts`: different experts of a layer in the bank, where host memory cannot hold all; others share bytes.
-        """
-        self.fetch = fetch
-        self.scratch_experts = min(max(batches) * config.num_experts_per_tok, MOST_SCRATCH)
-        began = time.perf_counter()
-        wanted = Wanted("experts", routed_by_token(config, layers), layers, True, tuple(batches), (CONTEXT,), (CHUNK,))
-        self.scene = Scene(
-            dataclasses.replace(wanted, config=wanted.config), experts_held=2 * config.num_experts_per_tok
-        )
-        self.config = self.scene.config
-        say(f"model beside its experts: {self.scene.weights.nbytes / 1e9:.1f} GB, {time.perf_counter() - began:.1f} s")
-        shape = ExpertShape(config.hidden_size, config.moe_intermediate_size)
-        pairs = layers * config.n_routed_experts
-        self.held = min(bank_experts or config.n_routed_experts, config.n_routed_experts)
-        layer, expert = np.divmod(np.arange(pairs), config.n_routed_experts)
-        self.bank = HostBank(
-            range(layers * self.held), pairs, shape.expert_bytes, places=layer * self.held + expert % self.held
-        )
-        began = time.perf_counter()
-        self.bank.lock()
-        self.lock_s = time.perf_counter() - began
-        say(f"bank: {self.bank.nbytes / 1e9:.1f} GB locked in {self.lock_s:.1f} s")
-        began = time.perf_counter()
-        self._fill_bank(shape, layers)
-        self.fill_s = time.perf_counter() - began
-        say(f"bank filled in {self.fill_s:.1f} s, {self.bank.nbytes / 1e9 / self.fill_s:.1f} GB/s")
-        places = Places(most_slots, self.scratch_experts if fetch else 0, min(STAGED, config.n_routed_experts))
-        self.memory = ExpertMemory.allocate(self.config, places, self.bank, "cuda")
-        self.codes = self.bank.place.astype(np.int32) | HOST
-        self.stream = ExpertStream(self.memory, lambda: self.codes)
-        self._use(self.memory.attach(self.scene.weights))
-
-    def _fill_bank(self, shape: ExpertShape, layers: int) -> None:
-        """Every expert from its own seed, a layer at a time on the device, straight into its place."""
-        experts = self.config.n_routed_experts
-        staging = torch.empty(experts, shape.expert_bytes, dtype=torch.uint8, device="cuda")
-        places = self.bank.memory.view(layers, self.held, shape.expert_bytes)
-        for layer in range(layers):
-            layer_experts(staging, shape, layer)
-            # One copy an expert: the driver refuses a copy over the border of two pieces that were locked apart.
-            for expert in range(self.held):
-                places[layer, expert].copy_(staging[expert], non_blocking=True)
-        torch.cuda.synchronize()
-
-    def _use(self, weights: Any) -> None:
-        """A model over other weights, with graphs of its own. The old one's buffers go first."""
-        from workers.gpu.model import GpuModel
-
-        scene = self.scene
-        scene.model = None
-        torch.cuda.empty_cache()
-        scene.weights = weights
-        scene.model = GpuModel(
-            self.config,
-            weights,
-            scene.pools,
-            max_running=max(scene.wanted.batches),
-            max_context=scene.wanted.max_context,
-            expert_stream=self.stream,
-            decode_experts=ExpertFetch(self.memory) if self.fetch else None,
-        )
-        scene.model.warm_up()
-
-    def route_as(self, trace: RoutingTrace) -> None:
-        """Every layer's table follows the trace. Raises ValueError for more steps than there are token ids."""
-        steps, layers, batch, chosen = trace.experts.shape
-        if steps * batch > self.config.vocab_size:
-            raise ValueError(f"{steps} steps of {batch} sequences need more than {self.config.vocab_size} token ids")
-        rows = torch.from_numpy(trace.experts.astype(np.int32))
-        for index, layer in enumerate(self.scene.weights.layers):
-            assert layer.tid2eid is not None
-            layer.tid2eid[: steps * batch].copy_(rows[:, index].reshape(-1, chosen))
-
-    def restart(self, batch: int) -> None:
-        """The same KV and positions for every cell of a batch; nothing has run yet."""
-        fill_plausibly(self.scene.pools, self.config, 0)
-        self.scene.reseed()
-        first = CONTEXT - PAGE_TOKENS - MOST_STEPS - WARM_STEPS
-        self.scene.model.start(self.scene.decode_batch(batch, CONTEXT, first))
-
-    def all_resident(self) -> None:
-        """Every expert in a slot; where they do not fit, several share one: the speed of a model without a cache."""
-        slots = self.memory.places.slots
-        self.memory.table.copy_(torch.arange(self.memory.table.numel(), dtype=torch.int32) % slots)
-
-    def all_at_home(self) -> None:
-        """No expert in a slot."""
-        self.memory.table.copy_(torch.from_numpy(self.bank.place.astype(np.int32) | HOST))
+    Raises `IntegrityError` when a slot holds another expert's bytes.
+    """
+    workloads = plan.workloads(layers, config)
+    with ThreadPoolExecutor(len(workloads), thread_name_prefix="routing") as pool:
+        # Drawn while the bank's pages are locked, which takes longer.
+        drawn = [pool.submit(_draw, workload) for workload in workloads]
+        plain = budgets_of([text for text in plan.budgets + plan.few if not text.endswith("t")], config, 0)
+        most = min(max(budget.slots for budget in plain), layers * config.n_routed_experts)
+        scene = ExpertScene(config, layers=layers, batches=plan.batches, most_slots=most, say=say, **options)
+        for future in drawn:
+            future.result()
+    run = _Run(scene, workloads, plan, say)
+    run.decode()
+    if plan.prefill:
+        run.prefill()
+    run.write()
+    return run.results
 
 
-def run_experts(
-    config: ModelConfig,
-    *,
-    layers: int,
-    budgets: Sequence[str],
-    batches: Sequence[int],
-    routings: Sequence[str],
-    policy: str,
-    json_file: Path | None,
-    say: Say,
-    fetch: bool = True,
-    bank_experts: int | None = None,
-) -> ExpertResults:
-    """Every routing x batch x budget; what is measured is written at once."""
-    named = budgets_of([b for b in budgets if not b.endswith("t")], config, 0)
-    scene = ExpertScene(
-        config, layers, batches, max(b.slots for b in named), say, fetch=fetch, bank_experts=bank_experts
-    )
-    beside = torch.cuda.memory_allocated() - scene.memory.slab.numel()
-    named = budgets_of(budgets, scene.config, beside)
-    setup = {
-        "layers": layers,
-        "policy": policy,
-        "absent experts": "copied" if fetch else "read in place",
-        "context": CONTEXT,
-        "routing": str(V4_LIKE),
-    }
-    results = ExpertResults(_about(), setup, _memory(scene, beside))
-    for routing in routings:
-        model = V4_LIKE if routing == "v4-like" else UNIFORM
-        for batch in batches:
-            steps = PAST_STEPS + WARM_STEPS + MOST_STEPS
-            trace = generate(model, steps=steps, layers=layers, experts=config.n_routed_experts, batch=batch,
-                             top_k=config.num_experts_per_tok, seed=17)  # fmt: skip
-            scene.route_as(trace)
-            _cells(scene, trace, routing, batch, named, policy, results, say)
-            if json_file is not None:
-                results.write(json_file)
-    _prefill(scene, named, results, say)
-    if json_file is not None:
-        results.write(json_file)
-    return results
+def _draw(workload: Workload) -> None:
+    """Makes what a workload computes at first use."""
+    assert workload.needed
 
 
-def _prefill(scene: ExpertScene, budgets: Sequence[Budget], results: ExpertResults, say: Say) -> None:
-    """One chunk at each budget; without a profile each layer holds an equal share. Copied bytes are of one chunk."""
-    batch = scene.scene.prompt_batch(CHUNK)
-    for budget in sorted(budgets, key=lambda b: -b.slots):
-        cache = scene.memory.cache(num_slots=budget.slots)
-        scene.codes = cache.slots.codes
-        times, before = [], scene.stream.copied_bytes
-        for _ in range(3):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
-            scene.scene.model.forward(batch)
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - began)
-        copied = (scene.stream.copied_bytes - before) / len(times)
-        row = PrefillCell(budget.name, budget.slots, CHUNK, 1e3 * min(times[1:]), copied)
-        results.prefill.append(row)
-        say(f"prefill of {CHUNK}, {row.budget}: {row.ms:.0f} ms, {row.tokens_s:,.0f} tokens/s, {copied / 1e9:.1f} GB")
+class _Run:
+    """One run over one scene."""
 
+    def __init__(self, scene: ExpertScene, workloads: Sequence[Workload], plan: ExpertPlan, say: Say) -> None:
+        self._scene, self._workloads, self._plan, self._say = scene, workloads, plan, say
+        self._expected: dict[Workload, torch.Tensor] = {}
+        self._resident_ms: dict[Workload, float] = {}
+        self._memory = {"beside the slab, GB": 0.0}
+        for workload in workloads:
+            self._measure_resident(workload)
+        beside = _device_bytes(scene)
+        self.budgets = budgets_of(plan.budgets, scene.config, beside)
+        self.few = budgets_of(plan.few, scene.config, beside)
+        setup = {
+            "layers": scene.config.num_hidden_layers,
+            "absent experts": "copied to scratch" if scene.memory.places.scratch else "read in place",
+            "different experts a layer in the bank": scene.held,
+            "context": scene.context,
+            "routing": str(V4_LIKE),
+            "past": f"{workloads[0].past} steps of profile, the last {workloads[0].replayed} replayed",
+        }
+        self.results = ExpertResults(_about(), setup, _memory(scene, beside))
 
-def _cells(
-    scene: ExpertScene,
-    trace: RoutingTrace,
-    routing: str,
-    batch: int,
-    budgets: Sequence[Budget],
-    policy: str,
-    results: ExpertResults,
-    say: Say,
-) -> None:
-    """All budgets of one batch, largest first: its logits are what the others are compared with."""
-    needed = trace.all_needed()
-    profile = np.zeros(trace.num_pairs)
-    for pairs in needed[:PAST_STEPS]:
-        profile[pairs] += 1 / PAST_STEPS
-    scene.all_resident()
-    resident_ms = _Cell(scene, trace, needed, None).measure()[0]
-    say(f"{routing} batch {batch}: all resident {resident_ms:.2f} ms")
-    expected: torch.Tensor | None = None
-    for budget in [*sorted(budgets, key=lambda b: -b.slots), None]:
-        cache = None
-        if budget is None:
+    def _measure_resident(self, workload: Workload) -> None:
+        """The same steps with a slot for everyone; also compiles and captures."""
+        self._scene.route_as(workload)
+        self._scene.all_resident()
+        timed = _Timed(self._scene, workload, None)
+        self._resident_ms[workload] = timed.measure().ms
+        self._say(f"{workload.routing} batch {workload.batch}: all resident {self._resident_ms[workload]:.2f} ms")
+
+    def decode(self) -> None:
+        """All cells. Belady's figures are computed beside the device's work."""
+        routed: Workload | None = None
+        with ThreadPoolExecutor(1, thread_name_prefix="belady") as pool:
+            best = {
+                budget.slots: pool.submit(_optimum, self._workloads[0], budget.slots)
+                for budget in {*self.budgets, *self.few}
+            }
+            for cell in cells_of(self._workloads, self.budgets, self.few, self._plan.policies):
+                if cell.workload is not routed:
+                    self._scene.route_as(cell.workload)
+                    routed = cell.workload
+                self._cell(cell, best)
+                self.write()
+
+    def _cache(self, cell: Cell) -> tuple[ExpertCache | None, float]:
+        """The cell's cache with its first residents, and the seconds that bringing them in took."""
+        scene, workload = self._scene, cell.workload
+        if cell.budget is None:
             scene.all_at_home()
-        else:
-            options: dict[str, Any] = {"policy": POLICIES[policy], "profile": profile}
-            cache = scene.memory.cache(num_slots=budget.slots, **options)
-        cell = _Cell(scene, trace, needed, cache)
-        ms, steps, hits, total, moved = cell.measure()
-        same = None if expected is None else bool(torch.equal(cell.checked, expected))
-        expected = cell.checked if expected is None else expected
-        size = scene.bank.expert_bytes
+            return None, 0.0
+        slots, policy = cell.budget.slots, POLICIES[cell.policy]
+        if cell.same_text or not policy.admits:
+            profile = workload.same_text() if cell.same_text else workload.profile(0, workload.past)
+            cache = scene.cache(slots, policy, profile)
+            return cache, scene.fill(cache, cache.residency.first_residents(slots))
+        cache = scene.cache(slots, policy, workload.recorded())
+        return cache, scene.fill(cache, workload.residents_after_past(cache.residency, slots))
+
+    def _cell(self, cell: Cell, best: dict[int, Future[float]]) -> None:
+        """One row."""
+        scene, workload = self._scene, cell.workload
+        cache, fill_s = self._cache(cell)
+        timed = _Timed(scene, workload, cache)
+        found = timed.measure()
+        expected = self._expected.setdefault(workload, timed.checked)
+        if cache is not None:
+            scene.keep_slots(cache)
+        has_best = workload is self._workloads[0] and not cell.same_text
         row = ExpertRow(
-            routing=routing,
-            budget="off" if budget is None else budget.name,
-            slots=0 if budget is None else budget.slots,
-            share=0.0 if budget is None else budget.slots / trace.num_pairs,
-            batch=batch,
-            steps=steps,
-            ms=ms,
-            resident_ms=resident_ms,
-            needed=total / steps,
-            hit_rate=hits / max(1, total),
-            misses=(total - hits) / steps,
-            read_bytes=(total - hits) / steps * size,
-            moved_bytes=moved / steps * size,
-            identical=same,
+            routing=f"{workload.routing}, same text" if cell.same_text else workload.routing,
+            budget="off" if cell.budget is None else cell.budget.name,
+            slots=0 if cell.budget is None else cell.budget.slots,
+            share=0.0 if cell.budget is None else cell.budget.slots / workload.trace.num_pairs,
+            batch=workload.batch,
+            policy="" if cell.budget is None else cell.policy,
+            steps=found.steps,
+            ms=found.ms,
+            resident_ms=self._resident_ms[workload],
+            needed=found.needed / found.steps,
+            hit_rate=found.hits / max(1, found.needed),
+            best_rate=best[cell.budget.slots].result() if has_best and cell.budget is not None else None,
+            misses=(found.needed - found.hits) / found.steps,
+            expert_bytes=scene.expert_bytes,
+            moved=found.moved / found.steps,
+            host_ms=found.host_ms,
+            fill_s=fill_s,
+            identical=None if expected is timed.checked else bool(torch.equal(expected, timed.checked)),
         )
-        results.rows.append(row)
-        say(f"{routing} batch {batch} {row.budget}: {ms:.2f} ms, {row.tokens_s:.1f} tokens/s, hit {row.hit_rate:.1%}, "
-            f"{row.misses:.1f} misses, same {same}")  # fmt: skip
+        self.results.rows.append(row)
+        self._say(
+            f"{row.routing} batch {row.batch} {row.budget} {row.policy}: {row.ms:.2f} ms, {row.tokens_s:.1f} tokens/s, "
+            f"hit {row.hit_rate:.1%}, {row.misses:.1f} misses, {row.moved:.2f} moves, host {row.host_ms:.2f} ms, "
+            f"filled {row.fill_s:.1f} s, same {row.identical}"
+        )
+
+    def prefill(self) -> None:
+        """One chunk at each budget; each layer holds an equal share, as on a worker without a profile."""
+        scene = self._scene
+        batch = scene.scene.prompt_batch(scene.chunk)
+        scene.scene.model.forward(batch)  # compiles, and makes the buffers
+        for budget in sorted({*self.budgets, *self.few}, key=lambda b: -b.slots):
+            cache = scene.cache(budget.slots, POLICIES["static"], None)
+            scene.fill(cache, cache.residency.first_residents(budget.slots))
+            scene.codes = cache.slots.codes
+            scene.synchronize()
+            before, began = scene.stream.copied_bytes, time.perf_counter()
+            logits = scene.scene.model.forward(batch)
+            scene.synchronize()
+            seconds = time.perf_counter() - began
+            same = bool(torch.equal(self._expected_prefill(logits), logits))
+            scene.keep_slots(cache)
+            copied = scene.stream.copied_bytes - before
+            row = PrefillCell(budget.name, budget.slots, scene.chunk, 1e3 * seconds, copied, same)
+            self.results.prefill.append(row)
+            self._say(f"prefill of {scene.chunk}, {row.budget}: {row.ms:.0f} ms, {row.tokens_s:,.0f} tokens/s, "
+                      f"{copied / 1e9:.1f} GB, same {same}")  # fmt: skip
+
+    def _expected_prefill(self, logits: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "_prefill_logits"):
+            self._prefill_logits = logits.clone()
+        return self._prefill_logits
+
+    def write(self) -> None:
+        """To the plan's file, if it names one."""
+        if self._plan.json_file is not None:
+            self.results.write(self._plan.json_file)
 
 
-class _Cell:
+def _optimum(workload: Workload, slots: int) -> float:
+    """Belady's hit rate over the steps that cells measure, warm from the past."""
+    return belady(workload.trace, slots, warmup=workload.past + CHECKED_STEPS, needed=workload.needed).rate
+
+
+@dataclass(slots=True)
+class _Found:
+    """Sums of measured steps; milliseconds of one."""
+
+    ms: float
+    steps: int
+    hits: int
+    needed: int
+    moved: int
+    host_ms: float
+    """Of the cache's own work between steps."""
+
+
+class _Timed:
     """One measurement: checked steps from a fixed state, warm steps, then as many as fit the time."""
 
-    def __init__(
-        self, scene: ExpertScene, trace: RoutingTrace, needed: Sequence[Any], cache: ExpertCache | None
-    ) -> None:
-        self._scene, self._needed, self._cache = scene, needed, cache
-        self._batch, self._next = trace.experts.shape[2], PAST_STEPS
+    def __init__(self, scene: ExpertScene, workload: Workload, cache: ExpertCache | None) -> None:
+        self._scene, self._workload, self._cache = scene, workload, cache
+        self._next, self._host_s = 0, 0.0
+        self._under_way: deque[torch.cuda.Event] = deque()
         self.checked = torch.empty(0)
 
     def _step(self) -> tuple[int, int]:
         """(pairs found in slots, pairs needed) of one step."""
+        if len(self._under_way) >= AHEAD:
+            self._under_way.popleft().synchronize()
+        began = time.perf_counter()
         if self._cache is not None:
             self._cache.before_step()
-        pairs = self._needed[self._next]
-        ids = np.arange(self._next * self._batch, (self._next + 1) * self._batch, dtype=np.int64)
+        self._host_s += time.perf_counter() - began
+        batch = self._workload.batch
+        pairs = self._workload.needed[self._workload.past + self._next]
+        ids = np.arange(self._next * batch, (self._next + 1) * batch, dtype=np.int64)
         self._scene.scene.model.start_next(ids)
+        if self._scene.device.type == "cuda":
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self._under_way.append(event)
         self._next += 1
         inside = 0 if self._cache is None else int((self._cache.slots.codes[pairs] >> 24 == 0).sum())
         return inside, len(pairs)
 
-    def measure(self) -> tuple[float, int, int, int, int]:
-        """(ms a step, steps, hits, needed pairs, pairs moved in)."""
-        self._scene.restart(self._batch)
-        for _ in range(CHECKED_STEPS):
-            self._step()
-        self.checked = self._scene.scene.model.logits().clone()
-        torch.cuda.synchronize()
+    def _run(self, steps: int) -> tuple[float, int, int]:
+        """(milliseconds a step, hits, needed)."""
+        self._scene.synchronize()
         began = time.perf_counter()
-        for _ in range(2):
-            self._step()
-        torch.cuda.synchronize()
-        each = (time.perf_counter() - began) / 2
-        steps = max(4, min(MOST_STEPS, int(CELL_S / each)))
-        for _ in range(min(WARM_STEPS - CHECKED_STEPS - 2, steps)):
-            self._step()
+        counts = [self._step() for _ in range(steps)]
+        self._scene.synchronize()
+        ms = 1e3 * (time.perf_counter() - began) / steps
+        return ms, sum(hits for hits, _ in counts), sum(needed for _, needed in counts)
+
+    def measure(self) -> _Found:
+        """Runs everything."""
+        self._scene.restart(self._workload.batch)
+        each = self._run(CHECKED_STEPS)[0]
+        self.checked = self._scene.scene.model.logits().clone()
+        steps = max(LEAST_STEPS, min(MOST_STEPS - CHECKED_STEPS - WARM_STEPS, int(1e3 * CELL_S / each)))
+        if steps > WARM_STEPS:
+            self._run(WARM_STEPS)
         before = 0 if self._cache is None else self._cache.counters.moved_in
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        hits = total = 0
-        begin.record()
-        for _ in range(steps):
-            found, count = self._step()
-            hits, total = hits + found, total + count
-        end.record()
-        end.synchronize()
+        self._host_s = 0.0
+        ms, hits, needed = self._run(steps)
         moved = 0 if self._cache is None else self._cache.counters.moved_in - before
-        return begin.elapsed_time(end) / steps, steps, hits, total, moved
+        return _Found(ms, steps, hits, needed, moved, 1e3 * self._host_s / steps)
 
 
 def _about() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {"gpu": "none: Triton's interpreter", "date": ""}
     found = machine()
     return {"gpu": found.gpu, "date": found.date, **found.versions}
 
 
+def _device_bytes(scene: ExpertScene) -> int:
+    """Device memory in use beside the slab: weights, pools, buffers, graphs, the driver's context."""
+    if scene.device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free - scene.memory.slab.numel()
+
+
 def _memory(scene: ExpertScene, beside: int) -> dict[str, float]:
+    """GB, and seconds of the start."""
     status = Path("/proc/self/status").read_text().splitlines()
-    rss = next((int(line.split()[1]) for line in status if line.startswith("VmRSS")), 0)
+    known = Path("/proc/meminfo").read_text().splitlines()
+    slab, places = scene.memory.slab, scene.memory.places
     return {
-        "beside experts, GB": beside / 1e9,
-        "slab, GB": scene.memory.slab.numel() / 1e9,
+        "device beside the slab, GB": beside / 1e9,
+        "slab, GB": slab.numel() / 1e9,
+        "of it scratch and staging, GB": (places.total - places.slots) * scene.expert_bytes / 1e9,
         "bank pinned, GB": scene.bank.nbytes / 1e9,
+        "RSS, GB": _kilobytes(status, "VmRSS") * 1024 / 1e9,
+        "page cache of the host, GB": _kilobytes(known, "Cached") * 1024 / 1e9,
+        "model made in s": scene.model_s,
         "bank locked in s": scene.lock_s,
         "bank filled in s": scene.fill_s,
-        "RSS, GB": rss * 1024 / 1e9,
     }
+
+
+def _kilobytes(lines: Sequence[str], name: str) -> int:
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from workers.experts.generator import PUBLISHED_HITS, UNIFORM, V4_LIKE, generate
+from workers.experts.generator import PUBLISHED_HITS, ROUTINGS, generate
 from workers.experts.policy import POLICIES, Policy
 from workers.experts.profile import step_shares
 from workers.experts.simulate import Hits, belady, best_static, simulate
@@ -24,9 +24,6 @@ from workers.experts.trace import RoutingTrace
 
 FLASH_EXPERTS_GB = 147.0
 """FP4 experts of V4-Flash: 43 layers of 256 at 13.37 MB; turns a share into the budget that it would cost there."""
-
-GENERATED = {"v4-like": V4_LIKE, "uniform": UNIFORM}
-"""Routings that need no file. `uniform` is what no cache can exploit: it belongs beside every other table."""
 
 SHARES = tuple(PUBLISHED_HITS)
 NEAR_SHARE = 0.005
@@ -100,9 +97,9 @@ def published_line() -> str:
 
 
 def generated(name: str, *, steps: int, layers: int, batch: int, seed: int) -> RoutingTrace:
-    """A trace of one of `GENERATED`."""
+    """A trace of one of `ROUTINGS`."""
     source = f"generated, seed {seed}, calibrated to the published points" if name == "v4-like" else "generated"
-    return generate(GENERATED[name], steps=steps, layers=layers, batch=batch, seed=seed, source=source)
+    return generate(ROUTINGS[name], steps=steps, layers=layers, batch=batch, seed=seed, source=source)
 
 
 def run(

@@ -44,6 +44,9 @@ V4_LIKE = RoutingModel(popularity=1.154, topic=0.564, topic_tokens=172.0, phrase
 
 UNIFORM = RoutingModel(popularity=0.0, topic=0.0, topic_tokens=1.0, phrase=0.0, phrase_tokens=1.0, stray=1.0)
 
+ROUTINGS = {"v4-like": V4_LIKE, "uniform": UNIFORM}
+"""Routings that need no file, by their names on the command line. `uniform` is what no cache can exploit."""
+
 
 def generate(
     model: RoutingModel,
