@@ -127,136 +127,124 @@ def sparse_attention(
     Raises:
         ValueError: sizes that have no kernel.
     """
-    num_tokens, heads = out.shape[0], sink.shape[0]
-    head_dim = out.shape[1] // heads
+    _check_sizes(out, sink, rope_table, entry_pool, selected, ratio)
+    if not out.shape[0]:
+        return
+    entries = window_pool if entry_pool is None else entry_pool
+    chosen = meta.positions if selected is None else selected
+    constants: dict[str, Any] = {
+        "HEADS": sink.shape[0],
+        "WINDOW": window,
+        "RATIO": ratio,
+        "SELECTED": 0 if selected is None else selected.shape[1],
+        "WIDEN": not q.is_cuda,
+    }
+    launch = _decode if mode == "decode" else _prefill
+    launch(q, meta, (window_pool, entries), chosen, (sink, rope_table, out), work, eps, constants, pdl)
+
+
+def _check_sizes(
+    out: Tensor, sink: Tensor, rope_table: Tensor, entry_pool: Tensor | None, selected: Tensor | None, ratio: int
+) -> None:
+    head_dim = out.shape[1] // sink.shape[0]
     if head_dim - ROPE_DIMS not in NOPE_DIMS or rope_table.shape[1] != ROPE_DIMS or ratio not in (0, 4, 128):
         raise ValueError(f"no attention kernel for head size {head_dim}, rope {rope_table.shape[1]}, ratio {ratio}")
     if (ratio == 4) != (selected is not None) or (ratio == 0) != (entry_pool is None):
         raise ValueError(f"ratio {ratio}: entry pool {entry_pool is not None}, selection {selected is not None}")
-    if not num_tokens:
-        return
-    entries = window_pool if entry_pool is None else entry_pool
-    chosen = meta.positions if selected is None else selected
-    tables = (meta.positions, meta.sequence_of_token, meta.window_pages, meta.full_pages, meta.full_pages.shape[1])
-    sizes: dict[str, Any] = {
-        "HEADS": heads,
-        "WINDOW": window,
-        "RATIO": ratio,
-        "SELECTED": 0 if selected is None else selected.shape[1],
-        "Q_STRIDE": q.stride(0),
-        "WIDEN": not q.is_cuda,
-    }
-    shape = tile(f"sparse_attention.{mode}", q.device)
-    if mode == "prefill":
-        sizes |= {"NOPE": head_dim - ROPE_DIMS}
-        _prefill(q, meta, window_pool, entries, chosen, sink, rope_table, out, work, eps, shape, sizes, pdl)
-        return
-    split, parts = decode_split(num_tokens, heads, tables[-1], sizes["SELECTED"], ratio, shape, window)
-    sizes |= {"W": head_dim // 64, "KEYS": shape.k, "RUN": RUN_KEYS // shape.k, "SPLIT": split}
-    views = (torch.uint8, torch.bfloat16, torch.int64)
+
+
+def _decode(
+    q: Tensor,
+    meta: StepMetadata,
+    pools: tuple[Tensor, Tensor],
+    selected: Tensor,
+    results: tuple[Tensor, Tensor, Tensor],
+    work: Tensor | None,
+    eps: float,
+    constants: dict[str, Any],
+    pdl: bool | None,
+) -> None:
+    """Parts of every token's keys, then their sum. pools: window and entries; results: sink, rope table, out."""
+    sink, rope_table, out = results
+    num_tokens, heads, num_pages = out.shape[0], constants["HEADS"], meta.full_pages.shape[1]
+    head_dim = out.shape[1] // heads
+    shape = tile("sparse_attention.decode", q.device)
+    sizes = (constants["SELECTED"], constants["RATIO"], shape, constants["WINDOW"])
+    split, parts = decode_split(num_tokens, heads, num_pages, *sizes)
+    constants = constants | {"W": head_dim // 64, "KEYS": shape.k, "RUN": RUN_KEYS // shape.k, "SPLIT": split}
+    options = pdl_options(q, pdl)
     attend_decode[(-(-heads // shape.n), num_tokens, parts)](
-        q,
-        *tables,
-        *(pool.view(dtype) for pool in (window_pool, entries) for dtype in views),
-        chosen,
-        sink,
-        rope_table,
-        out,
-        out if work is None else work,
-        parts,
-        eps,
+        *(q, meta.positions, meta.sequence_of_token, meta.window_pages, meta.full_pages, num_pages),
+        *(pool.view(dtype) for pool in pools for dtype in (torch.uint8, torch.bfloat16)),
+        *(selected, *results, out if work is None else work, parts, eps),
+        Q_STRIDE=q.stride(0),
         BH=shape.n,
         num_warps=head_dim // 64,
         num_stages=shape.stages,
-        WINDOW_STRIDE=window_pool.shape[1],
-        ENTRY_STRIDE=entries.shape[1],
+        WINDOW_STRIDE=pools[0].shape[1],
+        ENTRY_STRIDE=pools[1].shape[1],
         HW=hardware_formats(q.device),
-        **sizes,
-        **pdl_options(q, pdl),
+        **constants,
+        **options,
     )
     if split:
         combine[(heads, num_tokens)](
-            work,
-            parts,
-            meta.positions,
-            sink,
-            rope_table,
-            out,
+            *(work, parts, meta.positions, *results),
             MOST=triton.next_power_of_2(parts),
             num_warps=4 if head_dim == 512 else 1,
-            **{name: value for name, value in sizes.items() if name != "Q_STRIDE"},
-            **pdl_options(q, pdl),
+            **constants,
+            **options,
         )
 
 
 def _prefill(
     q: Tensor,
     meta: StepMetadata,
-    window_pool: Tensor,
-    entries: Tensor,
+    pools: tuple[Tensor, Tensor],
     selected: Tensor,
-    sink: Tensor,
-    rope_table: Tensor,
-    out: Tensor,
+    results: tuple[Tensor, Tensor, Tensor],
     work: Tensor | None,
     eps: float,
-    shape: Tile,
-    sizes: dict[str, Any],
+    constants: dict[str, Any],
     pdl: bool | None,
 ) -> None:
-    """Rows to bf16, then the attention of every token."""
+    """Rows to bf16, then the attention of every token. Arguments as in `_decode`."""
     num_sequences, num_pages = meta.full_pages.shape
-    num_tokens, ratio = out.shape[0], sizes["RATIO"]
+    num_tokens, heads, ratio = results[-1].shape[0], constants["HEADS"], constants["RATIO"]
+    head_dim = results[-1].shape[1] // heads
+    constants = constants | {"NOPE": head_dim - ROPE_DIMS}
     if work is None:
         num_entries = num_sequences * num_pages * PAGE_TOKENS // ratio if ratio else 0
-        work = q.new_empty(
-            prefill_work_floats(num_tokens, num_sequences, num_entries, sizes["NOPE"] + ROPE_DIMS), dtype=torch.float32
-        )
+        floats = prefill_work_floats(num_tokens, num_sequences, num_entries, head_dim)
+        work = q.new_empty(floats, dtype=torch.float32)
     bases = work.view(torch.int32)[-num_sequences:]
     rows = work.view(torch.bfloat16)
     window_programs = triton.cdiv(num_tokens + MARGIN, ROWS_OF_PROGRAM)
     entry_programs = triton.cdiv(num_pages * PAGE_TOKENS // ratio, ROWS_OF_PROGRAM) if ratio else 0
+    step = (meta.positions, meta.sequence_of_token, meta.cu_starts, meta.start)
+    options = pdl_options(q, pdl)
     expand_rows[(window_programs + entry_programs, num_sequences)](
-        rows,
-        bases,
-        meta.positions,
-        meta.sequence_of_token,
-        meta.cu_starts,
-        meta.start,
-        num_tokens,
-        meta.window_pages,
-        meta.full_pages,
-        num_pages,
-        *(pool.view(dtype) for pool in (window_pool, entries) for dtype in (torch.uint8, torch.bfloat16)),
+        *(rows, bases, *step, num_tokens, meta.window_pages, meta.full_pages, num_pages),
+        *(pool.view(dtype) for pool in pools for dtype in (torch.uint8, torch.bfloat16)),
         window_programs,
-        NOPE=sizes["NOPE"],
+        NOPE=constants["NOPE"],
         RATIO=ratio,
-        WINDOW_STRIDE=window_pool.shape[1],
-        ENTRY_STRIDE=entries.shape[1],
+        WINDOW_STRIDE=pools[0].shape[1],
+        ENTRY_STRIDE=pools[1].shape[1],
         ROWS=ROWS_OF_PROGRAM,
         HW=hardware_formats(q.device),
         num_warps=8,
-        **pdl_options(q, pdl),
+        **options,
     )
-    attend_prefill[(triton.cdiv(sizes["HEADS"], shape.n), num_tokens)](
-        q,
-        meta.positions,
-        meta.sequence_of_token,
-        meta.cu_starts,
-        meta.start,
-        rows,
-        bases,
-        num_sequences,
-        selected,
-        sink,
-        rope_table,
-        out,
-        eps,
+    shape = tile("sparse_attention.prefill", q.device)
+    attend_prefill[(triton.cdiv(heads, shape.n), num_tokens)](
+        *(q, *step, rows, bases, num_sequences, selected, *results, eps),
+        Q_STRIDE=q.stride(0),
         BH=shape.n,
         KEYS=shape.k,
-        **sizes,
+        **constants,
         **shape.options,
-        **pdl_options(q, pdl),
+        **options,
     )
 
 
@@ -267,7 +255,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     types |= dict.fromkeys(("sink", "rope_table", "work"), "*fp32")
     integers = "positions sequence_of_token window_pages full_pages selected cu_starts start bases"
     types |= dict.fromkeys(integers.split(), "*i32")
-    for view, kind in (("codes", "*u8"), ("words", "*bf16"), ("scales", "*i64")):
+    for view, kind in (("codes", "*u8"), ("words", "*bf16")):
         types |= {f"window_{view}": kind, f"entry_{view}": kind}
     launch = {"launch_pdl": True} if arch >= 90 else {}
     constants: dict[str, Any] = {"HEADS": 64, "WINDOW": 128, "RATIO": 4, "SELECTED": 512, "WIDEN": False}

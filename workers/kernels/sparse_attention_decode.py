@@ -37,24 +37,22 @@ def _power_of_two(exponent):
 
 
 @triton.jit
-def _queries(q, live, angle, eps, W: tl.constexpr, WIDEN: tl.constexpr):
-    """f16 [W, BH, 64] queries by groups of 64 dimensions: normed, then the last group rotated, each rounded to bf16.
+def _queries(q, live, angle, eps, W: tl.constexpr):
+    """f16 [W, BH, 64] queries by groups of 64 dimensions: normed, the last group rotated, in units of powers of two.
 
     q: pointers [BH] to raw rows; angle: pointer to the position's cos | sin.
     """
-    BH: tl.constexpr = q.shape[0]
-    group = tl.arange(0, W)
-    column = group[:, None, None] * 64 + tl.arange(0, 64)[None, None, :]
-    x = tl.load(q[None, :, None] + column, mask=live[None, :, None], other=0.0).to(tl.float32)  # [W, BH, 64]
-    rotary = (group == W - 1)[:, None, None]
+    group = tl.arange(0, W)[:, None, None]
     pair = tl.arange(0, 32)[None, None, :]
-    cos = tl.load(angle + pair + 0 * group[:, None, None], mask=rotary, other=1.0)
-    sin = tl.load(angle + 32 + pair + 0 * group[:, None, None], mask=rotary, other=0.0)
-    norm = tl.rsqrt(tl.sum(tl.sum(x * x, 2), 0) / (W * 64) + eps)
-    x = as_bf16(x * norm[None, :, None], WIDEN).to(tl.float32)
-    even, odd = tl.split(tl.reshape(x, (W, BH, 32, 2)))
-    x = tl.join(tl.fma(even, cos, -(odd * sin)), tl.fma(odd, cos, even * sin))
-    return as_bf16(tl.reshape(x, (W, BH, 64)), WIDEN).to(tl.float32).to(tl.float16)
+    words = q.to(tl.pointer_type(tl.uint32))[None, :, None] + (group * 32 + pair)
+    word = tl.load(words, mask=live[None, :, None], other=0)  # [W, BH, 32], two numbers each
+    even = (word << 16).to(tl.float32, bitcast=True)
+    odd = (word & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
+    cos = tl.load(angle + pair + 0 * group, mask=group == W - 1, other=1.0)
+    sin = tl.load(angle + 32 + pair + 0 * group, mask=group == W - 1, other=0.0)
+    norm = tl.rsqrt(tl.sum(tl.sum(even * even + odd * odd, 2), 0) / (W * 64) + eps) * ((W * 64) ** -0.5 * LOG2E)
+    turned = tl.join(tl.fma(even, cos, -(odd * sin)), tl.fma(odd, cos, even * sin)) * norm[None, :, None, None]
+    return tl.reshape(turned.to(tl.float16), (W, q.shape[0], 64))
 
 
 @triton.jit
@@ -63,7 +61,7 @@ def _chunk(
     position,
     num_entries,
     selected,
-    sources,  # (window codes, words, scales; entry codes, words, scales)
+    sources,  # (window codes, words; entry codes, words)
     tables,  # (window pages, full pages) of the token's sequence
     W: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -73,19 +71,18 @@ def _chunk(
     HW: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Rows of a chunk: numbers f16 [W, KEYS, 64] and their scales fp32 [W, KEYS], dead rows 0; and which rows exist.
+    """Rows of a chunk: numbers f16 [W, KEYS, 64], dead rows 0, and their scales fp32 [W, KEYS], -1 of dead rows.
 
     Numbers are e4m3 codes, exact, and the rotary part, of which f16 keeps all bits between 2 ** -14 and 65504.
     """
     ROW: tl.constexpr = W * 64 + 64
     SHIFT: tl.constexpr = 6 if RATIO == 4 else 1  # an entry page has 64 or 2 rows
     row, live = chunk_rows(chunk, position, num_entries, selected, WINDOW, RATIO, KEYS)
-    codes, words, scales, pages, shift, stride = sources[0], sources[1], sources[2], tables[0], 8, STRIDES[0]
+    codes, words, pages, shift, stride = sources[0], sources[1], tables[0], 8, STRIDES[0]
     if RATIO > 0:
         is_entry = chunk >= (WINDOW + KEYS - 1) // KEYS
-        codes = tl.where(is_entry, sources[3], codes)
-        words = tl.where(is_entry, sources[4], words)
-        scales = tl.where(is_entry, sources[5], scales)
+        codes = tl.where(is_entry, sources[2], codes)
+        words = tl.where(is_entry, sources[3], words)
         pages = tl.where(is_entry, tables[1], pages)
         shift = tl.where(is_entry, SHIFT, 8)
         stride = tl.where(is_entry, STRIDES[1], STRIDES[0])
@@ -93,32 +90,31 @@ def _chunk(
     unit = unit.to(tl.int64)
     group = tl.arange(0, W)
     column = tl.arange(0, 64)[None, None, :]
+    # One byte a program's thread: the compiler would load fewer again for every layout that the scales are wanted in.
+    scales = codes + (unit * stride + ((ROW << shift) + offset * 8))
+    byte = tl.load(scales[None, :] + group[:, None], mask=live[None, :], other=255)  # e8m0; the last of a row is 0
     codes += unit * stride + offset * ROW
     words += unit * (stride // 2) + (offset * (ROW // 2) + (W - 1) * 32)
-    scales += unit * (stride // 8) + ((ROW // 8 << shift) + offset)
     is_nope = (group < W - 1)[:, None, None]
     code = tl.load(
         codes[None, :, None] + group[:, None, None] * 64 + column, mask=live[None, :, None] & is_nope, other=0
     )
-    scale = tl.load(scales, mask=live, other=0)  # eight e8m0 bytes
     rope = tl.load(words[None, :, None] + column, mask=live[None, :, None], other=0.0)  # [1, KEYS, 64]
-    exponent = ((scale[None, :] >> (group * 8)[:, None]) & 0xFF).to(tl.uint32)  # byte 0 stands for zeros only
-    scale = (exponent << 23).to(tl.float32, bitcast=True)
-    scale = tl.where((group == W - 1)[:, None] & live[None, :], 1.0, scale)
+    scale = (byte.to(tl.uint32) << 23).to(tl.float32, bitcast=True)  # byte 0 stands for zeros only
+    scale = tl.where(byte == 255, -1.0, tl.where((group == W - 1)[:, None], 1.0, scale))
     value = tl.where(is_nope, e4m3_to_f16(code, HW), rope.to(tl.float32).to(tl.float16))
     if not WIDEN:
         # NOTE: without this the compiler moves the conversion behind the exchange between threads, and then converts
         # twice: for the tile as keys and for the tile as values.
         value = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], tl.float16, is_pure=False, pack=2)
-    return value, scale, live
+    return value, scale
 
 
 @triton.jit
-def _weights(q, k, scale, live):
+def _weights(q, k, scale):
     """Of one chunk: probabilities fp32 [BH, KEYS], their maximum as a whole power of two and their sum, fp32 [BH]."""
-    WIDTH: tl.constexpr = q.shape[0] * q.shape[2]
-    s = tl.sum(tl.dot(q, tl.permute(k, (0, 2, 1))) * scale[:, None, :], 0) * (WIDTH**-0.5 * LOG2E)
-    s = tl.where(live[None, :], s, -float("inf"))
+    dead = tl.where(scale < 0, -float("inf"), 0.0)[:, None, :]
+    s = tl.sum(tl.dot(q, tl.permute(k, (0, 2, 1))) * scale[:, None, :] + dead, 0)
     top = tl.ceil(tl.max(s, 1))
     p = tl.exp2(s - finite(top)[:, None])
     return p, top, tl.sum(p, 1)
@@ -140,12 +136,10 @@ def attend_decode(
     window_pages,  # int32 [B, num_pages]
     full_pages,  # int32 [B, num_pages]
     num_pages,
-    window_codes,  # uint8, and the same memory as bf16 and int64: one layer of the window pool
+    window_codes,  # uint8, and the same memory as bf16: one layer of the window pool
     window_words,
-    window_scales,
     entry_codes,  # the same of the C4 or C128 pool
     entry_words,
-    entry_scales,
     selected,  # int32 [T, SELECTED]
     sink,  # fp32 [HEADS]
     rope_table,  # fp32 [P, 64]: cos | sin
@@ -193,21 +187,21 @@ def attend_decode(
             tl.extra.cuda.gdc_wait()
     angle = rope_table + tl.maximum(position, 0).to(tl.int64) * 64
     tables = (window_pages + tables_at, full_pages + tables_at)
-    sources = (window_codes, window_words, window_scales, entry_codes, entry_words, entry_scales)
+    sources = (window_codes, window_words, entry_codes, entry_words)
     selected += token * SELECTED
     q += token.to(tl.int64) * Q_STRIDE + head * HD
     place = (selected, sources, tables)
     if SPLIT == 1:
-        k, scale, live = _chunk(first, position, num_entries, *place, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN)
+        k, scale = _chunk(first, position, num_entries, *place, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN)
         if PDL:
             tl.extra.cuda.gdc_wait()
-        x = _queries(q, live_head, angle, eps, W, WIDEN)
-        p, maximum, total = _weights(x, k, scale, live)
+        x = _queries(q, live_head, angle, eps, W)
+        p, maximum, total = _weights(x, k, scale)
         values = _values(p, k, scale)
     else:
         if PDL:
             tl.extra.cuda.gdc_wait()
-        x = _queries(q, live_head, angle, eps, W, WIDEN)
+        x = _queries(q, live_head, angle, eps, W)
         maximum = tl.full((BH,), -float("inf"), tl.float32)
         total = tl.zeros((BH,), tl.float32)
         values = tl.zeros((W, BH, 64), tl.float32)
@@ -216,10 +210,8 @@ def attend_decode(
             run_total = tl.zeros((BH,), tl.float32)
             run_values = tl.zeros((W, BH, 64), tl.float32)
             for chunk in tl.range(run, tl.minimum(run + RUN, end)):
-                k, scale, live = _chunk(
-                    chunk, position, num_entries, *place, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN
-                )
-                p, top, chunk_total = _weights(x, k, scale, live)
+                k, scale = _chunk(chunk, position, num_entries, *place, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN)
+                p, top, chunk_total = _weights(x, k, scale)
                 new_maximum = tl.maximum(maximum, top)
                 kept = _power_of_two(maximum - finite(new_maximum))
                 added = _power_of_two(top - finite(new_maximum))
@@ -230,7 +222,6 @@ def attend_decode(
                 values *= kept[None, :, None]
             total += run_total
             values += run_values
-    row = token.to(tl.int64) * HEADS + head
     column = tl.arange(0, W)[:, None, None] * 64 + tl.arange(0, 64)[None, None, :]
     mask = live_head[None, :, None]
     if SPLIT == 0:
@@ -239,13 +230,16 @@ def attend_decode(
         sin = tl.load(angle + 32 + tl.arange(0, 32)[None, :])
         turned = tl.reshape(rotate(tl.reshape(values, (W * BH, 64)), cos, -sin), (W, BH, 64))
         values = tl.where(tl.arange(0, W)[:, None, None] == W - 1, turned, values)
-        tl.store(out + row[None, :, None] * HD + column, as_bf16(values, WIDEN), mask=mask)
+        out += token.to(tl.int64) * (HEADS * HD)
+        tl.store(out + (head[None, :, None] * HD + column), as_bf16(values, WIDEN), mask=mask)
     else:
-        at = row * num_parts + part
-        tl.store(work + at[None, :, None] * HD + column, values, mask=mask)
-        statistics = work + (tl.num_programs(1).to(tl.int64) * HEADS * num_parts) * HD + at * 2
-        tl.store(statistics, maximum, mask=live_head)
-        tl.store(statistics + 1, total, mask=live_head)
+        first_part = token.to(tl.int64) * HEADS * num_parts + part
+        statistics = work + (tl.num_programs(1).to(tl.int64) * HEADS * num_parts) * HD + first_part * 2
+        head *= num_parts
+        work += first_part * HD
+        tl.store(work + (head[None, :, None] * HD + column), values, mask=mask)
+        tl.store(statistics + head * 2, maximum, mask=live_head)
+        tl.store(statistics + (head * 2 + 1), total, mask=live_head)
 
 
 @triton.jit
