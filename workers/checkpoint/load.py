@@ -25,7 +25,7 @@ from torch import Tensor
 from workers.checkpoint.check import CheckedCheckpoint, MatchedTensor, check_directory
 from workers.checkpoint.draw import Draw, DrawReader
 from workers.checkpoint.index import CheckpointIndex, ShardReader, StoredTensor
-from workers.checkpoint.names import Organ, StoredForm, TensorSpec
+from workers.checkpoint.names import FP4_GROUP, Encoding, Organ, StoredForm, TensorSpec
 from workers.checkpoint.progress import OnProgress, ProgressCounter
 from workers.checkpoint.quant import (
     TORCH_DTYPES,
@@ -83,9 +83,13 @@ def head_of(raw: RawTensor) -> TensorHead:
     spec, form, scale = raw.spec, raw.form, raw.scale
     wanted = HEAD_BYTES // (8 if form.dtype in ("I32", "I64") else 4)
     rows = min(spec.shape[0], -(-wanted // max(1, math.prod(spec.shape[1:]))))
+    weight = raw.weight[:rows]
     if scale is not None:
         scale = scale[: -(-rows // row_granularity(form))]
-    return TensorHead(spec.shape, decode(form, raw.weight[:rows], scale).reshape(-1)[:wanted].clone())
+    if rows == 1 and scale is not None and spec.encoding is Encoding.FP4:
+        # Of V4-Flash there are 33,024 such rows, and a quarter of each is wanted.
+        weight, scale = weight[:, : -(-wanted // 2)], scale[:, : -(-wanted // FP4_GROUP)]
+    return TensorHead(spec.shape, decode(form, weight, scale).reshape(-1)[:wanted].clone())
 
 
 def load_named(
