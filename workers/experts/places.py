@@ -25,7 +25,10 @@ SCRATCH_SHARE = 8
 
 
 ALLOCATION_BYTES = 512
-"""What torch rounds each of a worker's five allocations for experts up to."""
+"""What torch rounds each allocation up to."""
+
+SHARED_BYTES = 2 << 20
+"""What the driver rounds memory up to that another process may map, on every GPU that we know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,8 @@ class ExpertSizes:
     max_running: int
     """Sequences of the largest decode step; 0 for a worker that only prefills."""
     prefills: bool
+    unit_bytes: int = ALLOCATION_BYTES
+    """Device memory comes in multiples of this; more for memory that another process may map."""
 
     @property
     def pairs(self) -> int:
@@ -62,8 +67,14 @@ class ExpertSizes:
 
     @property
     def table_bytes(self) -> int:
-        """Device bytes beside the slab: table, counters, and a step's own table for prefill and decode, int32 each."""
-        return 4 * (3 * self.pairs + self.experts) + 5 * ALLOCATION_BYTES
+        """Device bytes beside the slab: table, counters, and a step's own table for prefill and decode, int32 each;
+        what stands in for a slab of another process while there is none."""
+        stand_in = self.unit_bytes if self.unit_bytes > ALLOCATION_BYTES else 0
+        return 4 * (3 * self.pairs + self.experts) + 4 * ALLOCATION_BYTES + stand_in
+
+    def slab_bytes(self, places: Places) -> int:
+        """Device memory of a slab."""
+        return -(-places.total * self.expert_bytes // self.unit_bytes) * self.unit_bytes
 
 
 def plan_places(config: ExpertConfig, sizes: ExpertSizes, *, spare_bytes: int | None = None) -> Places:
@@ -83,9 +94,10 @@ def plan_places(config: ExpertConfig, sizes: ExpertSizes, *, spare_bytes: int | 
     else:
         assert config.total_gpu_bytes is not None and spare_bytes is not None
         key, given, budget = "total_gpu", config.total_gpu_bytes, spare_bytes
-    held = (budget - sizes.table_bytes) // sizes.expert_bytes
+    whole = (budget - sizes.table_bytes) // sizes.unit_bytes * sizes.unit_bytes
+    held = whole // sizes.expert_bytes
     if held < sizes.top_k:
-        least = given - budget + sizes.table_bytes + sizes.top_k * sizes.expert_bytes
+        least = given - budget + sizes.table_bytes + sizes.slab_bytes(Places(sizes.top_k))
         raise _too_small(key, given, "bytes", least, sizes)
     if held >= sizes.pairs:
         return Places(sizes.pairs)

@@ -45,9 +45,9 @@ class ExpertPeer:
         self._link: PeerLink | None = None
 
     @property
-    def block_bytes(self) -> int:
-        """Device memory of the slab."""
-        return self._slab.block_bytes
+    def device_bytes(self) -> int:
+        """Device memory of the slab, and of what stands in for the other one."""
+        return self._slab.block_bytes + self._window.own_bytes
 
     @property
     def is_met(self) -> bool:

@@ -53,6 +53,11 @@ class PeerWindow:
         self.memory: Tensor = tensor_at(self._addresses.start, self._addresses.num_bytes, own)
         self.is_open = False
 
+    @property
+    def own_bytes(self) -> int:
+        """Device memory of this process that it takes."""
+        return self._nothing.num_bytes
+
     def open(self, fd: int, block_bytes: int) -> None:
         """Maps the slab behind a descriptor of `SharedSlab.export`. Raises `DriverRefused`; the window is closed then.
 

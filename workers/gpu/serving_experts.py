@@ -28,7 +28,7 @@ from workers.experts.config import PRELOADS, SOURCE, pays_little
 from workers.experts.host_memory import available_bytes
 from workers.experts.layout import ExpertShape, ExpertSlab
 from workers.experts.peer_link import EngineCall
-from workers.experts.places import ExpertSizes, plan_places
+from workers.experts.places import ALLOCATION_BYTES, SHARED_BYTES, ExpertSizes, plan_places
 from workers.experts.policy import POLICIES, STATIC, Ids, Values, highest
 from workers.experts.profile import read_profile
 from workers.experts.residency import Residency
@@ -98,6 +98,8 @@ class GpuExperts:
         self._config, self._supply, self._duties, self._device = config, supply, duties, device
         self._shape = ExpertShape(config.hidden_size, config.moe_intermediate_size)
         self._source = ExpertSource(supply, self._shape, num_readers)
+        self._share = Share.open(supply.config.share, supply.config.worker)
+        self._place = None if self._share is None else supply.config.peer
         self.sizes = ExpertSizes(
             config.num_hidden_layers,
             config.n_routed_experts,
@@ -105,6 +107,7 @@ class GpuExperts:
             self._shape.expert_bytes,
             duties.max_running if duties.decodes else 0,
             duties.prefills,
+            ALLOCATION_BYTES if self._place is None else SHARED_BYTES,
         )
         self._heat = torch.zeros(self.sizes.pairs, dtype=torch.int32, device=device)
         self._decode, self._prefill = _Later(), _Later()
@@ -113,7 +116,6 @@ class GpuExperts:
         self._memory: ExpertMemory | None = None
         self._stream: ExpertStream | None = None
         self._key = key
-        self._share = Share.open(supply.config.share, supply.config.worker)
         self._peer: ExpertPeer | None = None
         self._kept: Ids = np.empty(0, np.int64)
         """Pairs in the first slots, in order, for good."""
@@ -141,6 +143,7 @@ class GpuExperts:
         """
         config = self._supply.config
         self.places = plan_places(config, self.sizes, spare_bytes=spare_bytes)
+        self._spare_bytes = spare_bytes
         profile = None
         if config.preload not in PRELOADS:
             profile = read_profile(config.preload, self.sizes.layers, self.sizes.experts)
@@ -186,10 +189,10 @@ class GpuExperts:
 
     def _meet_peer(self) -> Tensor | None:
         """Memory of a slab that the other GPU may read, when there is to be another."""
-        place, size = self._supply.config.peer, self.places.total * self.sizes.expert_bytes
-        if place is None or self._share is None or self.places.slots >= self.sizes.pairs:
+        if self._share is None or self._place is None or self.places.slots >= self.sizes.pairs:
             return None
-        self._peer = ExpertPeer(self._share, place, self.sizes, self.places.slots, size, self._device)
+        size = self.places.total * self.sizes.expert_bytes
+        self._peer = ExpertPeer(self._share, self._place, self.sizes, self.places.slots, size, self._device)
         return self._peer.slab[:size]
 
     def _open_bank(self, profile: Values | None, on_progress: OnProgress | None) -> HostBank | None:
@@ -296,7 +299,8 @@ class GpuExperts:
         """Device memory that counts as experts': slab, table, counters."""
         if self._memory is None:
             return self._heat.numel() * self._heat.element_size()
-        return self._memory.nbytes
+        own = self._memory.slab.numel()
+        return self._memory.nbytes + (0 if self._peer is None else self._peer.device_bytes - own)
 
     @property
     def bank_bytes(self) -> int:
@@ -342,7 +346,7 @@ class GpuExperts:
             "expert_slots": {"used": num_resident, "free": self.places.slots - num_resident},
             "expert_budget_bytes": {
                 "requested": self.requested_bytes,
-                "effective": self.places.total * sizes.expert_bytes + sizes.table_bytes,
+                "effective": self.effective_bytes,
                 "measured": self.nbytes,
             },
             "expert_host_bytes": {"bank": self.bank_bytes},
@@ -353,11 +357,14 @@ class GpuExperts:
         }
 
     @property
+    def effective_bytes(self) -> int:
+        """What was planned out of the budget."""
+        return self.sizes.slab_bytes(self.places) + self.sizes.table_bytes
+
+    @property
     def requested_bytes(self) -> int:
-        """The budget as it was given; slots as bytes of all places."""
-        config = self._supply.config
-        given = config.hbm_bytes or config.total_gpu_bytes
-        return given or self.places.total * self.sizes.expert_bytes + self.sizes.table_bytes
+        """The budget as it was given, or what the rest of the worker left of its total; slots as bytes."""
+        return self._supply.config.hbm_bytes or self._spare_bytes or self.effective_bytes
 
     def close(self) -> None:
         """Gives the bank and files back; no step may run any more."""

@@ -9,28 +9,30 @@ import pytest
 from workers.errors import BadConfig
 from workers.experts.config import ExpertConfig
 from workers.experts.host_memory import available_bytes
-from workers.experts.places import ExpertSizes, Places, plan_places
+from workers.experts.places import SHARED_BYTES, ExpertSizes, Places, plan_places
 
 FLASH = 13_369_344
 DECODE = ExpertSizes(43, 256, 6, FLASH, max_running=128, prefills=False)
 PREFILL = ExpertSizes(43, 256, 6, FLASH, max_running=0, prefills=True)
 BOTH = ExpertSizes(43, 256, 6, FLASH, max_running=4, prefills=True)
 NANO = ExpertSizes(8, 12, 3, 52_224, max_running=2, prefills=True)
+SHARED = ExpertSizes(43, 256, 6, FLASH, max_running=128, prefills=False, unit_bytes=SHARED_BYTES)
 
 
-@pytest.mark.parametrize("sizes", [DECODE, PREFILL, BOTH, NANO])
+@pytest.mark.parametrize("sizes", [DECODE, PREFILL, BOTH, NANO, SHARED])
 @pytest.mark.parametrize("experts", [6, 7, 20, 100, 1000, 5000, 9999, 11_007, 11_008, 20_000])
 def test_places_of_a_budget_in_bytes_fit_it(sizes: ExpertSizes, experts: int) -> None:
-    budget = experts * sizes.expert_bytes + sizes.table_bytes + 17
+    budget = sizes.slab_bytes(Places(experts)) + sizes.table_bytes + 17
     places = plan_places(ExpertConfig(hbm_bytes=budget), sizes)
-    assert places.total * sizes.expert_bytes + sizes.table_bytes <= budget
+    assert places.total * sizes.expert_bytes <= sizes.slab_bytes(places) <= budget - sizes.table_bytes
     assert sizes.top_k <= places.slots <= sizes.pairs
     assert (places.half > 0) <= sizes.prefills and (places.scratch > 0) <= (sizes.max_running > 0)
     if places.slots == sizes.pairs:
         assert places == Places(sizes.pairs)
     # Nothing worth an expert is left over, as long as experts are absent.
     elif sizes.prefills or places.total < sizes.pairs:
-        assert budget - places.total * sizes.expert_bytes - sizes.table_bytes < 2 * sizes.expert_bytes
+        left = budget - places.total * sizes.expert_bytes - sizes.table_bytes
+        assert left < 2 * sizes.expert_bytes + sizes.unit_bytes
 
 
 def test_prefill_of_a_large_budget_stages_whatever_a_layer_lacks() -> None:
@@ -45,10 +47,10 @@ def test_total_budget_is_what_the_rest_leaves() -> None:
     assert places == plan_places(ExpertConfig(hbm_bytes=12 * 10**9), DECODE)
 
 
-@pytest.mark.parametrize("sizes", [DECODE, PREFILL, NANO])
+@pytest.mark.parametrize("sizes", [DECODE, PREFILL, NANO, SHARED])
 @pytest.mark.parametrize("taken", [0, 7 * 10**9])
 def test_the_refusal_names_a_budget_that_works(sizes: ExpertSizes, taken: int) -> None:
-    least = taken + sizes.table_bytes + sizes.top_k * sizes.expert_bytes
+    least = taken + sizes.table_bytes + sizes.slab_bytes(Places(sizes.top_k))
     for key in ("hbm_bytes", "total_gpu_bytes") if taken else ("hbm_bytes",):
         used = taken if key == "total_gpu_bytes" else 0
         named = least - taken + used

@@ -50,17 +50,17 @@ def limited(**values: object) -> ModelBundle:
     return ModelBundle.load_limited_for(BUNDLED, "cuda", NATIVE, config, num_readers=4)
 
 
-def answers(bundle: ModelBundle, prompts: list[list[int]]) -> tuple[list[list[int]], Engine]:
-    """Greedy tokens of all prompts, decoded together, and the decode engine."""
-    prefill, decode = (
+def answers(bundle: ModelBundle, prompts: list[list[int]]) -> tuple[list[list[int]], list[Engine]]:
+    """Greedy tokens of all prompts, decoded together, and the engines of prefill and decode."""
+    engines = [
         make_engine(bundle, NATIVE, SIZES, device="cuda", max_context=2048, num_threads=4, role=role) for role in ROLES
-    )
-    decode.warm_up(decode=True)
+    ]
+    engines[1].warm_up(decode=True)
     requests = [make_request(f"r{i}", p, max_tokens=60, ignore_eos=True) for i, p in enumerate(prompts[:8])]
-    with Pair(prefill_engine=prefill, decode_engine=decode) as pair:
+    with Pair(prefill_engine=engines[0], decode_engine=engines[1]) as pair:
         for request in requests:
             pair.start(request)
-        return [tokens_of(pair.events.rest(request.request_id)) for request in requests], decode
+        return [tokens_of(pair.events.rest(request.request_id)) for request in requests], engines
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +83,17 @@ def test_tokens_are_those_of_full_residency(
 ) -> None:
     bundle = limited(**values)
     assert bundle.model_hash == ModelBundle.load_for(BUNDLED, "cuda", NATIVE).model_hash
-    found, engine = answers(bundle, prompts)
+    found, engines = answers(bundle, prompts)
+    prefill, experts = (engine.experts for engine in engines)
+    assert isinstance(prefill, GpuExperts) and isinstance(experts, GpuExperts)
     assert found == expected
-    experts = engine.experts
-    assert isinstance(experts, GpuExperts)
     experts.check_integrity()
     fields = experts.stats_fields()
     print(values, {key: value for key, value in fields.items() if "layer" not in key})
     lookups, misses = fields["expert_lookups"], fields["expert_misses"]
     assert fields["expert_hits"] + sum(misses.values()) == lookups > 0  # type: ignore[operator, union-attr]
+    for either in (prefill, experts):
+        either.close()
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -106,11 +108,12 @@ def test_a_worker_keeps_the_total_that_it_was_given(role: WorkerRole) -> None:
     total = least + 20 * BYTES + (64 << 20)
     engine = build_engine(dataclasses.replace(base, experts=ExpertConfig(total_gpu_bytes=total)))
     fields = engine.experts.stats_fields()["expert_budget_bytes"]  # type: ignore[union-attr]
-    print(role.value, fields, "torch", torch.cuda.memory_reserved())
+    print(role.value, "least", least, fields, "torch", torch.cuda.memory_reserved())
     assert fields["measured"] <= fields["requested"] == total  # type: ignore[index]
     with pytest.raises(torch.cuda.OutOfMemoryError):
         torch.empty(2 * LATER_BYTES, dtype=torch.uint8, device="cuda")
     torch.cuda.set_per_process_memory_fraction(1.0)
+    engine.experts.close()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("role", ROLES)
