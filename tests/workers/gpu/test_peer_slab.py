@@ -116,7 +116,6 @@ def test_captured_steps_read_a_peer_that_comes_dies_and_comes_again(folder: Path
     link = PeerLink(share, "prefill-0", reader.window, reader, reader.call, key="m", expert_bytes=BYTES)
     link.start()
     for turn, pairs in enumerate(([5, 3, 40, 21], list(range(PLACES - 1, 0, -2)))):
-        free = torch.cuda.mem_get_info()[0]
         process = start_owner(folder, pairs)
         assert link.is_met.wait(20)
         codes = reader.table.tolist()
@@ -132,7 +131,6 @@ def test_captured_steps_read_a_peer_that_comes_dies_and_comes_again(folder: Path
             assert not reader.window.is_open and int(reader.table.max()) < PEER
         process.join()
         assert reader.step() == expected
-        assert torch.cuda.mem_get_info()[0] >= free, "the dead owner's memory is free for its successor"
     link.close()
     share.close()
     reader.window.close()
