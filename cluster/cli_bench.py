@@ -160,8 +160,8 @@ def expert_cache(
         str, typer.Option(help=f"Who stays, by commas, the usual one first: {', '.join(POLICIES)}.")
     ] = "lfru,static,lru,lfu,heat",
     prefill: Annotated[bool, typer.Option("--prefill/--no-prefill", help="A chunk at each budget.")] = True,
-    fetch: Annotated[
-        bool, typer.Option("--fetch/--in-place", help="Copy a step's absent experts to scratch, or read them in place.")
+    scratch: Annotated[
+        bool, typer.Option("--scratch/--in-place", help="Bring absent experts to scratch, or read them in place.")
     ] = True,
     bank_experts: Annotated[
         int | None, typer.Option(min=1, help="Different experts of a layer in host memory; the others share bytes.")
@@ -194,7 +194,7 @@ def expert_cache(
             plan,
             layers=layers or config.num_hidden_layers,
             say=lambda line: err.print(line, style="dim", soft_wrap=True),
-            fetch=fetch,
+            scratch=scratch,
             bank_experts=bank_experts,
         )
         for table in tables(results):

@@ -29,7 +29,7 @@ from workers.experts.places import MOST_SCRATCH, Places
 from workers.experts.policy import Ids, Policy, Values
 from workers.experts.slots import SlotState
 from workers.gpu.cached_experts import ExpertMemory, homes_in
-from workers.gpu.expert_stream import ExpertFetch, ExpertsInPlace, ExpertStream
+from workers.gpu.expert_stream import ExpertsInPlace, ExpertStream
 from workers.gpu.synthetic import layer_experts
 from workers.model.config import PAGE_TOKENS, ModelConfig
 
@@ -60,13 +60,13 @@ class ExpertScene:
         batches: Sequence[int],
         most_slots: int,
         say: Say,
-        fetch: bool = True,
+        scratch: bool = True,
         bank_experts: int | None = None,
         context: int = CONTEXT,
         chunk: int = CHUNK,
         device: str = "cuda",
     ) -> None:
-        """`fetch`: absent experts of a decode step are copied to scratch first, instead of being read in place.
+        """`scratch`: absent experts of a decode step are brought to scratch, instead of being read in place.
 
         `bank_experts`: different experts of a layer in the bank, where host memory cannot hold all; others share bytes.
         """
@@ -86,14 +86,14 @@ class ExpertScene:
         self.bank = HostBank(range(layers * self.held), pairs, shape.expert_bytes, places=places)
         self.model_s, self.lock_s, self.fill_s = self._seconds(began), 0.0, 0.0
         self._make_bank(shape, layers, say)
-        scratch = min(self.most_running * config.num_experts_per_tok, MOST_SCRATCH) if fetch else 0
-        slab = Places(most_slots, scratch, min(STAGED, experts))
+        num_scratch = min(self.most_running * config.num_experts_per_tok, MOST_SCRATCH) if scratch else 0
+        slab = Places(most_slots, num_scratch, min(STAGED, experts))
         self.memory = ExpertMemory.allocate(self.config, slab, self.bank, device)
         self.codes = homes_in(self.bank, pairs)
         self.stream = ExpertStream(self.memory, lambda: self.codes)
         self._inside = np.full(most_slots, -1, np.int64)
         """Pair whose bytes each slot holds, -1 where nobody knows."""
-        self._use(self.memory.attach(self.scene.weights), fetch=fetch)
+        self._use(self.memory.attach(self.scene.weights))
 
     def _seconds(self, began: float) -> float:
         self.synchronize()
@@ -122,7 +122,7 @@ class ExpertScene:
         self.fill_s = self._seconds(began)
         say(f"bank filled in {self.fill_s:.1f} s, {self.bank.nbytes / 1e9 / self.fill_s:.1f} GB/s")
 
-    def _use(self, weights: Any, *, fetch: bool) -> None:
+    def _use(self, weights: Any) -> None:
         """A model over the slab. The one with experts of its own goes first."""
         from workers.gpu.model import GpuModel
 
@@ -137,7 +137,7 @@ class ExpertScene:
             max_running=self.most_running,
             max_context=scene.wanted.max_context,
             expert_stream=self.stream,
-            decode_experts=ExpertFetch(self.memory) if fetch else ExpertsInPlace(self.memory),
+            decode_experts=ExpertsInPlace(self.memory),
         )
 
     def route_as(self, workload: Workload) -> None:

@@ -107,7 +107,7 @@ class _Run:
         self.few = budgets_of(plan.few, scene.config, beside)
         setup = {
             "layers": scene.config.num_hidden_layers,
-            "absent experts": "copied to scratch" if scene.memory.places.scratch else "read in place",
+            "absent experts": "through scratch" if scene.memory.places.scratch else "read in place",
             "different experts a layer in the bank": scene.held,
             "context": scene.context,
             "routing": str(V4_LIKE),

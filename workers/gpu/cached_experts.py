@@ -80,7 +80,8 @@ class ExpertMemory:
         part = slice(index * self.config.n_routed_experts, (index + 1) * self.config.n_routed_experts)
         host = None if self.bank is None else self.bank.memory
         table = self.table[part] if table is None else table
-        return ExpertSlab(self.slab.view(-1), table, host=host, peer=self.peer, heat=self.heat[part])
+        scratch = {"first_scratch": self.places.slots, "num_scratch": self.places.scratch}
+        return ExpertSlab(self.slab.view(-1), table, host=host, peer=self.peer, heat=self.heat[part], **scratch)
 
     def bytes_at(self, code: int) -> Tensor:
         """uint8 [expert_bytes] of an absent pair, by its code. Raises `OSError` when it is nowhere."""

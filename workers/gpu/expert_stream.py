@@ -1,12 +1,12 @@
-"""Absent experts on their way to a step's products: `ExpertStream` for prefill, `ExpertFetch` for decode.
+"""Absent experts on their way to a prefill step's products.
 
 `ExpertStream` brings a prefill step's absent experts to the device layer by layer, one layer ahead of the products. A
 chunk of thousands of tokens uses nearly every expert, several times over, so absent ones are copied once into one of
 two staging halves while the layer before computes, and never enter the slots of decode. What does not fit a half is
 read in place from the bank.
 
-`ExpertFetch` enqueues one launch a layer that copies the absent experts of exactly this step to scratch. It is part of
-the captured step and looks at the table on the device. `ExpertsInPlace` copies nothing.
+`ExpertsInPlace` enqueues nothing: the products of a decode step bring absent experts to scratch themselves
+(`workers/kernels/experts_stage.py`).
 
 Owns: the use of the slab's places beyond the slots, the tables of one step, the order of copies and products. Does not
 own: residency: a step sees the table as it was when the step began. One owner, the thread that launches; nothing here
@@ -43,36 +43,6 @@ class ExpertsInPlace:
 
     def done(self, index: int) -> None:
         """Nothing to give back."""
-
-
-class ExpertFetch:
-    """Scratch for one model's decode steps. Absent experts beyond it are read in place."""
-
-    def __init__(self, memory: ExpertMemory) -> None:
-        from workers.kernels.experts_fetch import fetch_experts
-
-        self._fetch = fetch_experts
-        places, device = memory.places, memory.table.device
-        self._sizes = {
-            "first_scratch": places.slots,
-            "scratch_experts": places.scratch,
-            "expert_bytes": memory.expert_bytes,
-        }
-        self._table = torch.zeros(memory.config.n_routed_experts, dtype=torch.int32, device=device)
-        layers = range(memory.config.num_hidden_layers)
-        self._slabs = [memory.layer(index) for index in layers]
-        self._found = [memory.layer(index, self._table) for index in layers]
-
-    def begin(self) -> None:
-        """Nothing to prepare: a captured step prepares itself."""
-
-    def layer(self, index: int, groups: Any) -> ExpertSlab:
-        """Enqueues the layer's copies; the slab in which its products find every expert."""
-        self._fetch(groups, self._slabs[index], self._table, **self._sizes)
-        return self._found[index]
-
-    def done(self, index: int) -> None:
-        """Scratch is used again by the next layer, behind this one's products."""
 
 
 class ExpertStream:

@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,7 @@ from workers.experts.supply import ExpertSupply
 from workers.gpu.cached_experts import ExpertMemory
 from workers.gpu.expert_peer import ExpertPeer
 from workers.gpu.expert_source import Bringer, ExpertSource
-from workers.gpu.expert_stream import ExpertFetch, ExpertsInPlace, ExpertStream
+from workers.gpu.expert_stream import ExpertsInPlace, ExpertStream
 from workers.gpu.step import LayerExperts
 from workers.gpu.weights import GpuWeights
 from workers.model.config import ModelConfig
@@ -79,7 +80,8 @@ class _Later:
 
 
 class GpuExperts:
-    """Residency of one model's experts. `attach` before the model is made, `open` before its first step."""
+    """Residency of one model's experts. `attach` before the model is made, `begin` and `finish` before its first
+    step."""
 
     def __init__(
         self,
@@ -117,6 +119,9 @@ class GpuExperts:
         self._stream: ExpertStream | None = None
         self._key = key
         self._peer: ExpertPeer | None = None
+        self._profile: Values | None = None
+        self._beside: ThreadPoolExecutor | None = None
+        self._coming: Future[HostBank | None] | None = None
         self._kept: Ids = np.empty(0, np.int64)
         """Pairs in the first slots, in order, for good."""
 
@@ -137,32 +142,62 @@ class GpuExperts:
         }
 
     def open(self, *, spare_bytes: int | None = None, on_progress: OnProgress | None = None) -> None:
-        """Allocates the slab, fills bank and slots. `spare_bytes`: what `total_gpu` leaves for experts.
+        """`begin` and `finish`, for whoever has nothing to do between them."""
+        self.begin(spare_bytes=spare_bytes, on_progress=on_progress)
+        self.finish(on_progress=on_progress)
 
-        Raises `BadConfig` below the smallest budget, `ExpertUnavailable` when an expert cannot be read.
+    def begin(self, *, spare_bytes: int | None = None, on_progress: OnProgress | None = None) -> None:
+        """Allocates the slab and starts to fill and lock the bank beside the caller. `spare_bytes`: what `total_gpu`
+        leaves for experts. Until `finish`, steps of padding alone may run, to compile kernels.
+
+        Raises `BadConfig` below the smallest budget.
         """
         config = self._supply.config
         self.places = plan_places(config, self.sizes, spare_bytes=spare_bytes)
         self._spare_bytes = spare_bytes
-        profile = None
         if config.preload not in PRELOADS:
-            profile = read_profile(config.preload, self.sizes.layers, self.sizes.experts)
+            self._profile = read_profile(config.preload, self.sizes.layers, self.sizes.experts)
         slab = self._meet_peer()
-        bank = self._open_bank(profile, on_progress)
-        pinned = self._kept = self._keep(bank)
-        window = None if self._peer is None else self._peer.window
+        stand_in = None
+        if self.places.slots < self.sizes.pairs:
+            stand_in = HostBank([0], self.sizes.pairs, self.sizes.expert_bytes)
+            self._lock(stand_in)
         self._memory = ExpertMemory.allocate(
-            self._config, self.places, bank, self._device, heat=self._heat, slab=slab, peer=window
+            self._config,
+            self.places,
+            stand_in,
+            self._device,
+            heat=self._heat,
+            slab=slab,
+            peer=None if self._peer is None else self._peer.window,
         )
-        moving = self._duties.decodes and self.places.slots > len(pinned)
+        self._decode.inner = self._prefill.inner = ExpertsInPlace(self._memory)
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="expert-bank")
+        self._coming = self._beside.submit(self._open_bank, on_progress)
+
+    def finish(self, *, on_progress: OnProgress | None = None) -> None:
+        """Waits for the bank, fills the slots. Steps may run from here on.
+
+        Raises `BadConfig` when slots and bank cannot hold every expert, `ExpertUnavailable` when one cannot be read.
+        """
+        assert self._memory is not None and self._coming is not None and self._beside is not None
+        began = time.monotonic()
+        try:
+            bank = self._coming.result()
+        finally:
+            self._beside.shutdown()
+        config, stand_in = self._supply.config, self._memory.bank
+        self._memory = dataclasses.replace(self._memory, bank=bank)
+        self._kept = self._keep(bank)
+        moving = self._duties.decodes and self.places.slots > len(self._kept)
         # Nothing ever comes into slots that no decode step looks at: they are filled at once.
         filled = config.preload != "none" or not moving
-        count = self.places.slots if filled else len(pinned)
+        count = self.places.slots if filled else len(self._kept)
         cuda = self._device.type == "cuda"
         cache = self._memory.cache(
             policy=POLICIES[config.policy] if moving else STATIC,
-            profile=profile,
-            pinned=pinned.tolist(),
+            profile=self._profile,
+            pinned=self._kept.tolist(),
             filled=filled,
             bring=Bringer(self._source, bank, count, pinned=cuda, on_progress=on_progress),
             verify=config.verify,
@@ -170,11 +205,17 @@ class GpuExperts:
         self._cache = cache
         self._stream = ExpertStream(self._memory, lambda: cache.slots.codes) if self.places.half else None
         in_place = ExpertsInPlace(self._memory)
-        self._decode.inner = ExpertFetch(self._memory) if self.places.scratch and bank is not None else in_place
-        self._prefill.inner = self._stream or in_place
-        self._say(len(pinned))
+        self._decode.inner, self._prefill.inner = in_place, self._stream or in_place
+        if stand_in is not None:
+            stand_in.close()
+        self._say(len(self._kept), time.monotonic() - began)
 
-    def _say(self, num_pinned: int) -> None:
+    def _lock(self, bank: HostBank) -> None:
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
+                bank.lock()
+
+    def _say(self, num_pinned: int, seconds: float) -> None:
         sizes, places = self.sizes, self.places
         few = places.slots < sizes.pairs and pays_little(places.slots, sizes.layers, sizes.top_k)
         if few and self._duties.decodes:
@@ -182,9 +223,9 @@ class GpuExperts:
             logger.warning(self.note)
         logger.info(
             "experts: %d pairs, slots=%d pinned=%d scratch=%d staging=2x%d of %d bytes, slab_bytes=%d bank_bytes=%d "
-            "policy=%s source=%s",
+            "policy=%s source=%s waited_and_filled_s=%.1f",
             sizes.pairs, places.slots, num_pinned, places.scratch, places.half, sizes.expert_bytes,
-            self.nbytes, self.bank_bytes, self._supply.config.policy, self._supply.config.source,
+            self.nbytes, self.bank_bytes, self._supply.config.policy, self._supply.config.source, seconds,
         )  # fmt: skip
 
     def _meet_peer(self) -> Tensor | None:
@@ -195,7 +236,7 @@ class GpuExperts:
         self._peer = ExpertPeer(self._share, self._place, self.sizes, self.places.slots, size, self._device)
         return self._peer.slab[:size]
 
-    def _open_bank(self, profile: Values | None, on_progress: OnProgress | None) -> HostBank | None:
+    def _open_bank(self, on_progress: OnProgress | None) -> HostBank | None:
         """The pairs that may be absent, in host memory, locked for the device; None when none may."""
         if self.places.slots >= self.sizes.pairs:
             return None
@@ -215,12 +256,14 @@ class GpuExperts:
                 on_progress(Progress(done, total, time.monotonic() - began, "experts, by another worker"))
 
         sizes = (self.sizes.pairs, self.sizes.expert_bytes)
-        bank = open_bank(self._share, self._key, lambda: self._banked(profile), *sizes, fill, waited)
-        if self._device.type == "cuda":
-            bank.lock()
+        bank = open_bank(self._share, self._key, self._banked, *sizes, fill, waited)
+        filled_s = time.monotonic() - began
+        self._lock(bank)
+        locked_s = time.monotonic() - began - filled_s
+        logger.info("experts: bank_bytes=%d filled_s=%.1f locked_s=%.1f", bank.nbytes, filled_s, locked_s)
         return bank
 
-    def _banked(self, profile: Values | None) -> list[int]:
+    def _banked(self) -> list[int]:
         """Whom a new bank holds: all, or all but the most useful, which must stay in slots for good then.
 
         Raises `BadConfig` when slots and bank together cannot hold every pair.
@@ -238,8 +281,8 @@ class GpuExperts:
         if capacity == pairs:
             return list(range(pairs))
         shape = (self.sizes.layers, self.sizes.experts, self.sizes.top_k)
-        first = Residency(*shape, STATIC, profile).first_residents(pairs - capacity)
-        kept = first if profile is None else highest(profile, first, pairs - capacity)
+        first = Residency(*shape, STATIC, self._profile).first_residents(pairs - capacity)
+        kept = first if self._profile is None else highest(self._profile, first, pairs - capacity)
         return np.setdiff1d(np.arange(pairs), kept).tolist()
 
     def _keep(self, bank: HostBank | None) -> Ids:

@@ -34,6 +34,7 @@ from workers.kernels.expert_numbers import (
     slot_address,
     times,
 )
+from workers.kernels.experts_stage import in_host_memory, stage
 from workers.kernels.formats import e4m3_to_f32, f32_to_e4m3, hardware_formats, pow2_reciprocal, pow2_scale_ceil
 from workers.kernels.launch import pdl_options, prefetch_l2
 
@@ -251,10 +252,10 @@ def _quantise_rows(x, out, K: tl.constexpr, HW: tl.constexpr, PDL: tl.constexpr)
     tl.store(out + at, _fake_quantised(tl.load(x + at).to(tl.float32), 4, HW))
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "first_scratch", "num_scratch"])
 def _gate_up(
     x, routing, hidden, num_active, active_experts, active_begin, pair_order, table, base, host, peer,
-    shared_hidden, counters, num_tokens, limit,
+    first_scratch, num_scratch, shared_hidden, counters, num_tokens, limit,
     D: tl.constexpr, INNER: tl.constexpr, CHOICES: tl.constexpr, EXPERT_BYTES: tl.constexpr, N: tl.constexpr,
     HOST: tl.constexpr, PEER: tl.constexpr, PACKED: tl.constexpr, HW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -281,6 +282,16 @@ def _gate_up(
     begin = tl.load(active_begin + member)
     end = tl.load(active_begin + member + 1)
     slot = slot_address(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
+    if HOST:
+        absent = in_host_memory(expert, table) & (member < num_scratch)
+        scratch = base + (first_scratch + member).to(tl.int64) * EXPERT_BYTES
+        if absent:
+            stage(slot, scratch, block * (8 * (D // 2)), 8 * (D // 2))
+            stage(slot, scratch, D * INNER // 2 + block * (8 * (D // 2)), 8 * (D // 2))
+            stage(slot, scratch, 3 * (D * INNER // 2) + block * (8 * (D // 32)), 8 * (D // 32))
+            stage(slot, scratch, 3 * (D * INNER // 2) + D * INNER // 32 + block * (8 * (D // 32)), 8 * (D // 32))
+            tl.debug_barrier()
+        slot = tl.where(absent, scratch, slot)
 
     # Tile rows 0 .. 7 are rows of w1, 8 .. 15 the same rows of w3: a gate and its up share a thread.
     tile_row = tl.arange(0, 16)
@@ -325,10 +336,10 @@ def _gate_up(
             first += N
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "first_scratch", "num_scratch"])
 def _down(
     hidden, shared_hidden, shared_codes, shared_scales, out, num_active, active_experts, active_begin, pair_order,
-    table, base, host, peer, num_tokens,
+    table, base, host, peer, first_scratch, num_scratch, num_tokens,
     D: tl.constexpr, INNER: tl.constexpr, CHOICES: tl.constexpr, EXPERT_BYTES: tl.constexpr, N: tl.constexpr,
     HOST: tl.constexpr, PEER: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -360,6 +371,16 @@ def _down(
     begin = tl.load(active_begin + member)
     end = tl.load(active_begin + member + 1)
     slot = slot_address(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
+    if HOST:
+        # Before the wait: w2 of scratch is nobody's any more, `expert_gate_up` uses the other parts.
+        absent = in_host_memory(expert, table) & (member < num_scratch)
+        scratch = base + (first_scratch + member).to(tl.int64) * EXPERT_BYTES
+        if absent:
+            stage(slot, scratch, D * INNER + block * (16 * (INNER // 2)), 16 * (INNER // 2))
+            at = 3 * (D * INNER // 2) + 2 * (D * INNER // 32) + block * (16 * (INNER // 32))
+            stage(slot, scratch, at, 16 * (INNER // 32))
+            tl.debug_barrier()
+        slot = tl.where(absent, scratch, slot)
     words = (slot + D * INNER).to(tl.pointer_type(tl.uint16)) + row[:, None] * (INNER // 4)
     words += tl.arange(0, 32)[None, :]
     lines = slot + D * INNER + row[:, None] * (INNER // 2) + tl.arange(0, 2)[None, :] * 128
@@ -419,8 +440,8 @@ def expert_gate_up(
     most = min(ids.numel(), slab.table.numel())
     _gate_up[(2 * inner // ROWS, most + 1)](
         x, weights, hidden, groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order,
-        slab.table, slab.base, _or_base(slab.host, slab), _or_base(slab.peer, slab), shared_hidden, counters,
-        tokens, float(limit),
+        slab.table, slab.base, _or_base(slab.host, slab), _or_base(slab.peer, slab),
+        slab.first_scratch, slab.num_scratch, shared_hidden, counters, tokens, float(limit),
         D=x.shape[1], INNER=inner, CHOICES=choices, EXPERT_BYTES=ExpertShape(x.shape[1], inner).expert_bytes,
         N=TOKENS, HOST=slab.host is not None, PEER=slab.peer is not None, PACKED=x.is_cuda,
         HW=hardware_formats(x.device), **OPTIONS,
@@ -452,7 +473,7 @@ def expert_down(
     _down[(wide // ROWS, 1 + most)](
         hidden, shared_hidden, shared_w2.codes.view(torch.uint8), shared_w2.scales, out, groups.num_active,
         groups.active_experts, groups.active_begin, groups.pair_order, slab.table, slab.base,
-        _or_base(slab.host, slab), _or_base(slab.peer, slab), tokens,
+        _or_base(slab.host, slab), _or_base(slab.peer, slab), slab.first_scratch, slab.num_scratch, tokens,
         D=wide, INNER=inner, CHOICES=choices, EXPERT_BYTES=ExpertShape(wide, inner).expert_bytes,
         N=TOKENS, HOST=slab.host is not None, PEER=slab.peer is not None, PACKED=hidden.is_cuda, **OPTIONS,
         **pdl_options(hidden, pdl),
@@ -471,7 +492,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         "N": TOKENS, "PACKED": True, "PDL": arch >= 90,
     }  # fmt: skip
     groups = dict.fromkeys(("num_active", "active_experts", "active_begin", "pair_order", "table"), "*i32")
-    slab = dict.fromkeys(("base", "host", "peer"), "*u8")
+    slab = dict.fromkeys(("base", "host", "peer"), "*u8") | {"first_scratch": "i32", "num_scratch": "i32"}
     cases = []
     for tiers in (False, True):
         name = "tiers" if tiers else "resident"

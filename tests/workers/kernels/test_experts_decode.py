@@ -177,6 +177,31 @@ def test_bits_do_not_depend_on_where_an_expert_is(device: torch.device, seed: in
         assert torch.equal(actual, wanted)
 
 
+@pytest.mark.parametrize("num_scratch", [0, 2, 5])
+def test_absent_experts_pass_through_scratch(device: torch.device, seed: int, num_scratch: int) -> None:
+    case = Case(seed, device, tokens=4)
+    expected, first = case.run(), case.experts + 1
+    tier = torch.arange(case.experts) % 3
+    places = torch.full((first + num_scratch, case.layout.expert_bytes), 0x77, dtype=torch.uint8)
+    places[: case.experts] = torch.where((tier == 0)[case.order.argsort(), None], case.slots, 0x77)
+    slab = ExpertSlab(
+        base=places.flatten().to(device),
+        host=case.slots.flatten().pin_memory() if device.type == "cuda" else case.slots.flatten(),
+        peer=case.slots.flatten().to(device),
+        table=((tier.int() << 24) | case.order.int()).to(device),
+        first_scratch=first,
+        num_scratch=num_scratch,
+    )
+    groups = case.groups()
+    for actual, wanted in zip(case.run(slab=slab, groups=groups), expected, strict=True):
+        assert torch.equal(actual, wanted)
+    after = slab.base.cpu().view(first + num_scratch, -1)
+    assert torch.equal(after[:first], places[:first])
+    for member, expert in enumerate(groups.active_experts[: int(groups.num_active)].tolist()[:num_scratch]):
+        came = case.slots[case.order[expert]] if tier[expert] == 1 else places[first + member]
+        assert torch.equal(after[first + member], came)
+
+
 def test_no_token_and_no_live_token(device: torch.device, seed: int) -> None:
     hidden, out = Case(seed, device, tokens=0).run()
     assert hidden.shape[0] == out.shape[0] == 0
