@@ -58,6 +58,8 @@ class Load:
     rounds: int
     """Requests of each client at a level, on average."""
     seed: int = 0
+    limit_s: float | None = None
+    """Longest time of a level; what is in flight then is cut, and counts as far as it had come."""
 
 
 class Prompts:
@@ -123,16 +125,20 @@ class Clients:
         """Requests in the order in which they end. Raises what a client raised."""
         for thread in self._threads:
             thread.start()
-        seen = 0
+        seen, began = 0, time.monotonic()
         try:
             while seen < self._total:
                 with self._changed:
                     # Short waits: a signal reaches the main thread only between them.
-                    while len(self._done) == seen and self._failure is None:
+                    while len(self._done) == seen and self._failure is None and not self._is_over(began):
                         self._changed.wait(0.2)
                     if self._failure is not None:
                         raise self._failure
                     ready = self._done[seen:]
+                if not ready:
+                    self.stop()
+                    yield from self._done[seen:]
+                    return
                 for served in ready:
                     seen += 1
                     yield served
@@ -150,6 +156,9 @@ class Clients:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(JOIN_S)
+
+    def _is_over(self, began_s: float) -> bool:
+        return self._load.limit_s is not None and time.monotonic() - began_s > self._load.limit_s
 
     def _next(self) -> int | None:
         with self._lock:
@@ -187,6 +196,11 @@ class Clients:
                 usage = delta.usage or usage
         except ApiFailure as exc:
             error = str(exc) or "failed"
+        is_cut = bool(error) and self._stopped
+        if is_cut:
+            # The prompt was computed if anything came; a piece of text is a token.
+            known = {"prompt_tokens": self._load.input_tokens if arrivals else 0, "completion_tokens": len(arrivals)}
+            usage, error = known, ""
         return Served(
             began_s=began,
             ended_s=time.perf_counter(),
@@ -194,6 +208,7 @@ class Clients:
             prompt_tokens=int(usage.get("prompt_tokens", 0)),
             completion_tokens=int(usage.get("completion_tokens", 0)),
             error=error,
+            is_cut=is_cut,
         )
 
 

@@ -29,6 +29,8 @@ class Served:
     prompt_tokens: int
     completion_tokens: int
     error: str = ""
+    is_cut: bool = False
+    """The level's time was over before the answer was."""
 
     @property
     def first_token_s(self) -> float | None:
@@ -72,6 +74,8 @@ class Level:
     token_ms: tuple[float, float, float]
     workers: dict[str, dict[str, float]] = field(default_factory=dict)
     """Growth of each worker's counters over the level."""
+    cut: int = 0
+    """Requests that the level's time limit ended; their tokens count as far as they came."""
     name: str = ""
     """What tables call it; empty: its clients."""
 
@@ -104,6 +108,7 @@ def level_of(
         first_token_ms=_percentiles(first),
         token_ms=_percentiles(each),
         workers=workers,
+        cut=sum(item.is_cut for item in served),
     )
 
 
@@ -111,7 +116,7 @@ def full_stretch(concurrency: int, served: Sequence[Served]) -> tuple[float, flo
     """(start, end) while every client decodes: from the last first token of the first round to the earliest end after
     which a client had nothing left to ask. Empty (end <= start) when rounds were too short."""
     began = sorted(served, key=lambda item: item.began_s)
-    if len(began) < concurrency or any(not item.arrivals_s for item in began):
+    if len(began) < concurrency or any(not item.arrivals_s for item in began[:concurrency]):
         return 0.0, 0.0
     start = max(item.arrivals_s[0] for item in began[:concurrency])
     # The last `concurrency` requests to end are each the last of a client.
@@ -167,7 +172,7 @@ def level_table(results: ServeResults) -> Table:
         first, token = level.first_token_ms, level.token_ms
         table.add_row(
             level.name or str(level.concurrency),
-            str(level.requests),
+            f"{level.requests}, {level.cut} cut" if level.cut else str(level.requests),
             str(level.errors),
             f"{level.tokens_per_s:,.0f}",
             "" if level.tokens_per_s_gpu is None else f"{level.tokens_per_s_gpu:,.0f}",

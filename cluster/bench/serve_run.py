@@ -28,6 +28,8 @@ class ServePlan:
     gpus: int
     seed: int = 0
     json_file: Path | None = None
+    limit_s: float | None = None
+    """Longest time of a level."""
 
 
 def run_levels(url: str, api_key: str | None, plan: ServePlan, console: Console, *, warms: bool = True) -> ServeResults:
@@ -40,7 +42,7 @@ def run_levels(url: str, api_key: str | None, plan: ServePlan, console: Console,
         return RouterClient(url, api_key)
 
     with connect() as client:
-        load = Load(client.model(), plan.input_tokens, plan.output_tokens, plan.rounds, plan.seed)
+        load = Load(client.model(), plan.input_tokens, plan.output_tokens, plan.rounds, plan.seed, plan.limit_s)
         prompts = Prompts.measured(client, load)
         setup = {"input": load.input_tokens, "output": load.output_tokens, "GPUs": plan.gpus, "rounds": load.rounds}
         results = ServeResults(load.model, setup)

@@ -1,9 +1,9 @@
 """The whole mission in one run: load test and forced retracts on two GPUs. `python -m tests.bench.mission`.
 
 One deployment (by default V4-Flash's shape on two H200s, experts partly absent from either GPU) is started once and
-asked over HTTP: first one request, from whose start the time to the first token counts; then levels of clients that
-send long prompts and want long answers; then the stress run, whose retracted answers must be the plain ones, token by
-token and log-probability by log-probability. Parts that no longer fit the time limit are left out and named.
+asked over HTTP: one request, which ends the time to the first token; the first level of clients, who send long prompts
+and want long answers; the stress run, whose retracted answers must be the plain ones, token by token and
+log-probability by log-probability; the other levels. What no longer fits the time limit is cut or left out, and named.
 
 Physics at 8,192 tokens in and 1,024 out: prefill is bound by matrix rate, about 15,000 tokens/s a GPU, so that 128
 requests take 70 s to arrive; decode at 128 requests touches nearly every expert of every layer in each step (147 GB: 35
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from rich.console import Console
 from cluster.bench.serve_results import ServeResults, level_table
 from cluster.bench.serve_run import ServePlan, run_levels
 from cluster.config import AdminSettings, ClusterConfig, load_config
+from cluster.errors import ClusterError
 from cluster.foreground import check_model
 from cluster.http_client import RouterClient
 from cluster.launch import Cluster, context_limit, start_cluster
@@ -39,8 +41,8 @@ from cluster.synthetic import vocabulary_of
 from tests.architecture.source_tree import ROOT
 from workers.experts.peer_link import APART
 
-LEVELS = "1:8192:256,8:8192:256,32:8192:256,64:8192:256,128:8192:1024"
-"""CLIENTS:INPUT:OUTPUT[:apart], by commas; one round each, so that all clients decode at the same time for a while.
+LEVELS = "128:8192:1024x2,128:512:64,64:512:64,32:512:64,8:512:64,1:512:64,128:512:24:apart,8:512:24:apart"
+"""CLIENTS:INPUT:OUTPUT[xROUNDS][:apart], by commas. One round lets all clients decode at the same time for a while.
 `apart`: the workers do not read each other's experts meanwhile, but host memory's."""
 
 SETTLE_S = 2.0
@@ -61,6 +63,8 @@ class Mission:
     levels: list[ServeResults] = field(default_factory=list)
     stress: dict[str, Any] | None = None
     left_out: list[str] = field(default_factory=list)
+    """Parts for which there was no time."""
+    failed: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         flat = dataclasses.asdict(self)
@@ -79,21 +83,23 @@ class Wanted:
     clients: int
     num_in: int
     num_out: int
+    rounds: int
     apart: bool
 
     def __str__(self) -> str:
-        return f"{self.clients} clients, {self.num_in} in, {self.num_out} out{', peers apart' if self.apart else ''}"
+        rounds = f" x {self.rounds}" if self.rounds > 1 else ""
+        return f"{self.clients} clients, {self.num_in} in, {self.num_out} out{rounds}{', apart' if self.apart else ''}"
 
 
 def levels_of(text: str) -> list[Wanted]:
-    """`8:1024:64` is 8 clients, 1,024 tokens in, 64 out. Raises `ValueError`."""
+    """`8:1024:64x2` is 8 clients, 1,024 tokens in, 64 out, two requests each. Raises `ValueError`."""
     found = []
     for item in text.split(","):
-        numbers, apart, rest = item.partition(":apart")
-        parts = [int(part) for part in numbers.split(":")]
-        if len(parts) != 3 or min(parts) < 1 or rest:
-            raise ValueError(f"{item!r} is not like 8:1024:64 or 8:1024:64:apart")
-        found.append(Wanted(parts[0], parts[1], parts[2], bool(apart)))
+        match = re.fullmatch(r"(\d+):(\d+):(\d+)(?:x(\d+))?(:apart)?", item)
+        if match is None:
+            raise ValueError(f"{item!r} is not like 8:1024:64 or 8:1024:64x2:apart")
+        clients, num_in, num_out, rounds = (int(part or 1) for part in match.groups()[:4])
+        found.append(Wanted(clients, num_in, num_out, rounds, bool(match[5])))
     return found
 
 
@@ -129,8 +135,9 @@ class Clock:
     def now_s(self) -> float:
         return time.monotonic() - self._began
 
-    def is_late(self, needed_s: float = 0.0) -> bool:
-        return self.now_s + needed_s > self._limit_s
+    @property
+    def left_s(self) -> float:
+        return self._limit_s - self.now_s
 
 
 def first_token_s(url: str) -> float:
@@ -140,18 +147,26 @@ def first_token_s(url: str) -> float:
         return client.chat({"model": client.model(), **body}).first_token_s
 
 
-def load_test(cluster: Cluster, mission: Mission, levels: list[Wanted], clock: Clock, json_file: Path | None) -> None:
-    """Every level in the given order, as far as time goes."""
-    for number, wanted in enumerate(levels):
-        if clock.is_late():
+def load_test(cluster: Cluster, mission: Mission, levels: list[Wanted], clock: Clock, reserve_s: float) -> None:
+    """Every level in the given order, as far as time goes; `reserve_s` of it is left."""
+    for wanted in levels:
+        limit_s = clock.left_s - reserve_s
+        if limit_s <= 0:
             mission.left_out.append(str(wanted))
             continue
-        plan = ServePlan((wanted.clients,), wanted.num_in, wanted.num_out, 1, mission.gpus, seed=number)
-        with peers_apart(cluster, apart=wanted.apart):
-            results = run_levels(cluster.url, None, plan, out, warms=False)
-        results.setup["peer"] = "off" if wanted.apart or cluster.share is None else "on"
+        plan = ServePlan(
+            (wanted.clients,), wanted.num_in, wanted.num_out, wanted.rounds, mission.gpus, seed=len(mission.levels),
+            limit_s=limit_s,
+        )  # fmt: skip
+        try:
+            with peers_apart(cluster, apart=wanted.apart):
+                results = run_levels(cluster.url, None, plan, out, warms=False)
+        except ClusterError as exc:
+            mission.failed.append(f"{wanted}: {exc}")
+            out.print(mission.failed[-1], style="red")
+            continue
+        results.setup["peer"] = "off" if wanted.apart or not mission.gpus or cluster.share is None else "on"
         mission.levels.append(results)
-        mission.write(json_file)
         out.print(f"[{clock.now_s:.0f} s] {wanted} done", style="dim")
 
 
@@ -159,7 +174,7 @@ def run_stress(
     cluster: Cluster, config: ClusterConfig, mission: Mission, options: argparse.Namespace, clock: Clock
 ) -> bool:
     """Forced retracts on the running deployment; whether everything was identical."""
-    if options.stress_samples == 0 or clock.is_late():
+    if options.stress_samples == 0 or clock.left_s <= 0:
         mission.left_out.append("stress")
         return True
     stress = StressOptions(
@@ -200,7 +215,8 @@ def main() -> int:
     parser.add_argument("--stress-interval", type=int, default=40)
     parser.add_argument("--stress-tokens", type=int, default=128, help="output tokens of each stress request")
     parser.add_argument("--stress-context", type=int, default=8192)
-    parser.add_argument("--limit", type=float, default=570.0, help="seconds after which no part is begun")
+    parser.add_argument("--limit", type=float, default=570.0, help="seconds after which levels are cut")
+    parser.add_argument("--reserve", type=float, default=60.0, help="of them, seconds that the first level leaves")
     parser.add_argument("--json", type=Path, dest="json_file")
     options = parser.parse_args()
     clock = Clock(options.limit)
@@ -213,12 +229,20 @@ def main() -> int:
         mission.first_token_s = mission.ready_s + first
         out.print(f"ready after {mission.ready_s:.1f} s, first token {first:.2f} s later")
         mission.write(options.json_file)
-        load_test(cluster, mission, options.levels, clock, options.json_file)
-        passed = run_stress(cluster, config, mission, options, clock)
-        mission.write(options.json_file)
-    out.print(level_table(joined(mission)))
+        try:
+            load_test(cluster, mission, options.levels[:1], clock, options.reserve)
+            mission.write(options.json_file)
+            passed = run_stress(cluster, config, mission, options, clock)
+            mission.write(options.json_file)
+            load_test(cluster, mission, options.levels[1:], clock, 0.0)
+        finally:
+            mission.write(options.json_file)
+            out.print(level_table(joined(mission)))
+    for part in mission.left_out:
+        out.print(f"no time for {part}", style="yellow")
     print(json.dumps(mission.as_dict()))
-    return 0 if passed and not any(level.errors for results in mission.levels for level in results.levels) else 1
+    failed = any(level.errors for results in mission.levels for level in results.levels) or mission.failed
+    return 0 if passed and not failed else 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,28 @@ def test_a_broken_client_ends_the_level() -> None:
 
     with pytest.raises(OSError, match="no socket"):
         list(Clients(Prompts.measured(FakeClient(), LOAD), LOAD, 2, connect))
+
+
+def test_a_level_ends_at_its_limit_and_counts_what_had_come() -> None:
+    class Slow(FakeClient):
+        def __init__(self) -> None:
+            super().__init__()
+            self._cut = threading.Event()
+
+        def stream_chat(self, body: dict[str, Any]) -> Iterator[ChatDelta]:
+            yield ChatDelta(content="x")
+            yield ChatDelta(content="y")
+            assert self._cut.wait(5.0)
+            raise ApiFailure(0, "the stream broke off")
+
+        def interrupt(self) -> None:
+            self._cut.set()
+
+    prompts = Prompts.measured(FakeClient(), LOAD)
+    found = list(Clients(prompts, dataclasses.replace(LOAD, limit_s=0.3), 2, Slow))
+    level = level_of(2, found, Machine(1), {})
+    assert (level.requests, level.errors, level.cut) == (2, 0, 2)
+    assert (level.prompt_tokens, level.completion_tokens) == (600, 4)
 
 
 def served(began: float, first: float, tokens: int, each: float) -> Served:
