@@ -6,9 +6,10 @@ the chunks of a run of RUN chunks first to last, then the runs first to last. So
 or all of a token, and `combine` does the additions that are left: the bits of the output are the same, and the split
 can follow the number of tokens.
 
-A program has few heads, and one warp for every 64 dimensions of the rows, as keys and as values: scores are summed over
-the warps. Products are f16 with fp32 accumulation: e4m3 codes are exact there, their scales multiply the scores and the
-probabilities. Probabilities are rounded for the values (f16; the official kernel has bf16) and their sum is not.
+A program has few heads. Products are bf16 with fp32 accumulation, probabilities are rounded to bf16 for the values and
+their sum is not (official kernel). The rows of a chunk lie in shared memory once, as keys and as values.
+# measured: groups of 64 dimensions as a batch of products, one a warp, spent 7,000 of 18,000 cycles in bank conflicts
+# (sum of the scores over warps, and values read across; H200, 2026-11-21).
 
 A chunk of the window is older than the launches that make the queries and the selection, and is loaded before waiting
 for them: every launch between the one that stores it and this one waits before it signals, or its predecessor does.
@@ -19,9 +20,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from workers.kernels.attention_parts import LOG2E, chunk_rows, divisor, finite, visible_entries
-from workers.kernels.formats import e4m3_to_f16, pow2_reciprocal
-from workers.kernels.kv_rows import as_bf16, rotate, unit_and_offset
+from workers.kernels.attention_parts import LOG2E, chunk_rows, divisor, dot_bf16, finite, visible_entries
+from workers.kernels.formats import e4m3_to_f16
+from workers.kernels.kv_rows import as_bf16, unit_and_offset
 
 AT_ONCE = tl.constexpr(32)
 """Parts that `combine` loads at once; where a token can have more, it walks their runs."""
@@ -37,22 +38,37 @@ def _power_of_two(exponent):
 
 
 @triton.jit
-def _queries(q, live, angle, eps, W: tl.constexpr):
-    """f16 [W, BH, 64] queries by groups of 64 dimensions: normed, the last group rotated, in units of powers of two.
+def _computed_once(x, WIDEN: tl.constexpr):
+    """bf16 `x`. Without this the compiler moves what computes a block behind the exchange between threads, where every
+    warp computes all of it, and a block that is wanted as keys and as values twice."""
+    if not WIDEN:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.bfloat16, is_pure=False, pack=2)
+    return x
 
-    q: pointers [BH] to raw rows; angle: pointer to the position's cos | sin.
+
+@triton.jit
+def _angles(angle, HEADS: tl.constexpr, HD: tl.constexpr):
+    """cos and sin fp32 [HEADS, HD / 2] of every pair: 1 and 0 but for the last 32. angle: pointer to cos | sin."""
+    pair = tl.arange(0, HD // 2)[None, :] - (HD // 2 - 32) + 0 * tl.arange(0, HEADS)[:, None]
+    return tl.load(angle + pair, mask=pair >= 0, other=1.0), tl.load(angle + 32 + pair, mask=pair >= 0, other=0.0)
+
+
+@triton.jit
+def _queries(q, live, angle, eps, HD: tl.constexpr, WIDEN: tl.constexpr):
+    """bf16 [BH, HD] raw queries, rotated; fp32 [BH] factors of their norm, which are applied to the scores.
+
+    q: pointers [BH] to raw rows.
     """
-    group = tl.arange(0, W)[:, None, None]
-    pair = tl.arange(0, 32)[None, None, :]
-    words = q.to(tl.pointer_type(tl.uint32))[None, :, None] + (group * 32 + pair)
-    word = tl.load(words, mask=live[None, :, None], other=0)  # [W, BH, 32], two numbers each
+    BH: tl.constexpr = q.shape[0]
+    pair = tl.arange(0, HD // 2)[None, :]
+    word = tl.load(q.to(tl.pointer_type(tl.uint32))[:, None] + pair, mask=live[:, None], other=0)  # two numbers each
     even = (word << 16).to(tl.float32, bitcast=True)
     odd = (word & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
-    cos = tl.load(angle + pair + 0 * group, mask=group == W - 1, other=1.0)
-    sin = tl.load(angle + 32 + pair + 0 * group, mask=group == W - 1, other=0.0)
-    norm = tl.rsqrt(tl.sum(tl.sum(even * even + odd * odd, 2), 0) / (W * 64) + eps) * ((W * 64) ** -0.5 * LOG2E)
-    turned = tl.join(tl.fma(even, cos, -(odd * sin)), tl.fma(odd, cos, even * sin)) * norm[None, :, None, None]
-    return tl.reshape(turned.to(tl.float16), (W, q.shape[0], 64))
+    norm = tl.rsqrt(tl.sum(even * even + odd * odd, 1) / HD + eps)
+    cos, sin = _angles(angle, BH, HD)
+    turned = tl.join(tl.fma(even, cos, -(odd * sin)), tl.fma(odd, cos, even * sin))
+    x = _computed_once(as_bf16(tl.reshape(turned, (BH, HD)), WIDEN), WIDEN)
+    return x, norm * (HD**-0.5 * LOG2E)
 
 
 @triton.jit
@@ -71,10 +87,7 @@ def _chunk(
     HW: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Rows of a chunk: numbers f16 [W, KEYS, 64], dead rows 0, and their scales fp32 [W, KEYS], -1 of dead rows.
-
-    Numbers are e4m3 codes, exact, and the rotary part, of which f16 keeps all bits between 2 ** -14 and 65504.
-    """
+    """Rows of a chunk as bf16 [KEYS, W * 64], exact, dead rows 0; and which rows exist, bool [KEYS]."""
     ROW: tl.constexpr = W * 64 + 64
     SHIFT: tl.constexpr = 6 if RATIO == 4 else 1  # an entry page has 64 or 2 rows
     row, live = chunk_rows(chunk, position, num_entries, selected, WINDOW, RATIO, KEYS)
@@ -90,42 +103,29 @@ def _chunk(
     unit = unit.to(tl.int64)
     group = tl.arange(0, W)
     column = tl.arange(0, 64)[None, None, :]
-    # One byte a program's thread: the compiler would load fewer again for every layout that the scales are wanted in.
-    scales = codes + (unit * stride + ((ROW << shift) + offset * 8))
-    byte = tl.load(scales[None, :] + group[:, None], mask=live[None, :], other=255)  # e8m0; the last of a row is 0
+    scales = (codes + (unit * stride + ((ROW << shift) + offset * 8))).to(tl.pointer_type(tl.int64))
     codes += unit * stride + offset * ROW
     words += unit * (stride // 2) + (offset * (ROW // 2) + (W - 1) * 32)
-    is_nope = (group < W - 1)[:, None, None]
-    code = tl.load(
-        codes[None, :, None] + group[:, None, None] * 64 + column, mask=live[None, :, None] & is_nope, other=0
-    )
-    rope = tl.load(words[None, :, None] + column, mask=live[None, :, None], other=0.0)  # [1, KEYS, 64]
-    scale = (byte.to(tl.uint32) << 23).to(tl.float32, bitcast=True)  # byte 0 stands for zeros only
-    scale = tl.where(byte == 255, -1.0, tl.where((group == W - 1)[:, None], 1.0, scale))
-    value = tl.where(is_nope, e4m3_to_f16(code, HW), rope.to(tl.float32).to(tl.float16))
-    if not WIDEN:
-        # NOTE: without this the compiler moves the conversion behind the exchange between threads, and then converts
-        # twice: for the tile as keys and for the tile as values.
-        value = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], tl.float16, is_pure=False, pack=2)
-    return value, scale
+    is_nope = (group < W - 1)[None, :, None]
+    at = codes[:, None, None] + (group[None, :, None] * 64 + column)
+    code = tl.load(at, mask=live[:, None, None] & is_nope, other=0)  # [KEYS, W, 64]
+    scale = tl.load(scales, mask=live, other=0)  # eight e8m0 bytes
+    rope = tl.load(words[:, None, None] + column, mask=live[:, None, None], other=0.0)  # [KEYS, 1, 64]
+    exponent = ((scale[:, None] >> (group * 8)[None, :]) & 0xFF).to(tl.uint32)  # byte 0 stands for zeros only
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    value = (e4m3_to_f16(code, HW).to(tl.float32) * scale[:, :, None]).to(tl.bfloat16)
+    value = tl.where(is_nope, value, rope)
+    return tl.reshape(_computed_once(value, WIDEN), (KEYS, W * 64)), live
 
 
 @triton.jit
-def _weights(q, k, scale):
-    """Of one chunk: probabilities fp32 [BH, KEYS], their maximum as a whole power of two and their sum, fp32 [BH]."""
-    dead = tl.where(scale < 0, -float("inf"), 0.0)[:, None, :]
-    s = tl.sum(tl.dot(q, tl.permute(k, (0, 2, 1))) * scale[:, None, :] + dead, 0)
+def _weights(q, k, live, scale, WIDEN: tl.constexpr):
+    """Of one chunk: bf16 probabilities [BH, KEYS], their maximum as a whole power of two and their sum, fp32 [BH]."""
+    s = dot_bf16(q, tl.trans(k), None, WIDEN) * scale[:, None]
+    s = tl.where(live[None, :], s, -float("inf"))
     top = tl.ceil(tl.max(s, 1))
     p = tl.exp2(s - finite(top)[:, None])
-    return p, top, tl.sum(p, 1)
-
-
-@triton.jit
-def _values(p, k, scale):
-    """fp32 [W, BH, 64]: probabilities times values. Scales go to the probabilities, as f16 shares of their maximum."""
-    most = tl.maximum(tl.max(scale, 1), 2.0**-60)  # [W], a power of two
-    share = scale * pow2_reciprocal(most)[:, None]
-    return tl.dot((p[None, :, :] * share[:, None, :]).to(tl.float16), k) * most[:, None, None]
+    return as_bf16(p, WIDEN), top, tl.sum(p, 1)
 
 
 @triton.jit(do_not_specialize=["num_pages", "num_parts"])
@@ -192,52 +192,50 @@ def attend_decode(
     q += token.to(tl.int64) * Q_STRIDE + head * HD
     place = (selected, sources, tables)
     if SPLIT == 1:
-        k, scale = _chunk(first, position, num_entries, *place, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN)
+        k, live = _chunk(first, position, num_entries, *place, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN)
         if PDL:
             tl.extra.cuda.gdc_wait()
-        x = _queries(q, live_head, angle, eps, W)
-        p, maximum, total = _weights(x, k, scale)
-        values = _values(p, k, scale)
+        x, scale = _queries(q, live_head, angle, eps, HD, WIDEN)
+        p, maximum, total = _weights(x, k, live, scale, WIDEN)
+        values = dot_bf16(p, k, None, WIDEN)
     else:
         if PDL:
             tl.extra.cuda.gdc_wait()
-        x = _queries(q, live_head, angle, eps, W)
+        x, scale = _queries(q, live_head, angle, eps, HD, WIDEN)
         maximum = tl.full((BH,), -float("inf"), tl.float32)
         total = tl.zeros((BH,), tl.float32)
-        values = tl.zeros((W, BH, 64), tl.float32)
+        values = tl.zeros((BH, HD), tl.float32)
         end = tl.minimum(first + RUN, num_chunks) if SPLIT == 2 else tl.where(position < 0, 0, num_chunks)
         for run in tl.range(first, end, RUN):
             run_total = tl.zeros((BH,), tl.float32)
-            run_values = tl.zeros((W, BH, 64), tl.float32)
+            run_values = tl.zeros((BH, HD), tl.float32)
             for chunk in tl.range(run, tl.minimum(run + RUN, end)):
-                k, scale = _chunk(chunk, position, num_entries, *place, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN)
-                p, top, chunk_total = _weights(x, k, scale)
+                k, live = _chunk(chunk, position, num_entries, *place, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN)
+                p, top, chunk_total = _weights(x, k, live, scale, WIDEN)
                 new_maximum = tl.maximum(maximum, top)
                 kept = _power_of_two(maximum - finite(new_maximum))
                 added = _power_of_two(top - finite(new_maximum))
                 maximum = new_maximum
                 run_total = run_total * kept + chunk_total * added
-                run_values = run_values * kept[None, :, None] + _values(p, k, scale) * added[None, :, None]
+                run_values = run_values * kept[:, None] + dot_bf16(p, k, None, WIDEN) * added[:, None]
                 total *= kept
-                values *= kept[None, :, None]
+                values *= kept[:, None]
             total += run_total
             values += run_values
-    column = tl.arange(0, W)[:, None, None] * 64 + tl.arange(0, 64)[None, None, :]
-    mask = live_head[None, :, None]
+    column = tl.arange(0, HD)[None, :]
     if SPLIT == 0:
-        values *= divisor(maximum, total, tl.load(sink + head, mask=live_head, other=0.0))[None, :, None]
-        cos = tl.load(angle + tl.arange(0, 32)[None, :])
-        sin = tl.load(angle + 32 + tl.arange(0, 32)[None, :])
-        turned = tl.reshape(rotate(tl.reshape(values, (W * BH, 64)), cos, -sin), (W, BH, 64))
-        values = tl.where(tl.arange(0, W)[:, None, None] == W - 1, turned, values)
+        values *= divisor(maximum, total, tl.load(sink + head, mask=live_head, other=0.0))[:, None]
+        even, odd = tl.split(tl.reshape(values, (BH, HD // 2, 2)))
+        cos, sin = _angles(angle, BH, HD)
+        turned = tl.join(tl.fma(even, cos, odd * sin), tl.fma(odd, cos, -(even * sin)))
         out += token.to(tl.int64) * (HEADS * HD)
-        tl.store(out + (head[None, :, None] * HD + column), as_bf16(values, WIDEN), mask=mask)
+        result = as_bf16(tl.reshape(turned, (BH, HD)), WIDEN)
+        tl.store(out + (head[:, None] * HD + column), result, mask=live_head[:, None])
     else:
         first_part = token.to(tl.int64) * HEADS * num_parts + part
         statistics = work + (tl.num_programs(1).to(tl.int64) * HEADS * num_parts) * HD + first_part * 2
         head *= num_parts
-        work += first_part * HD
-        tl.store(work + (head[None, :, None] * HD + column), values, mask=mask)
+        tl.store(work + first_part * HD + (head[:, None] * HD + column), values, mask=live_head[:, None])
         tl.store(statistics + head * 2, maximum, mask=live_head)
         tl.store(statistics + (head * 2 + 1), total, mask=live_head)
 

@@ -154,7 +154,13 @@ def test_selections_without_entries_leave_the_window(device: torch.device) -> No
 
 def test_no_tokens_are_no_work(device: torch.device) -> None:
     step = attention_step(device, [(5, 1)], ratio=0, head_dim=128)
-    assert attend(step, step.meta.rows([]), step.q[:0]).shape == (0, step.heads * 128)
+    pool, entries, selected, *rest = step.tensors
+    out = torch.full((1, step.heads * 128), 7.0, dtype=torch.bfloat16, device=device)
+    work, before = torch.full((4096,), 7.0, device=device), pool.clone()
+    for mode in ("decode", "prefill"):
+        none = (step.q[:0], step.meta.rows([]), pool, entries, selected)
+        sparse_attention(*none, *rest, out[:0], work, EPS, mode=mode)  # type: ignore[arg-type]
+    assert (out == 7).all() and (work == 7).all() and torch.equal(pool, before)
 
 
 def test_wider_page_tables_change_nothing(device: torch.device) -> None:
