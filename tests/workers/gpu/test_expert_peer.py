@@ -55,6 +55,8 @@ class HostSlab:
 class HostWindow:
     """`PeerWindow`; whoever reads it while it is shut finds poison."""
 
+    own_bytes = 0
+
     def __init__(self, device: torch.device) -> None:
         self.memory = torch.full((2 * PAIRS * BYTES,), POISON, dtype=torch.uint8)
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from workers.engine import Engine
+from workers.errors import DeviceLost
 from workers.experts.peer_link import PeerLink, offer_slab
 from workers.experts.share import Share
 from workers.gpu.device_memory import DriverRefused, tensor_at
@@ -159,6 +163,34 @@ def test_a_window_is_read_only_memory_of_its_own_device() -> None:
 def test_more_memory_than_the_device_has_is_refused() -> None:
     with pytest.raises(DriverRefused, match="cuMemCreate.*OUT_OF_MEMORY"):
         SharedSlab(1 << 42, "cuda:0")
+
+
+def read_nowhere(told: multiprocessing.connection.Connection) -> None:
+    """A kernel reads a window that is shut; then the engine looks at the device."""
+    from tests.workers.gpu.tier_sums import sum_experts
+
+    device, window = torch.device("cuda", 0), PeerWindow("cuda:0")
+    table = torch.tensor([PEER | (1 << 12)], dtype=torch.int32, device=device)
+    sums = torch.zeros(1, dtype=torch.int64, device=device)
+    engine = cast(Engine, SimpleNamespace(pools=SimpleNamespace(device=device)))
+    Engine.check_device(engine)
+    sum_experts(table, window.memory, window.memory, sums, BYTES)
+    try:
+        Engine.check_device(engine)
+    except DeviceLost as lost:
+        told.send(str(lost))
+    told.send("the device answers")
+    os._exit(0)
+
+
+@pytest.mark.gpu
+def test_a_read_of_memory_that_is_gone_ends_the_worker() -> None:
+    here, there = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=read_nowhere, args=(there,), daemon=True)
+    process.start()
+    assert here.poll(60)
+    assert "illegal memory access" in here.recv()
+    process.join()
 
 
 def test_a_tensor_over_an_address_is_an_ordinary_one() -> None:
