@@ -263,6 +263,9 @@ def _connect_ray(config: ClusterConfig) -> None:
         # Ray replaces 127.0.0.1 by an outside address except under this switch, which is read on import. It is what
         # keeps a laptop's Ray, which runs any code it is sent, off the network.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Ray kills a worker when 95 % of the machine's memory is in use. Ours have budgets of their own, and a bank of
+        # experts may well be most of a machine, or of a virtual one that grows as it is used.
+        os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     import ray
 
     settings: dict[str, Any] = {
