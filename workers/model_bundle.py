@@ -224,8 +224,11 @@ def make_engine(
         gpu_experts=on_gpu,
     )
     if on_gpu is not None:
+        assert model.ahead is not None
         spare = None if total is None else total.left_beside(model.ahead, role)
-        on_gpu.open(spare_bytes=spare, on_progress=on_progress)
+        on_gpu.begin(spare_bytes=spare, on_progress=on_progress)
+        model.ahead.compile(decode=role is not WorkerRole.PREFILL, prefill=role is not WorkerRole.DECODE)
+        on_gpu.finish(on_progress=on_progress)
     return Engine(model, pools, facts)
 
 
@@ -237,9 +240,8 @@ class TotalGpu:
 
         self._config, self._budget = config, DeviceBudget(config.device, total_bytes)
 
-    def left_beside(self, model: GpuModel | None, role: WorkerRole | None) -> int:
+    def left_beside(self, model: GpuModel, role: WorkerRole | None) -> int:
         """Bytes for experts, once everything that steps of the largest size need has been allocated."""
-        assert model is not None, "a budget of experts needs the Triton path"
         config = self._config
         if role is not WorkerRole.PREFILL:
             model.reserve_decode()

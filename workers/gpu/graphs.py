@@ -55,6 +55,13 @@ class DecodeGraphs:
             self._capture(bucket)
         self._graphs[bucket].replay()
 
+    def run_all(self) -> None:
+        """Run a step of every bucket, largest first, and wait for them. The metadata must hold padding only."""
+        for bucket in reversed(self.buckets):
+            self._step(bucket)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def capture_all(self) -> None:
         """Capture every bucket, largest first, so that the others find their kernels compiled and memory to share.
 

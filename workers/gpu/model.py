@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kvstore.pools.aggregate import KVPools
 from workers.batch import ForwardBatch
-from workers.gpu.buffers import Activations, DecodeMeta, PrefillMeta, check_batch
+from workers.gpu.buffers import Activations, DecodeMeta, PrefillMeta, check_batch, steps_inside_pages
 from workers.gpu.graphs import DecodeGraphs
 from workers.gpu.kernel_set import (
     Launch,
@@ -122,12 +122,7 @@ class GpuModel:
         """Compile the decode kernels and capture every bucket. Writes no KV."""
         decode = self._decode
         decode.meta.clear()
-
-        def walk() -> None:
-            for bucket in decode.graphs.buckets:
-                decode.launch(bucket)
-
-        with self._compilation("decode", walk):
+        with self._compilation("decode", decode.walk):
             decode.graphs.capture_all()
 
     def decode(self, batch: ForwardBatch) -> Tensor:
@@ -143,18 +138,25 @@ class GpuModel:
         check_batch(batch, self.config, self.pools.sizes, self.num_pages)
         decode.meta.load(batch)
         decode.running = batch.num_sequences
+        decode.steps_left = steps_inside_pages(batch)
         decode.replay()
 
     def start_next(self, token_ids: np.ndarray | None = None) -> None:
         """Enqueue the step after the last one, same sequences and pages.
 
-        `token_ids` int [B]: the tokens to run; None takes the last step's greedy choice, which is on the device.
+        Raises ValueError where a sequence has reached the end of its pages: `start` again, with more of them.
+
+        Args:
+            token_ids: int [B], the tokens to run; None takes the last step's greedy choice, which is on the device.
         """
         decode = self._decode
+        if decode.steps_left < 1:
+            raise ValueError("a sequence has no page for its next token")
         if token_ids is not None:
             if len(token_ids) != decode.running or token_ids.min() < 0 or token_ids.max() >= self.config.vocab_size:
                 raise ValueError(f"{len(token_ids)} token ids of a batch of {decode.running}, in [0, vocabulary)")
             decode.meta.load_tokens(token_ids)
+        decode.steps_left -= 1
         decode.replay()
 
     def logits(self) -> Tensor:
@@ -246,6 +248,15 @@ class GpuModel:
         with torch.inference_mode(False):
             self._prefill_step(padded, num_sequences, num_sequences, num_entries)
 
+    def compile(self, *, decode: bool, prefill: bool) -> None:
+        """Run steps of padding of every size without capturing them: kernels are compiled then. Writes no KV."""
+        if decode:
+            self._decode.meta.clear()
+            with self._compilation("decode, before graphs", self._decode.walk):
+                self._decode.graphs.run_all()
+        if prefill:
+            self.warm_up_prefill()
+
     def warm_up_prefill(self) -> None:
         """Compile the prefill kernels with a step of padding alone. Writes no KV."""
         with torch.inference_mode(False):
@@ -310,6 +321,8 @@ class _Decode:
         self.graphs = DecodeGraphs(self.launch, sizes.num_tokens, sizes.device, enabled=use_graphs)
         self.running = 0
         """Sequences of the last step."""
+        self.steps_left = 0
+        """Steps after the last one whose tokens lie in pages that the device's tables name."""
         pinned = sizes.device.type == "cuda"
         self._results = torch.empty(2, sizes.num_tokens, dtype=torch.int32, pin_memory=pinned)
         self._ready = torch.cuda.Event() if pinned else None
@@ -319,6 +332,11 @@ class _Decode:
         meta, finite = self.meta.bucket(bucket), self.step.buffers.view("finite", bucket)
         logits = self.step.run(meta)
         self.step.kernels.sample_greedy(logits, meta.token_ids, finite, positions=meta.positions)
+
+    def walk(self) -> None:
+        """Launch a step of every bucket."""
+        for bucket in self.graphs.buckets:
+            self.launch(bucket)
 
     def replay(self) -> None:
         """Enqueue the step that the metadata describes, and its results' way to the host."""

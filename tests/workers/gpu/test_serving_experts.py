@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,25 @@ def test_logits_are_the_same_bits_at_every_budget(
     assert bool(found.isfinite().all()) and torch.equal(found, expected)
     experts.check_integrity()
     experts.close()
+
+
+def test_kernels_are_compiled_while_the_bank_is_filled(folder: Path, expected: torch.Tensor) -> None:
+    bundle = limited(folder, slots=5)
+    assert bundle.supply is not None
+    experts = GpuExperts(CONFIG, bundle.supply, BOTH, torch.device("cpu"), num_readers=2)
+    honest, may_read = bundle.supply.disk.read, threading.Event()
+
+    def read(pair: int, out: np.ndarray, *, stream: bool = False) -> None:
+        assert may_read.wait(60)
+        honest(pair, out, stream=stream)
+
+    bundle.supply.disk.read = read  # type: ignore[method-assign]
+    run = Run(bundle, experts)
+    experts.begin()
+    run.model.compile(decode=True, prefill=True)
+    may_read.set()
+    experts.finish()
+    assert torch.equal(run.logits(10), expected)
 
 
 def test_residents_change_while_steps_run(folder: Path) -> None:
