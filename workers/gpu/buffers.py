@@ -130,6 +130,16 @@ def check_batch(batch: ForwardBatch, config: ModelConfig, sizes: PoolSizes, num_
         raise ValueError(f"unmapped (sequence, page): full {np.argwhere(lost)}, window {np.argwhere(gone)}")
 
 
+def steps_inside_pages(batch: ForwardBatch) -> int:
+    """Decode steps that may follow this one before some sequence needs a page that its tables do not name."""
+    full, window = batch.full_pages.numpy(), batch.window_pages.numpy()
+    last = batch.start.numpy() // PAGE_TOKENS
+    column = np.arange(full.shape[1])
+    ahead = ((full >= 0) & (window >= 0)) | (column <= last[:, None])
+    pages = np.where(ahead.all(axis=1), full.shape[1], ahead.argmin(axis=1))
+    return int((pages * PAGE_TOKENS - batch.start.numpy()).min()) - 1
+
+
 PAGE_STEP = 16
 """Columns of a prefill step's page tables are a multiple of this: few different sizes reach the compiler."""
 

@@ -20,6 +20,7 @@ from tests.support.paged import Tables
 from tests.workers.runtime.pair import Pair, make_request, tokens_of
 from workers.batch import ForwardBatch
 from workers.gpu.model import GpuModel
+from workers.model.config import PAGE_TOKENS
 from workers.model.kv_layout import kv_spec
 from workers.model.precision import Precision
 from workers.model.transformer import ReferenceTransformer
@@ -99,12 +100,16 @@ def _history(model: GpuModel, prompts: list[list[int]], lengths: list[int]) -> l
 
 
 def _decode(model: GpuModel, tables: list[Tables], first: list[int], steps: int) -> Iterator[torch.Tensor]:
-    """Logits of greedy steps that feed themselves."""
-    model.start(ForwardBatch.build([(t, t.num_tokens, [f]) for t, f in zip(tables, first, strict=True)]))
+    """Logits of greedy steps that feed themselves, but where a sequence enters a page that the tables do not name."""
+    tokens = first
     for step in range(steps):
-        yield model.logits().clone()
-        if step + 1 < steps:
+        positions = [t.num_tokens + step for t in tables]
+        if step and all(position % PAGE_TOKENS for position in positions):
             model.start_next(None)
+        else:
+            model.start(ForwardBatch.build([(t, p, [i]) for t, p, i in zip(tables, positions, tokens, strict=True)]))
+        yield model.logits().clone()
+        tokens = model.greedy()[0]
 
 
 def test_prefill_logits_are_near_the_reference(model: GpuModel, on_cpu: ModelBundle, prompts: list[list[int]]) -> None:

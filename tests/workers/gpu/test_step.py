@@ -155,6 +155,20 @@ def test_launches_of_a_prefill_are_the_prefill() -> None:
     assert torch.equal(launches[-1].call.args[2], expected)
 
 
+def test_a_step_does_not_run_out_of_its_pages() -> None:
+    """Kernels would write before the pool: a page that is not mapped has the number -1."""
+    run = _run([_tokens(260, seed=1), _tokens(260, seed=2)], max_running=2)
+    run.step({0: 253, 1: 20}, "last")
+    run.model.start(_decode_batch(run, [0, 1]))
+    for _ in range(2):
+        run.model.start_next(None)
+    with pytest.raises(ValueError, match="page"):
+        run.model.start_next(None)
+    run.tables[0].num_tokens = run.tables[1].num_tokens = 256
+    run.model.start(_decode_batch(run, [0]))
+    run.model.start_next(None)
+
+
 def test_reserved_prefill_buffers_hold_every_smaller_step() -> None:
     prompts = [_tokens(90, seed=1), _tokens(45, seed=2)]
     expected = _run(prompts).step({0: 90, 1: 45}, "last")
