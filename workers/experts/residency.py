@@ -77,7 +77,7 @@ class Residency:
         inside = np.zeros(len(self.usage.heat), bool)
         inside[held] = True
         used = self.usage.last_step >= 0
-        worth = np.where(inside, self.policy.margin, 1.0) * self.policy.value(self.usage)
+        worth = np.where(inside, self.policy.margin, 0.0) + self.policy.value(self.usage)
         worth[~used & (self.usage.profile == 0)] = 0.0
         count = len(held) + num_free
         if not count:

@@ -157,7 +157,7 @@ def _bring_in(
     wanted = missed if moves is None else highest(values, missed, moves)
     pool = np.concatenate((np.flatnonzero(inside), wanted))
     if len(pool) > slots:
-        worth = np.where(inside[pool], policy.margin, 1.0) * values[pool]
+        worth = np.where(inside[pool], policy.margin, 0.0) + values[pool]
         kept = pool[np.lexsort((pool, -worth, ~_in_floor(pool, worth, floor, num_experts)))[:slots]]
     else:
         kept = pool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -147,3 +148,11 @@ def test_a_layers_best_few_come_before_hotter_experts_of_other_layers() -> None:
     residency.note(np.array([9, 8, 7, 6, 2, 1, 0, 0]), 10)
     moves = residency.decide(np.array([0, 1, 2, 3]), 0, 8, keep=NOBODY)
     assert moves.enter.tolist() == [4] and moves.leave.tolist() == [3]
+
+
+def test_a_move_must_be_worth_more_than_a_use_or_two() -> None:
+    residency = Residency(1, 4, 1, dataclasses.replace(HEAT, margin=3.0))
+    residency.note(np.array([9, 4, 6, 8]), 9)
+    assert not len(residency.decide(np.array([0, 1]), 0, 1, keep=lambda pairs: pairs == 1).enter)
+    moves = residency.decide(np.array([0, 1]), 0, 8, keep=NOBODY)
+    assert moves.enter.tolist() == [3] and moves.leave.tolist() == [1]
