@@ -229,8 +229,8 @@ class GpuExperts:
         )  # fmt: skip
 
     def _meet_peer(self) -> Tensor | None:
-        """Memory of a slab that the other GPU may read, when there is to be another."""
-        if self._share is None or self._place is None or self.places.slots >= self.sizes.pairs:
+        """Memory of a slab that the other GPU may read, when there is to be another: also when this one lacks none."""
+        if self._share is None or self._place is None:
             return None
         size = self.places.total * self.sizes.expert_bytes
         self._peer = ExpertPeer(self._share, self._place, self.sizes, self.places.slots, size, self._device)

@@ -159,6 +159,20 @@ def test_bits_are_the_same_with_a_peer_without_it_and_with_its_successor(model: 
         worker.experts.close()
 
 
+def test_a_worker_that_holds_everything_serves_the_other(
+    model: Path, share: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SLOTS, "prefill-0", PAIRS)
+    with ThreadPoolExecutor(2) as pool:
+        prefill, decode = pool.map(lambda name: Worker(model, share, name), SLOTS)
+    assert prefill.tiers() == {Tier.SLAB}
+    decode.until(Tier.PEER)
+    assert decode.experts.cache.slots.num_free == SLOTS["decode-0"], "nothing is promised to who lacks nothing"
+    assert torch.equal(prefill.logits(), decode.logits())
+    for worker in (prefill, decode):
+        worker.experts.close()
+
+
 def test_a_peer_that_never_turns_up_costs_nothing_but_the_wait(
     model: Path, share: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
