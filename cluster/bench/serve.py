@@ -3,7 +3,8 @@
 Owns: prompts of a wanted length, clients, the figures of one level. Does not own: the deployment, drawing
 (`serve_results.py`). Every client asks its next question as soon as the last answer has ended, so a level's concurrency
 is what decode runs at, and what arrives beyond its batch waits and shows in the time to the first token. Answers are
-greedy and run to their full length (`ignore_eos`), so that a level is the same work whatever the model says.
+greedy and run to their full length (`ignore_eos`), so that a level is the same work whatever the model says. Clients
+are threads of one process, which takes 80,000 tokens a second on one core (measured: a server that only sends).
 """
 
 from __future__ import annotations
