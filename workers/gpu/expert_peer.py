@@ -17,7 +17,7 @@ from workers.experts.complement import promised
 from workers.experts.config import PeerPlace
 from workers.experts.peer_link import SLAB, EngineCall, Holder, PeerLink, offer_slab
 from workers.experts.places import ExpertSizes
-from workers.experts.policy import Ids
+from workers.experts.policy import Ids, Values
 from workers.experts.share import Share
 from workers.gpu.peer_slab import PeerWindow, SharedSlab
 
@@ -54,15 +54,18 @@ class ExpertPeer:
         """Whether the other slab is in use now."""
         return self._link is not None and self._link.is_met.is_set()
 
-    def promises(self) -> Ids:
-        """Pairs that this worker is to keep for the other; none when that does not turn up. Waits for it."""
+    def promises(self, profile: Values | None) -> Ids:
+        """Pairs that this worker is to keep for the other; none when that does not turn up. Waits for it.
+
+        `profile` [L * E]: use of each pair in a recorded run that both workers know.
+        """
         other = self._share.wait(self._place.name, NUM_SLOTS, PEER_WAIT_S)
         if other is None:
             logger.warning("peer=%s has not turned up: experts stay in the host bank", self._place.name)
             return np.empty(0, np.int64)
         slots = (self._num_slots, int(other)) if self._place.side == 0 else (int(other), self._num_slots)
-        sizes = self._sizes
-        return promised(self._place.side, slots, sizes.layers, sizes.experts, is_even=self._place.is_even)
+        sizes, place = self._sizes, self._place
+        return promised(place.side, slots, sizes.layers, sizes.experts, is_even=place.is_even, profile=profile)
 
     def start(self, kept: Sequence[int], holder: Holder, call: EngineCall, *, key: str) -> None:
         """Offers the slab, whose slot i holds `kept[i]` for good, and looks for the other's."""

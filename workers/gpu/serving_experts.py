@@ -296,7 +296,7 @@ class GpuExperts:
         if len(homeless) > self.places.slots:
             found = f"a bank without {len(homeless)} experts"
             raise BadConfig("experts.host", found, f"at most the {self.places.slots} that fit the slots", SOURCE)
-        promised = np.empty(0, np.int64) if self._peer is None else self._peer.promises()
+        promised = np.empty(0, np.int64) if self._peer is None else self._peer.promises(self._profile)
         return np.concatenate([homeless, np.setdiff1d(promised, homeless)])[: self.places.slots]
 
     # -- the other GPU ------------------------------------------------------------------------------------------------

@@ -41,3 +41,12 @@ def test_every_layer_gets_its_equal_share() -> None:
         assert counts.max() - counts.min() <= 1
     with pytest.raises(ValueError, match="side 2"):
         promised(2, (1, 1), LAYERS, EXPERTS, is_even=False)
+
+
+def test_decode_promises_what_a_profile_says_it_keeps_anyway() -> None:
+    profile = np.random.default_rng(3).random(PAIRS)
+    first, second = (promised(side, (98, 90), LAYERS, EXPERTS, is_even=False, profile=profile) for side in (0, 1))
+    assert len(second) == PAIRS - 98 and profile[second].min() > profile[first].max()
+    assert np.array_equal(np.sort(np.concatenate([first, second])), np.arange(PAIRS))
+    even = [promised(0, (98, 90), LAYERS, EXPERTS, is_even=True, profile=values) for values in (profile, None)]
+    assert np.array_equal(*even), "equal workers share hot and cold"
