@@ -8,6 +8,7 @@ the next kernel would wait for the cache to be written back.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,6 +23,9 @@ MIN_GRAPH_MS = 15.0
 
 FLUSH_BYTES = 160 << 20
 """Read between launches to empty the cache: three times the 50 MB of an H200."""
+
+FLUSHES = 40
+"""Flushes timed together, as many as a step has launches of one kind."""
 
 Call = Callable[[], Any]
 
@@ -60,10 +64,17 @@ def cold_ms(calls: Sequence[Call], nbytes: float) -> float:
     """Mean milliseconds of one call, as after gigabytes of other traffic. `nbytes`: of all their operands."""
     if nbytes >= FLUSH_BYTES:
         return graph_ms(calls) / len(calls)
+    flush, flush_ms = _flush()
+    flushed = [step for call in calls for step in (flush, call)]
+    return max(1e-4, graph_ms(flushed) / len(calls) - flush_ms)
+
+
+@functools.cache
+def _flush() -> tuple[Call, float]:
+    """What empties the cache, and its milliseconds among others of its kind."""
     scratch = torch.zeros(FLUSH_BYTES >> 12, 1 << 10, dtype=torch.int32, device="cuda")
     flush = partial(torch.amax, scratch, dim=1, out=torch.empty(len(scratch), dtype=torch.int32, device="cuda"))
-    flushed = [step for call in calls for step in (flush, call)]
-    return max(1e-4, (graph_ms(flushed) - graph_ms([flush] * len(calls))) / len(calls))
+    return flush, graph_ms([flush] * FLUSHES) / FLUSHES
 
 
 def measure_rates() -> Rates:
