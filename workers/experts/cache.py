@@ -78,7 +78,7 @@ class CacheCounters:
 
     steps: int = 0
     lookups: int = 0
-    """Uses of pairs (a pair that n tokens chose counts n times)."""
+    """Pairs that steps needed: once a step, however many tokens chose one."""
     hits: int = 0
     cold_misses: int = 0
     capacity_misses: int = 0

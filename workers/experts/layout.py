@@ -91,7 +91,7 @@ class ExpertSlab:
     peer: Any = None
     """Another GPU's slab: anything with `data_ptr()` and `dtype`; None without that tier."""
     heat: Tensor | None = None
-    """int32 `[E]` on the device, grows by the uses of each expert; None where nobody asks."""
+    """int32 `[E]` on the device, the steps that needed each expert; None where nobody asks."""
     first_scratch: int = 0
     num_scratch: int = 0
     """Places of `base` to which a decode step brings experts of the host tier; whoever finds none is read in place."""

@@ -50,10 +50,7 @@ class Usage:
         self.step += 1
 
     def note_counts(self, uses: Ids, steps: int, half_life_steps: float) -> None:
-        """Counts `steps` steps at once from the device's counters: `uses` [L * E], uses by all tokens of those steps.
-
-        A pair that every token of a batch chose still counts once a step.
-        """
+        """Counts `steps` steps at once: `uses` [L * E] of each pair, at most one a step."""
         needed = np.minimum(uses, steps)
         self.heat *= 0.5 ** (steps / half_life_steps)
         self.count += needed

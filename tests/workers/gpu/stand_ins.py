@@ -239,7 +239,7 @@ def route(logits, chooser, token_ids, scaling, ids, weights, groups: Groups, *, 
     pairs.sort()
     active = sorted({e for e, _ in pairs})
     if heat is not None:
-        heat += torch.bincount(torch.tensor([e for e, _ in pairs], dtype=torch.long), minlength=len(heat)).int()
+        heat[active] += 1
     groups.num_active[0] = len(active)
     for i, e in enumerate(active):
         groups.active_experts[i] = e
