@@ -447,7 +447,7 @@ class WorkerStats:
     expert_stall_s_total: float = 0.0
     """Counter: seconds inside steps spent on absent experts."""
     expert_bytes: Mapping[str, int] = field(default_factory=dict)
-    """Counter by path: `disk`, `host` (bank)."""
+    """Counter by path: `disk`, `host` (bank), `peer` (the other GPU); `moves` into slots; `prefill`'s staging."""
     expert_read_s_total: float = 0.0
     """Counter: seconds inside reads of either path."""
     expert_io_errors: int = 0
@@ -455,7 +455,7 @@ class WorkerStats:
     expert_step_s: Mapping[str, float] = field(default_factory=dict)
     """Counter by misses of the step, `0` or `1+`: seconds."""
     expert_slots: Mapping[str, int] = field(default_factory=dict)
-    """Gauge by state: `used`, `free`."""
+    """Gauge by state: `used`, `free`; `peer`, absent experts that are read from the other GPU's slots."""
     expert_budget_bytes: Mapping[str, int] = field(default_factory=dict)
     """Gauge: bytes of fast memory `requested`, `effective` (what the plan takes of it), `measured`."""
     expert_host_bytes: Mapping[str, int] = field(default_factory=dict)

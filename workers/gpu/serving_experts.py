@@ -27,7 +27,7 @@ from workers.experts.bank import HostBank
 from workers.experts.cache import ExpertCache
 from workers.experts.config import PRELOADS, SOURCE, pays_little
 from workers.experts.host_memory import available_bytes
-from workers.experts.layout import ExpertShape, ExpertSlab
+from workers.experts.layout import TIER_SHIFT, ExpertShape, ExpertSlab, Tier
 from workers.experts.peer_link import EngineCall
 from workers.experts.places import ALLOCATION_BYTES, SHARED_BYTES, ExpertSizes, plan_places
 from workers.experts.policy import POLICIES, STATIC, Ids, Values, highest
@@ -386,7 +386,11 @@ class GpuExperts:
             },
             "expert_read_s_total": reads.read_s,
             "expert_io_errors": reads.io_errors + counters.io_errors,
-            "expert_slots": {"used": num_resident, "free": self.places.slots - num_resident},
+            "expert_slots": {
+                "used": num_resident,
+                "free": self.places.slots - num_resident,
+                "peer": int((cache.slots.codes >> TIER_SHIFT == Tier.PEER).sum()),
+            },
             "expert_budget_bytes": {
                 "requested": self.requested_bytes,
                 "effective": self.effective_bytes,

@@ -143,6 +143,8 @@ def test_bits_are_the_same_with_a_peer_without_it_and_with_its_successor(model: 
         worker.experts.check_integrity()
     residents = prefill.experts.cache.slots.residents()
     assert len(residents) == SLOTS["prefill-0"], "what it promised fills its slots"
+    slots = prefill.experts.stats_fields()["expert_slots"]
+    assert slots == {"used": len(residents), "free": 0, "peer": PAIRS - len(residents)}
     lacking = np.setdiff1d(np.arange(PAIRS), residents)
     assert set(lacking) <= set(decode.experts.cache.slots.residents().tolist())
 
