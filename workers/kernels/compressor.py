@@ -74,6 +74,7 @@ def decode_c4(token, rows, tensors, rope_table, step, eps, ROW: tl.constexpr, SH
         finish_token(rows, tensors, rope_table, pages, slot, token, position, position, eps, 4, ROW, SHAPE, PDL)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if position >= 0:
         write_ring_row(rows, tensors[0], slot, token, position, ROW, 8, 4 * SHAPE[1])
 
@@ -95,6 +96,7 @@ def decode_c128_part(
         finish_part(rows, tensors, rope_table, pages, slot, token, position, eps, work, part, ROW, WIDTH, SHAPE, PDL)
     if PDL:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if (position >= 0) & (part == 0):
         write_ring_row(rows, tensors[0], slot, token, position, ROW, 128, 2 * SHAPE[1])
 
@@ -126,8 +128,6 @@ def compress_c4_decode(
     PDL: tl.constexpr,
 ):
     """Grid (T, 2): the main compressor and the indexer's. state pointers fp32, entries uint8."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     step = (positions, slots, full_pages, page_columns)
     if tl.program_id(1) == 0:
         ENTRY: tl.constexpr = (STRIDE, HD, RD, False, HW)
@@ -162,8 +162,6 @@ def compress_c128_decode(
     PDL: tl.constexpr,
 ):
     """Grid (HD / WIDTH, T)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     ENTRY: tl.constexpr = (STRIDE, HD, RD, False, HW)
     step, work = (positions, slots, full_pages, page_columns), (parts, arrived)
     tensors = (state, entries, ape, norm)

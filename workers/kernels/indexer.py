@@ -77,15 +77,14 @@ def scores_decode(
     HW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (splits, T): program i of a token scores its i-th run of pages. keys uint8, key_scales the same as fp32."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    """Grid (splits, T): program i of a token scores its i-th run of pages. keys uint8, key_scales the same as fp32.
+
+    Keys are older than the launch that makes the queries, which waits before it signals: the first page comes early.
+    """
     matrix = hadamard_matrix(64)
     token = tl.program_id(1)
     split = tl.program_id(0)
     pages = full_pages + token * page_columns
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     position = tl.load(positions + token)
     page = tl.load(pages + split, mask=split < page_columns, other=0)  # the first of its run if runs are of one page
     visible = (position + 1) // 4
@@ -100,6 +99,8 @@ def scores_decode(
         low, high, key_scale = _load_page(keys, key_scales, page, True, STRIDE)
         page = tl.load(pages + min(first + 1, end - 1))
         at = token.to(tl.int64)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         query_low, query_high, weight = query_codes(
             q + at * Q_ROW,
             head_weights + at * WEIGHT_ROW,
@@ -121,6 +122,9 @@ def scores_decode(
             entry = block * 64 + tl.arange(0, 64)
             tl.store(scores + at * scores_stride + entry, score, mask=entry < visible)
             low, high, key_scale = next_low, next_high, next_scale
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # programs without work too
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

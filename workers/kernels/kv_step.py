@@ -79,8 +79,6 @@ def _store_step(
 ):
     """Grid (roles, T): latent, window row, matrices of mHC, then main and indexer's compressor (C4) or HD / WIDTH parts
     of C128's."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     HD: tl.constexpr = NOPE + 64
     ENTRY: tl.constexpr = (STRIDE, HD, 64, False, HW)
     role = tl.program_id(0)
@@ -99,6 +97,7 @@ def _store_step(
     elif role == 2:
         if PDL:
             tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()  # nobody waits for these matrices
         if (ITERS > 0) & (token * COMB_TOKENS < tl.num_programs(1)):
             finish_comb(comb, token * COMB_TOKENS, tl.num_programs(1), COMB_TOKENS, ITERS, COMB_EPS)
     elif RATIO == 128:

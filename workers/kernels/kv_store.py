@@ -40,6 +40,8 @@ def store_latent(row, q_norm, latent, token, eps, LATENT: tl.constexpr, WIDEN: t
         tl.extra.cuda.gdc_wait()
     y = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
     y = y * tl.rsqrt(tl.sum(y * y, 0) / LATENT + eps) * gamma
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     tl.store(latent + token.to(tl.int64) * LATENT + at, as_bf16(y, WIDEN), mask=inside)
 
 
@@ -70,6 +72,8 @@ def store_window_row(
     scale, byte = pow2_scale_ceil(tl.max(tl.abs(nope), 1), 448.0, 1e-4)
     code = f32_to_e4m3(nope * pow2_reciprocal(scale)[:, None], HW)
     rope = rotate(as_bf16(rope * factor * gamma_last, WIDEN).to(tl.float32), cos, sin)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     if page >= 0:
         offset = position % 256
         unit = page.to(tl.int64) * UNIT_STRIDE
@@ -105,8 +109,6 @@ def _norm_and_store(
     PDL: tl.constexpr,
 ):
     """Grid (2, T): program 0 of a token does the latent, program 1 the window row."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(1)
     row = rows + token.to(tl.int64) * ROW_STRIDE
     if tl.program_id(0) == 0:

@@ -109,6 +109,7 @@ def _read_input(
     HW: tl.constexpr,
     EPS: tl.constexpr,
     NORM_EPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Channels `channel [W, C]` of the normed mix. `token`: row of the streams; `index`: row of `x`."""
     inside = channel < D
@@ -138,6 +139,8 @@ def _read_input(
     inverse = tl.rsqrt(tl.maximum(squares + 2.0 * products, 0.0) / D + NORM_EPS)
     mixed = a0[:, None] * x0 + a1[:, None] * x1 + a2[:, None] * x2 + a3[:, None] * x3
     normed = (mixed * inverse[:, None] * gamma).to(tl.bfloat16)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     tl.store(x + index * D + channel, normed, mask=inside)
     if QUANTISE or EXPERTS:
         SHAPE: tl.constexpr = normed.shape
@@ -168,6 +171,7 @@ def _write_gates(
     ITERS: tl.constexpr,
     EPS: tl.constexpr,
     NORM_EPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The post gates and the Sinkhorn matrix of one token, or its logits for `finish_comb`."""
     g00 = _total(sums, 24, NUM_TILES, W)
@@ -187,6 +191,8 @@ def _write_gates(
         tl.store(post + token * 4 + k + same, 2.0 * gate)
     if FINISH:
         logits = sinkhorn_rows(logits, ITERS, EPS)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     for i in tl.static_range(16):
         tl.store(comb + token * 16 + i + same, logits[i])
 
@@ -214,7 +220,6 @@ def finish_comb(comb, first, num_tokens, TOKENS: tl.constexpr, ITERS: tl.constex
 def finish_comb_kernel(comb, num_tokens, ITERS: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr):
     """Grid (T / COMB_TOKENS): `finish_comb` where no other launch has a program for it."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     finish_comb(comb, tl.program_id(0) * COMB_TOKENS, num_tokens, COMB_TOKENS, ITERS, EPS)
 
@@ -249,8 +254,6 @@ def collapse_kernel(
 ):
     """Grid (T, D / BLOCK + 1), or without the + 1 for the head: its first program computes the gates of `hc_post`,
     which take longest."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     index = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) + HEAD - 1
     channel = tl.arange(0, W)[:, None] * (BLOCK // W) + tl.arange(0, BLOCK // W)[None, :] + block * BLOCK
@@ -282,9 +285,10 @@ def collapse_kernel(
             HW,
             EPS,
             NORM_EPS,
+            PDL,
         )
     elif not HEAD:
-        _write_gates(base, scale, sums, post, comb, index, D, NUM_TILES, W, FINISH, ITERS, EPS, NORM_EPS)
+        _write_gates(base, scale, sums, post, comb, index, D, NUM_TILES, W, FINISH, ITERS, EPS, NORM_EPS, PDL)
 
 
 @triton.jit
@@ -314,7 +318,6 @@ def gates_kernel(
 ):
     """Grid (T / TOKENS): post gates and Sinkhorn matrices, one thread a token."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     inside = token < num_rows
@@ -336,5 +339,7 @@ def gates_kernel(
     for i in tl.static_range(16):
         logits = logits + (totals[4 + i] * comb_scale + tl.load(base + 8 + i),)
     matrix = sinkhorn_rows(logits, ITERS, EPS)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     for i in tl.static_range(16):
         tl.store(comb + token * 16 + i, matrix[i], mask=inside)

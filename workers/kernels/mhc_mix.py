@@ -13,7 +13,6 @@ import triton.language as tl
 def embed_streams_kernel(token_ids, embed, streams, vocab, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Grid (T, D / BLOCK)."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -21,6 +20,8 @@ def embed_streams_kernel(token_ids, embed, streams, vocab, D: tl.constexpr, BLOC
     token_id = tl.load(token_ids + token)
     known = tl.minimum(tl.maximum(token_id, 0), vocab - 1).to(tl.int64)
     row = tl.load(embed + known * D + channel, mask=inside & (token_id >= 0), other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     for stream in tl.static_range(4):
         tl.store(streams + (token * 4 + stream) * D + channel, row, mask=inside)
 
@@ -198,8 +199,6 @@ def mix_decode_kernel(
 ):
     """Grid (D / C, T / TM): one part per program, `fn` on its way before the predecessor has ended, and with it (R > 0)
     streams and gates: those are older than the launch that makes `sub_out`, which waits before it signals."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(0)
     channel = part * C + tl.arange(0, C)
     parts = _fn_parts(fn, part * C, C, D, NUM_FN, WIDEN)
@@ -213,6 +212,8 @@ def mix_decode_kernel(
         tl.extra.cuda.gdc_wait()
     x0, x1, x2, x3 = _written_back(sub_out, old, source, token, channel, inside[:, None], gates, D, R, WIDEN)
     acc = _products(x0, x1, x2, x3, parts, WIDEN)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     _store_sums(work, index, inside, part, acc, _inner_products(x0, x1, x2, x3), NUM_FN, D // C)
 
 
@@ -238,7 +239,6 @@ def mix_prefill_kernel(
 ):
     """Grid (PARTS, T / TM): a program walks through the channels of its part."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     part = tl.program_id(0)
     index, token, inside = _rows(rows, num_rows, TM, HAS_ROWS)
@@ -255,4 +255,6 @@ def mix_prefill_kernel(
         inner = _inner_products(x0, x1, x2, x3)
         g0, g1, g2, g3, g4 = g0 + inner[0], g1 + inner[1], g2 + inner[2], g3 + inner[3], g4 + inner[4]
         g5, g6, g7, g8, g9 = g5 + inner[5], g6 + inner[6], g7 + inner[7], g8 + inner[8], g9 + inner[9]
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     _store_sums(work, index, inside, part, acc, (g0, g1, g2, g3, g4, g5, g6, g7, g8, g9), NUM_FN, PARTS)

@@ -226,9 +226,10 @@ def route_decode_kernel(
 ):
     """One program: `num_tokens <= TILE`. With ITERS, further programs finish COMB_TOKENS tokens of mHC each."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if tl.program_id(0) > 0:
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
         if ITERS > 0:
             finish_comb(comb, (tl.program_id(0) - 1) * COMB_TOKENS, num_tokens, COMB_TOKENS, ITERS, EPS)
         return
@@ -241,6 +242,8 @@ def route_decode_kernel(
     place = tl.arange(0, PAIRS)
     flags = first.to(tl.int32)
     slot = tl.cumsum(flags, 0) - 1
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     tl.store(pair_order + place, local, mask=real)
     tl.store(active_experts + slot, expert, mask=first)
     tl.store(active_begin + slot, place, mask=first)
@@ -248,7 +251,7 @@ def route_decode_kernel(
     tl.store(num_active, total)
     tl.store(active_begin + total, tl.sum(real.to(tl.int32), 0))
     if HEAT:
-        tl.atomic_add(heat + expert, 1, mask=real, sem="relaxed")
+        tl.atomic_add(heat + expert, 1, mask=first, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_tokens", "vocab"])
@@ -272,7 +275,6 @@ def choose_kernel(
 ):
     """Grid (T / TILE): ids and weights; each tile's uses of each expert into `tile_counts [tiles, E]`."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     token = tile * TILE + tl.arange(0, TILE)
@@ -281,6 +283,8 @@ def choose_kernel(
     experts, counted = _pairs(ids, token_ids, tile * TILE, tl.minimum(num_tokens, (tile + 1) * TILE), K, TILE * KP)
     counts = tl.histogram(experts, EP, mask=counted)
     expert = tl.arange(0, EP)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     tl.store(tile_counts + tile * E + expert, counts, mask=expert < E)
 
 
@@ -298,7 +302,6 @@ def scan_tiles_kernel(
 ):
     """Grid (E / EXPERTS): counts become sums over earlier tiles; `totals [E]`."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     real = expert < E
@@ -312,9 +315,12 @@ def scan_tiles_kernel(
         tl.store(cell, tl.cumsum(counts, 0) - counts + total[None, :], mask=inside)
         total += tl.sum(counts, 0)
         start += TILES
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     tl.store(totals + expert, total, mask=real)
     if HEAT:
-        tl.store(heat + expert, tl.load(heat + expert, mask=real, other=0) + total, mask=real)
+        needed = (total > 0).to(tl.int32)
+        tl.store(heat + expert, tl.load(heat + expert, mask=real, other=0) + needed, mask=real)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -337,7 +343,6 @@ def order_kernel(
 ):
     """Grid (T / TILE): scatters the pairs of its tokens; the first program also lists the experts in use."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     expert = tl.arange(0, EP)
@@ -352,6 +357,8 @@ def order_kernel(
     place = tl.arange(0, PAIRS)
     run = tl.associative_scan(tl.where(first, place, 0), 0, _larger)
     target = tl.gather(start, tl.where(real, chosen, 0), 0) + place - run
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     tl.store(pair_order + target, tile * TILE * K + local, mask=real)
 
 
@@ -380,7 +387,7 @@ def route(
         token_ids: int32 [T]; negative marks padding: routed, but in no group and in no `heat`.
         ids, weights: written; int32 and fp32 [T, k]. Weights sum to `scaling`.
         groups: written.
-        heat: int32 [E], grows by the uses of each expert.
+        heat: int32 [E], grows by one for each expert that the step needs, however many tokens chose it.
         work: int32 [`work_words`], for more than 64 tokens; allocated when None (not inside a graph).
         comb: fp32 [T, 16] of `hc_post_pre(finish=False)`, and its weights: finished by the way.
     """

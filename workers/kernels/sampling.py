@@ -25,7 +25,6 @@ def sample_greedy_kernel(
 ):
     """Grid (B)."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -43,6 +42,8 @@ def sample_greedy_kernel(
     top = tl.max(best, 0)
     lowest = tl.min(tl.where(best == top, best_id, 0x7FFFFFFF), 0)
     usable = (tl.max(bad, 0) == 0) & (tl.abs(top) < float("inf"))
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     tl.store(finite + row, usable.to(tl.int32))
     # All ids stay inside the vocabulary, also where no logit is usable.
     token = tl.minimum(lowest, V - 1)

@@ -164,8 +164,6 @@ def attend_decode(
     PDL: tl.constexpr,
 ):
     """Grid (ceil(HEADS / BH), T, parts)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     HD: tl.constexpr = W * 64
     STRIDES: tl.constexpr = (WINDOW_STRIDE, ENTRY_STRIDE)
     token = tl.program_id(1)
@@ -222,6 +220,8 @@ def attend_decode(
                 values *= kept[:, None]
             total += run_total
             values += run_values
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     column = tl.arange(0, HD)[None, :]
     if SPLIT == 0:
         values *= divisor(maximum, total, tl.load(sink + head, mask=live_head, other=0.0))[:, None]
@@ -275,8 +275,6 @@ def combine(
     PDL: tl.constexpr,
 ):
     """Add the parts of one head of one token, divide, undo the rotation. Grid (HEADS, T)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     HD: tl.constexpr = W * 64
     PARTS_OF_RUN: tl.constexpr = RUN if SPLIT == 1 else 1
     token = tl.program_id(1)
@@ -314,4 +312,6 @@ def combine(
     values *= divisor(maximum, total, sink)
     even, odd = tl.split(values)
     values = tl.join(tl.fma(even, cos, odd * sin), tl.fma(odd, cos, -(even * sin)))
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     tl.store(out + (token.to(tl.int64) * HEADS + head) * HD + dim, as_bf16(values, WIDEN))

@@ -74,7 +74,6 @@ def expand_rows(
 ):
     """Grid (window programs + ceil(most entries of a sequence / ROWS), B)."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     ROW: tl.constexpr = NOPE + 128
     SHIFT: tl.constexpr = 6 if RATIO == 4 else 1  # an entry page has 64 or 2 rows
@@ -109,6 +108,8 @@ def expand_rows(
     to = rows + place.to(tl.int64)[:, None] * (NOPE + 64)
     mask = live[:, None]
     column = tl.arange(0, 64)[None, :]
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     tl.store(to + (NOPE - 64 + column), load_nope(codes, scales, live, NOPE - 64, 1, HW), mask=mask)
     tl.store(to + (NOPE + column), load_rope(words, live), mask=mask)
     if NOPE == 448:
@@ -162,7 +163,6 @@ def attend_prefill(
 ):
     """Grid (ceil(HEADS / BH), T)."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     HD: tl.constexpr = NOPE + 64
     token = tl.program_id(1)
@@ -229,6 +229,8 @@ def attend_prefill(
         o3 = dot_bf16(p, k3, o3 * kept, WIDEN)
     factor = divisor(maximum, total, tl.load(sink + head, mask=live_head, other=0.0))[:, None]
     out += (token.to(tl.int64) * HEADS + head) * HD
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     _store(out, o2 * factor, live_head, NOPE - 64, WIDEN)
     _store(out, rotate(o3 * factor, cos, -sin), live_head, NOPE, WIDEN)
     if NOPE == 448:

@@ -123,14 +123,17 @@ def _chosen(key, entry, live, count, K: tl.constexpr, THREADS: tl.constexpr):
 
 @triton.jit
 def _choose(
-    scores, count, first, ids, kept, K: tl.constexpr, N: tl.constexpr, THREADS: tl.constexpr, KEEP: tl.constexpr
-):
+    scores, count, first, ids, kept, K: tl.constexpr, N: tl.constexpr, THREADS: tl.constexpr, KEEP: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """The K best of `count` <= N scores, K < count: entries first + i to ids[0:K], (KEEP) their scores to `kept`."""
     at = tl.arange(0, N)
     live = at < count
     score = tl.load(scores + at, mask=live, other=0.0)
     chosen, place = _chosen(tl.where(live, _ordered(score), -2147483648), at, live, count, K, THREADS)
     chosen &= place < K
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     tl.store(ids + place, first + at, mask=chosen)
     if KEEP:
         tl.store(kept + place, score, mask=chosen)
@@ -175,12 +178,11 @@ def topk(
     PDL: tl.constexpr,
 ):
     """Grid (chunks, T). scores fp32 [T, scores_stride], selected int32 [T, K], candidates [T, chunks, K]."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     token = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(0)
     visible = (tl.load(positions + token) + 1) // RATIO
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     first = chunk * CHUNK
     row = scores + token * scores_stride + first
     out = selected + token * K
@@ -189,11 +191,11 @@ def topk(
             if visible <= K:
                 _choose_all(row, visible, 0, out, row, K, KP, False)
             elif visible <= CHUNK // 16:
-                _choose(row, visible, 0, out, row, K, CHUNK // 16, THREADS, False)
+                _choose(row, visible, 0, out, row, K, CHUNK // 16, THREADS, False, PDL)
             elif visible <= CHUNK // 4:
-                _choose(row, visible, 0, out, row, K, CHUNK // 4, THREADS, False)
+                _choose(row, visible, 0, out, row, K, CHUNK // 4, THREADS, False, PDL)
             else:
-                _choose(row, visible, 0, out, row, K, CHUNK, THREADS, False)
+                _choose(row, visible, 0, out, row, K, CHUNK, THREADS, False, PDL)
     elif CANDIDATES > 0:  # noqa: SIM102 - the outer one is decided by the compiler
         if first < visible:
             kept = candidate_scores + token * chunks * K
@@ -202,7 +204,7 @@ def topk(
             if count <= K:
                 _choose_all(row, count, first, ids + chunk * K, kept + chunk * K, K, KP, True)
             else:
-                _choose(row, count, first, ids + chunk * K, kept + chunk * K, K, CHUNK, THREADS, True)
+                _choose(row, count, first, ids + chunk * K, kept + chunk * K, K, CHUNK, THREADS, True, PDL)
             tl.debug_barrier()  # every thread's stores come before the counter's release
             last = tl.cdiv(visible, CHUNK) - 1
             if tl.atomic_add(arrived + token, 1, sem="acq_rel", scope="gpu") == last:

@@ -169,13 +169,14 @@ def test_no_tokens_give_no_group(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [5, 70])
-def test_heat_counts_the_uses_of_every_expert(device: torch.device, num_tokens: int) -> None:
+def test_heat_counts_the_steps_that_need_an_expert(device: torch.device, num_tokens: int) -> None:
     case = learned(num_tokens, device)
     case.token_ids[1] = -1
     heat = torch.full((12,), 100, dtype=torch.int32, device=device)
-    case.run(heat)
+    for _ in range(3):
+        case.run(heat)
     used = case.ids[case.token_ids >= 0].flatten().long()
-    assert torch.equal(heat.cpu().long() - 100, torch.bincount(used.cpu(), minlength=12))
+    assert torch.equal(heat.cpu().long() - 100, 3 * torch.bincount(used.cpu(), minlength=12).clamp(max=1))
 
 
 @pytest.mark.parametrize("num_tokens", [2, 30, 70])
