@@ -32,7 +32,7 @@ from workers.kernels.formats import (
     pow2_scale_ceil,
 )
 from workers.kernels.launch import num_sms, pdl_options
-from workers.kernels.row_products import bf16_rows, fp8_rows, inputs_of, spread, store_rows, tokens_of
+from workers.kernels.row_products import bf16_rows, fp8_rows, inputs_of, spread, store_rows, tokens_of, total_of
 from workers.kernels.tiles import Tile, tile
 
 BLOCK = 128
@@ -59,8 +59,8 @@ class Weight(NamedTuple):
 def _project_kernel(
     x, x_fp8, codes, scales, weight, out_fp8, out_bf16, num_tokens, out_fp8_stride, out_bf16_stride,
     X_STRIDE: tl.constexpr,
-    N_BF16: tl.constexpr, K: tl.constexpr, KW: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, R: tl.constexpr,
-    ACT: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_COLUMNS: tl.constexpr,
+    N_BF16: tl.constexpr, K: tl.constexpr, KW: tl.constexpr, PAIR: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    R: tl.constexpr, ACT: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_COLUMNS: tl.constexpr,
     STAGES: tl.constexpr, WIDEN: tl.constexpr, HW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs (row tile, token tile): first the bf16 rows, twice as heavy, then the FP8 rows.
@@ -77,7 +77,7 @@ def _project_kernel(
         if BF16_TILES > 0:
             row = pid * BN + tl.arange(0, BN)
             valid = row < N_BF16
-            sums = bf16_rows(x, X_STRIDE, token, valid_token, weight, row, valid, K, KW, BN, BT, STAGES, WIDEN)
+            sums = bf16_rows(x, X_STRIDE, token, valid_token, weight, row, valid, K, KW, PAIR, BN, BT, STAGES, WIDEN)
             if PDL:
                 tl.extra.cuda.gdc_launch_dependents()
             store_rows(out_bf16, out_bf16_stride, sums, row, valid, start, num_tokens, BT)
@@ -88,7 +88,7 @@ def _project_kernel(
         inputs = x_fp8 + (begin // GROUP_ROWS) * GROUP_COLUMNS
         sums = fp8_rows(
             inputs, X_STRIDE, token, valid_token, codes, scales, row, begin // 128, 0,
-            K, KW, BN, BT, False, ACT, HW, STAGES, WIDEN,
+            K, KW, PAIR, BN, BT, False, ACT, HW, STAGES, WIDEN,
         )  # fmt: skip
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
@@ -99,34 +99,37 @@ def _project_kernel(
 def _gate_kernel(
     x, x_fp8, gate, codes, scales, out_logits, out_hidden, num_tokens, limit,
     X_STRIDE: tl.constexpr,
-    E: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, KW: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-    R: tl.constexpr, ACT: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
+    E: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, KW: tl.constexpr, PAIR: tl.constexpr, BN: tl.constexpr,
+    BT: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
     HW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs (row tile, token tile): router rows, then tiles of BN/2 rows of w1 over the same BN/2 rows of w3."""
+    """Programs (row tile, token tile): 16 router rows, then tiles of BN/2 rows of w1 over the same BN/2 rows of w3."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-    GATE_TILES: tl.constexpr = (E + BN - 1) // BN
+    GATE_TILES: tl.constexpr = (E + 15) // 16
     HALF: tl.constexpr = BN // 2
     start = tl.program_id(1) * BT
     token, valid_token = tokens_of(start, num_tokens, R)
     pid = tl.program_id(0)
     if pid < GATE_TILES:
-        row = pid * BN + tl.arange(0, BN)
-        valid = row < E
-        sums = bf16_rows(x, X_STRIDE, token, valid_token, gate, row, valid, K, KW, BN, BT, STAGES, WIDEN)
+        expert = pid * 16 + tl.arange(0, 16)
+        known = expert < E
+        logits = bf16_rows(x, X_STRIDE, token, valid_token, gate, expert, known, K, KW, PAIR, 16, BT, STAGES, WIDEN)
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
-        store_rows(out_logits, E, sums, row, valid, start, num_tokens, BT)
+        store_rows(out_logits, E, logits, expert, known, start, num_tokens, BT)
     else:
         begin = (pid - GATE_TILES) * HALF
         lane = tl.arange(0, BN)
         row = begin + tl.where(lane < HALF, lane, lane - HALF + INNER)
         sums = fp8_rows(
             x_fp8, X_STRIDE, token, valid_token, codes, scales, row, begin // 128, (begin + INNER) // 128,
-            K, KW, BN, BT, True, ACT, HW, STAGES, WIDEN,
+            K, KW, PAIR, BN, BT, True, ACT, HW, STAGES, WIDEN,
         )  # fmt: skip
-        w1, w3 = tl.split(tl.permute(tl.reshape(sums, (2, HALF, BT)), (1, 2, 0)))
+        if R == 1:
+            w1, w3 = tl.split(tl.permute(tl.reshape(sums, (2, HALF)), (1, 0)))
+        else:
+            w1, w3 = tl.split(tl.permute(tl.reshape(sums, (2, HALF, BT)), (1, 2, 0)))
         w1 = tl.minimum(w1, limit)
         hidden = w1 / (1.0 + tl.exp(-w1)) * tl.minimum(tl.maximum(w3, -limit), limit)
         inner = begin + tl.arange(0, HALF)
@@ -139,7 +142,7 @@ def _gate_kernel(
 def _head_kernel(
     x, weight, out, num_tokens, N,
     X_STRIDE: tl.constexpr,
-    K: tl.constexpr, KW: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, R: tl.constexpr,
+    K: tl.constexpr, KW: tl.constexpr, PAIR: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, R: tl.constexpr,
     STAGES: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Programs (row tile, token tile) of a bf16 weight."""
@@ -149,7 +152,7 @@ def _head_kernel(
     token, valid_token = tokens_of(start, num_tokens, R)
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     valid = row < N
-    sums = bf16_rows(x, X_STRIDE, token, valid_token, weight, row, valid, K, KW, BN, BT, STAGES, WIDEN)
+    sums = bf16_rows(x, X_STRIDE, token, valid_token, weight, row, valid, K, KW, PAIR, BN, BT, STAGES, WIDEN)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     store_rows(out, N, sums, row, valid, start, num_tokens, BT)
@@ -194,7 +197,7 @@ def _wide_kernel(
             w = tl.load(codes + row[None, :, None] * K + column + c * KC * 128, mask=valid[None, :, None], other=0)
             s = tl.load(scales + tl.minimum(index, TILES - 1) * BN // 128 * (K // 128) + c * KC + block)
             sums += tl.dot(e4m3_to_f16(w, HW), values[c]) * (s[:, None] * factors[c])[:, None, :]
-        store_rows(out, out_stride, tl.sum(sums, 0), row, valid, start, num_tokens, BT)
+        store_rows(out, out_stride, total_of(sums, sums, R, KC, False), row, valid, start, num_tokens, BT)
 
 
 @triton.jit
@@ -222,18 +225,20 @@ class _Launch(NamedTuple):
     token_tiles: int
 
 
-def _plan(x: Tensor, K: int, pdl: bool | None, *, few: str = "few", fp8: bool = True) -> _Launch:
-    """What all kernels share. `K` is a multiple of 128; KW depends on K alone, so that sums keep their order."""
+def _plan(x: Tensor, K: int, pdl: bool | None, op: str, *, fp8: bool = True) -> _Launch:
+    """What all kernels share. `K` is a multiple of 128; how many partial sums there are depends on the op and K alone,
+    so that sums keep their order. One token has the tile of its `op`."""
     if x.stride(-1) != 1:
         raise ValueError("columns of the activations must be contiguous")
     T = x.shape[0]
     BT = min(64, max(8, triton.next_power_of_2(T)))
-    chosen: Tile = tile(f"linear_decode.{few if BT == 8 else 'many'}", x.device)
-    KW = _warps(K)
+    chosen: Tile = tile(f"linear_decode.{op if T == 1 else 'few' if BT == 8 else 'many'}", x.device)
+    sums = _partial_sums(K, 4 if op == "head" or K <= WIDE_COLUMNS else 8)
     constants: dict[str, Any] = {
         "X_STRIDE": x.stride(0),
         "K": K,
-        "KW": KW,
+        "KW": sums if T == 1 else min(4, sums),
+        "PAIR": T > 1 and sums == 8,
         "BN": chosen.n,
         "BT": BT,
         "R": 1 if T == 1 else BT,
@@ -242,7 +247,7 @@ def _plan(x: Tensor, K: int, pdl: bool | None, *, few: str = "few", fp8: bool = 
     }
     if fp8:
         constants["HW"] = hardware_formats(x.device)
-    return _Launch(constants, {"num_warps": KW} | pdl_options(x, pdl), -(-T // BT))
+    return _Launch(constants, {"num_warps": min(4, sums)} | pdl_options(x, pdl), -(-T // BT))
 
 
 def _fp8_input(x: Tensor, x_quantised: Tensor | None) -> tuple[Tensor, str]:
@@ -254,9 +259,9 @@ def _fp8_input(x: Tensor, x_quantised: Tensor | None) -> tuple[Tensor, str]:
     return x_quantised, "rounded"
 
 
-def _warps(K: int) -> int:
+def _partial_sums(K: int, most: int) -> int:
     blocks = K // BLOCK
-    return min(4, blocks & -blocks)
+    return min(most, blocks & -blocks)
 
 
 def _bytes(codes: Tensor) -> Tensor:
@@ -282,7 +287,7 @@ def project_x(
         return
     N1, K = x_fp8.codes.shape
     N2 = 0 if x_bf16 is None else x_bf16.shape[0]
-    plan = _plan(x, K, pdl)
+    plan = _plan(x, K, pdl, "project")
     BN = plan.constants["BN"]
     inputs, act = _fp8_input(x, x_quantised)
     weight, out = (x_fp8.scales, out_fp8) if x_bf16 is None else (x_bf16, out_bf16)
@@ -314,7 +319,7 @@ def linear(
     act = "round" if act_fp8 else "plain"
     if act_fp8 and rounded is not None and x.shape[0] > (WIDE_TOKENS if K <= WIDE_COLUMNS else ROUNDED_TOKENS):
         x, act = _round(x, rounded, pdl), "rounded"
-    plan = _plan(x, K, pdl)
+    plan = _plan(x, K, pdl, "linear")
     if K <= WIDE_COLUMNS and plan.constants["BT"] <= WIDE_TOKENS:
         _wide(x, weight, out, plan, act)
         return
@@ -340,7 +345,7 @@ def _wide(x: Tensor, weight: Weight, out: Tensor, plan: _Launch, act: str) -> No
     chosen = tile("linear_decode.wide", x.device)
     constants = plan.constants | {"BN": chosen.n, "STAGES": chosen.stages}
     constants["KC"] = constants.pop("KW")
-    del constants["WIDEN"]
+    del constants["WIDEN"], constants["PAIR"]
     tiles = weight.codes.shape[0] // chosen.n
     walkers = min(tiles, chosen.group * num_sms(x.device))
     _wide_kernel[(walkers, plan.token_tiles)](
@@ -358,7 +363,7 @@ def grouped_linear(x: Tensor, weight: Weight, out: Tensor, *, pdl: bool | None =
         return
     G, K = x.shape[1:]
     rows = weight.codes.shape[0]
-    plan = _plan(x, K, pdl)
+    plan = _plan(x, K, pdl, "grouped")
     if x.stride(1) != K:
         raise ValueError("groups of the activations must be contiguous")
     _project_kernel[(rows // plan.constants["BN"], plan.token_tiles)](
@@ -388,10 +393,9 @@ def gate_and_shared(
         return
     E, K = gate.shape
     inner = w13.codes.shape[0] // 2
-    plan = _plan(x, K, pdl)
-    BN = plan.constants["BN"]
+    plan = _plan(x, K, pdl, "gate")
     inputs, act = _fp8_input(x, x_quantised)
-    _gate_kernel[(-(-E // BN) + 2 * inner // BN, plan.token_tiles)](
+    _gate_kernel[(-(-E // 16) + 2 * inner // plan.constants["BN"], plan.token_tiles)](
         x, inputs, gate, _bytes(w13.codes), w13.scales, out_logits, out_hidden, x.shape[0], float(limit),
         E=E, INNER=inner, ACT=act, **plan.constants, **plan.options,
     )  # fmt: skip
@@ -402,53 +406,46 @@ def head(x: Tensor, weight: Tensor, out: Tensor, *, pdl: bool | None = None) -> 
     if x.shape[0] == 0:
         return
     N, K = weight.shape
-    plan = _plan(x, K, pdl, few="head", fp8=False)
+    plan = _plan(x, K, pdl, "head", fp8=False)
     grid = (-(-N // plan.constants["BN"]), plan.token_tiles)
     _head_kernel[grid](x, weight, out, x.shape[0], N, **plan.constants, **plan.options)
 
 
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """Compilations that V4-Flash needs: one token and the largest token tile."""
-    few, many, wide, last = (tile(f"linear_decode.{name}", arch) for name in ("few", "many", "wide", "head"))
+    """Compilations that V4-Flash needs: one token, a few, and the largest token tile."""
     pdl, hw = arch >= 90, arch >= 89
     options = {"num_warps": 4, "launch_pdl": True} if pdl else {"num_warps": 4}
-    flags = {"WIDEN": False, "PDL": pdl}
-    one = {
-        "X_STRIDE": 4096,
-        "K": 4096,
-        "KW": 4,
-        "BN": few.n,
-        "BT": 8,
-        "R": 1,
-        "STAGES": few.stages,
-    } | flags
-    large = one | {"BN": many.n, "BT": 64, "R": 64, "STAGES": many.stages}
+
+    def shape(op: str, K: int = 4096, tokens: int = 1, sums: int = 8) -> dict[str, Any]:
+        chosen, one = tile(f"linear_decode.{op}", arch), tokens == 1
+        constants = {"X_STRIDE": K, "K": K, "KW": sums if one else 4, "PAIR": not one and sums == 8, "BN": chosen.n}
+        constants |= {"BT": max(8, tokens), "R": tokens, "STAGES": chosen.stages, "WIDEN": False, "PDL": pdl}
+        return constants
+
     x = {"x": "*bf16", "num_tokens": "i32"}
     fp8 = {"codes": "*u8", "scales": "*fp32"}
     project = x | fp8 | {"x_fp8": "*bf16", "weight": "*bf16", "out_fp8": "*bf16", "out_bf16": "*fp32"}
     project |= {"out_fp8_stride": "i32", "out_bf16_stride": "i32"}
     rows = {"N_BF16": 2624, "ACT": "round", "GROUP_ROWS": 1536, "GROUP_COLUMNS": 0, "HW": hw}
+    plain = rows | {"N_BF16": 0, "ACT": "plain", "GROUP_ROWS": 1024, "GROUP_COLUMNS": 4096}
     gate = x | fp8 | {"x_fp8": "*bf16", "gate": "*bf16", "out_logits": "*fp32", "out_hidden": "*bf16", "limit": "fp32"}
     experts = {"E": 256, "ACT": "round", "INNER": 2048, "HW": hw}
-    walk = {k: v for k, v in one.items() if k not in ("KW", "WIDEN")}
-    walk |= {
-        "K": 1024,
-        "KC": 4,
-        "BN": wide.n,
-        "STAGES": wide.stages,
-        "ACT": "round",
-        "HW": hw,
-    }
+    walk = shape("wide", 1024, sums=4) | {"KC": 4, "ACT": "round", "HW": hw, "TILES": 40960 // 32, "STEPS": 5}
+    for name in ("KW", "PAIR", "WIDEN"):
+        del walk[name]
     q = x | fp8 | {"out": "*bf16", "out_stride": "i32"}
     words = x | {"weight": "*bf16", "out": "*fp32", "N": "i32"}
     rounding = {"X_STRIDE": 8192, "K": 8192, "GROUPS": 8, "HW": hw, "PDL": pdl}
     return [
         ("round", _round_kernel, {"x": "*bf16", "rounded": "*bf16"}, rounding, options),
-        ("project_x one", _project_kernel, project, one | rows, options),
-        ("project_x many", _project_kernel, project, large | rows | {"ACT": "rounded"}, options),
-        ("gate_and_shared one", _gate_kernel, gate, one | experts, options),
-        ("linear wide one", _wide_kernel, q, walk | {"TILES": 2560, "STEPS": 10}, options),
-        ("linear wide 16", _wide_kernel, q, walk | {"TILES": 2560, "STEPS": 10, "BT": 16, "R": 16}, options),
-        ("head one", _head_kernel, words, one | {"STAGES": last.stages}, options),
-        ("head many", _head_kernel, words, large, options),
+        ("project_x one", _project_kernel, project, shape("project") | rows, options),
+        ("project_x few", _project_kernel, project, shape("few", tokens=8) | rows, options),
+        ("project_x many", _project_kernel, project, shape("many", tokens=64) | rows | {"ACT": "rounded"}, options),
+        ("gate_and_shared one", _gate_kernel, gate, shape("gate") | experts, options),
+        ("linear one", _project_kernel, project, shape("linear", 8192) | rows | {"N_BF16": 0}, options),
+        ("linear wide one", _wide_kernel, q, walk, options),
+        ("linear wide 16", _wide_kernel, q, walk | {"BT": 16, "R": 16}, options),
+        ("grouped_linear one", _project_kernel, project, shape("grouped") | plain, options),
+        ("head one", _head_kernel, words, shape("head", sums=4), options),
+        ("head many", _head_kernel, words, shape("many", tokens=64, sums=4), options),
     ]

@@ -137,7 +137,7 @@ def test_a_tokens_bits_do_not_depend_on_its_batch(columns: int, T: int, device: 
 
 
 @pytest.mark.parametrize("T", [2, 9, pytest.param(40, marks=pytest.mark.gpu)])  # numpy sums 64 columns otherwise
-@pytest.mark.parametrize("K", [256, 512])
+@pytest.mark.parametrize("K", [256, 512, 2048])
 def test_projection_and_router_bits_do_not_depend_on_the_batch(K: int, T: int, device: torch.device) -> None:
     inner = 128
     weight, w13 = fp8_weight(128, K, device), fp8_weight(2 * inner, K, device)
