@@ -5,9 +5,8 @@ arithmetic (`row_products.py`), prefill shapes (`linear_prefill.py`), routed exp
 outputs, allocate nothing and can be captured. A program owns BN rows of a weight and all of K, for every T in the same
 order of sums.
 
-Kernels let their successor start when their own sums are done, not earlier (`launch.py`). One token has tiles by op: the
-sizes spread equal work over the multiprocessors, and shared memory keeps the hardware from putting more programs on one
-than its share.
+Kernels let their successor start when their own sums are done, not earlier (`launch.py`). One token has tiles by op:
+equal work for every multiprocessor, and shared memory that keeps more programs than its share off each.
 
 FP8 weights see activations through e4m3 in groups of 128 (official `act_quant`). Up to `ROUNDED_TOKENS` tokens the
 programs round `x` themselves; beyond, that work would cost more than the product, so a caller gives `x_quantised`
