@@ -163,7 +163,7 @@ class _PrefillOps:
             self._compressor.compress_c128(rows, meta, main, rope, eps, mode="prefill")
 
     def route(self, *tensors: Any, comb: Any, heat: Tensor | None = None) -> None:
-        self._routing.route(*tensors, heat=heat, work=self._route_work)
+        self._routing.route(*tensors, heat=heat, per_token=True, work=self._route_work)
 
     def expert_gate_up(self, x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, shared_hidden: Tensor) -> None:
         self._experts.expert_gate_up(x, weights, *operands, tiles=self._tiles)

@@ -56,6 +56,9 @@ def work_words(num_tokens: int, num_experts: int) -> int:
 # -- kernels ------------------------------------------------------------------------------------------------------
 
 
+PER_STEP, PER_TOKEN = 1, tl.constexpr(2)
+"""What `heat` counts of an expert: steps that need it, or tokens that choose it."""
+
 TAKEN = tl.constexpr(-0x80000000)
 """Order key of an expert that is none, or was picked."""
 
@@ -251,7 +254,7 @@ def route_decode_kernel(
     tl.store(num_active, total)
     tl.store(active_begin + total, tl.sum(real.to(tl.int32), 0))
     if HEAT:
-        tl.atomic_add(heat + expert, 1, mask=first, sem="relaxed")
+        tl.atomic_add(heat + expert, 1, mask=real if HEAT == PER_TOKEN else first, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_tokens", "vocab"])
@@ -319,8 +322,8 @@ def scan_tiles_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     tl.store(totals + expert, total, mask=real)
     if HEAT:
-        needed = (total > 0).to(tl.int32)
-        tl.store(heat + expert, tl.load(heat + expert, mask=real, other=0) + needed, mask=real)
+        uses = total if HEAT == PER_TOKEN else (total > 0).to(tl.int32)
+        tl.store(heat + expert, tl.load(heat + expert, mask=real, other=0) + uses, mask=real)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -375,6 +378,7 @@ def route(
     groups: Groups,
     *,
     heat: Tensor | None = None,
+    per_token: bool = False,
     work: Tensor | None = None,
     comb: tuple[Tensor, HyperConnection] | None = None,
     pdl: bool | None = None,
@@ -387,7 +391,7 @@ def route(
         token_ids: int32 [T]; negative marks padding: routed, but in no group and in no `heat`.
         ids, weights: written; int32 and fp32 [T, k]. Weights sum to `scaling`.
         groups: written.
-        heat: int32 [E], grows by one for each expert that the step needs, however many tokens chose it.
+        heat: int32 [E], grows by one for each expert that the step needs; `per_token`: for each token that chose it.
         work: int32 [`work_words`], for more than 64 tokens; allocated when None (not inside a graph).
         comb: fp32 [T, 16] of `hc_post_pre(finish=False)`, and its weights: finished by the way.
     """
@@ -400,12 +404,13 @@ def route(
     pow2, num_chosen = triton.next_power_of_2, ids.shape[1]
     shape: dict[str, Any] = {"E": num_experts, "EP": pow2(num_experts), "K": num_chosen, "KP": pow2(num_chosen)}
     tensors = (logits, chooser, token_ids, ids, weights)
+    counter = (ids, 0) if heat is None else (heat, PER_TOKEN.value if per_token else PER_STEP)
     if num_tokens <= DECODE_TOKENS:
-        _route_decode(tensors, (num_tokens, vocab, scaling), groups, heat, comb, shape, pdl)
+        _route_decode(tensors, (num_tokens, vocab, scaling), groups, counter, comb, shape, pdl)
         return
     if work is None:
         work = torch.empty(work_words(num_tokens, num_experts), dtype=torch.int32, device=logits.device)
-    _route_prefill(tensors, (num_tokens, vocab, scaling), groups, heat, work, shape, pdl)
+    _route_prefill(tensors, (num_tokens, vocab, scaling), groups, counter, work, shape, pdl)
     if comb is not None:
         matrices, hc = comb
         sizes = {"ITERS": hc.iters, "EPS": hc.eps}
@@ -421,12 +426,13 @@ def _route_decode(
     tensors: tuple[Tensor, ...],
     scalars: tuple[int, int, float],
     groups: Groups,
-    heat: Tensor | None,
+    counter: tuple[Tensor, int],
     comb: tuple[Tensor, HyperConnection] | None,
     shape: dict[str, Any],
     pdl: bool | None,
 ) -> None:
-    """One launch. tensors: logits, chooser, token_ids, ids, weights; scalars: tokens, vocabulary, scaling."""
+    """One launch. tensors: logits, chooser, token_ids, ids, weights; scalars: tokens, vocabulary, scaling; counter:
+    where uses are counted, and which (0: none)."""
     logits, chooser, _, ids, weights = tensors
     tile, warps = next(choice for choice in DECODE_TILES if scalars[0] <= choice[0])
     matrices, programs, iters, eps = weights, 1, 0, 0.0
@@ -434,11 +440,11 @@ def _route_decode(
         matrices, iters, eps = comb[0], comb[1].iters, comb[1].eps
         programs += triton.cdiv(scalars[0], COMB_TOKENS.value)
     route_decode_kernel[(programs,)](
-        *(*tensors, *_lists(groups), ids if heat is None else heat, matrices, *scalars),
+        *(*tensors, *_lists(groups), counter[0], matrices, *scalars),
         **shape,
         TILE=tile,
         HASH=not chooser.dtype.is_floating_point,
-        HEAT=heat is not None,
+        HEAT=counter[1],
         ITERS=iters,
         EPS=eps,
         num_warps=_warps(warps, tile * shape["KP"]),
@@ -450,7 +456,7 @@ def _route_prefill(
     tensors: tuple[Tensor, ...],
     scalars: tuple[int, int, float],
     groups: Groups,
-    heat: Tensor | None,
+    counter: tuple[Tensor, int],
     work: Tensor,
     shape: dict[str, Any],
     pdl: bool | None,
@@ -464,11 +470,11 @@ def _route_prefill(
     options = {"num_warps": _warps(8, TILE_TOKENS * shape["KP"]), **pdl_options(logits, pdl)}
     choose_kernel[(num_tiles,)](*tensors, tile_counts, *scalars, **shape, TILE=TILE_TOKENS, HASH=hashed, **options)
     scan_tiles_kernel[(triton.cdiv(num_experts, SCAN_EXPERTS),)](
-        *(tile_counts, totals, ids if heat is None else heat, num_tiles),
+        *(tile_counts, totals, counter[0], num_tiles),
         E=num_experts,
         TILES=SCAN_TILES,
         EXPERTS=SCAN_EXPERTS,
-        HEAT=heat is not None,
+        HEAT=counter[1],
         **(options | {"num_warps": 8}),
     )
     operands = (token_ids, ids, tile_counts, totals, *_lists(groups), num_tokens)
@@ -500,12 +506,12 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     scan = {"TILES": SCAN_TILES, "EXPERTS": SCAN_EXPERTS}
     return [
         *(
-            case(f"decode {t}", route_decode_kernel, _warps(w, t * 8), TILE=t, HEAT=True, **comb)
+            case(f"decode {t}", route_decode_kernel, _warps(w, t * 8), TILE=t, HEAT=PER_STEP, **comb)
             for t, w in DECODE_TILES
         ),
-        case("decode hash", route_decode_kernel, 16, hashed=True, TILE=DECODE_TOKENS, HEAT=False, **comb),
+        case("decode hash", route_decode_kernel, 16, hashed=True, TILE=DECODE_TOKENS, HEAT=0, **comb),
         case("choose", choose_kernel, 8, TILE=TILE_TOKENS),
-        case("scan_tiles", scan_tiles_kernel, 8, HEAT=True, **scan),
+        case("scan_tiles", scan_tiles_kernel, 8, HEAT=PER_STEP, **scan),
         case("order", order_kernel, 8, TILE=TILE_TOKENS),
         case("finish_comb", finish_comb_kernel, 1, ITERS=20, EPS=1e-6),
     ]

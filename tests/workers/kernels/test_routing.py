@@ -33,9 +33,9 @@ class Case:
             pair_order=poison(pairs),
         )
 
-    def run(self, heat: Tensor | None = None, comb: object = None) -> Case:
+    def run(self, heat: Tensor | None = None, comb: object = None, per_token: bool = False) -> Case:
         operands = (self.logits, self.chooser, self.token_ids, SCALING, self.ids, self.weights, self.groups)
-        routing.route(*operands, heat=heat, comb=comb)
+        routing.route(*operands, heat=heat, per_token=per_token, comb=comb)
         return self
 
 
@@ -168,15 +168,16 @@ def test_no_tokens_give_no_group(device: torch.device) -> None:
     assert int(case.groups.num_active) == 0
 
 
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("num_tokens", [5, 70])
-def test_heat_counts_the_steps_that_need_an_expert(device: torch.device, num_tokens: int) -> None:
+def test_heat_counts_steps_or_tokens(device: torch.device, num_tokens: int, per_token: bool) -> None:
     case = learned(num_tokens, device)
     case.token_ids[1] = -1
     heat = torch.full((12,), 100, dtype=torch.int32, device=device)
     for _ in range(3):
-        case.run(heat)
-    used = case.ids[case.token_ids >= 0].flatten().long()
-    assert torch.equal(heat.cpu().long() - 100, 3 * torch.bincount(used.cpu(), minlength=12).clamp(max=1))
+        case.run(heat, per_token=per_token)
+    uses = torch.bincount(case.ids[case.token_ids >= 0].flatten().long().cpu(), minlength=12)
+    assert torch.equal(heat.cpu().long() - 100, 3 * (uses if per_token else uses.clamp(max=1)))
 
 
 @pytest.mark.parametrize("num_tokens", [2, 30, 70])
