@@ -207,7 +207,7 @@ def _store_index_key(
 
 @triton.jit
 def finish_pooled(pooled, tensors, operands, position, eps, RATIO: tl.constexpr, SHAPE: tl.constexpr):
-    """Finish and store the pooled entry whose last token is `position`.
+    """Finish and store the pooled entry whose last token is `position`, if its page is mapped.
 
     tensors: (ring as fp32, entries u8, ape, norm) of the compressor; operands: of `finish_operands`.
     SHAPE: (bytes of a page of entries, hd, rd, whether they are indexer keys, HW).
@@ -221,10 +221,11 @@ def finish_pooled(pooled, tensors, operands, position, eps, RATIO: tl.constexpr,
     page, gamma, cos, sin = operands
     entry = _finished(pooled, gamma, cos, sin, eps, HD)
     row = (position // RATIO) % PAGE_ROWS
-    if IS_KEY:
-        _store_index_key(entry, tensors[1], page, row, PAGE_ROWS, STRIDE, HD, HW)
-    else:
-        _store_entry(entry, tensors[1], page, row, PAGE_ROWS, STRIDE, HD, RD, HW)
+    if page >= 0:
+        if IS_KEY:
+            _store_index_key(entry, tensors[1], page, row, PAGE_ROWS, STRIDE, HD, HW)
+        else:
+            _store_entry(entry, tensors[1], page, row, PAGE_ROWS, STRIDE, HD, RD, HW)
 
 
 @triton.jit

@@ -33,8 +33,11 @@ PAGE_TOKENS = 256
 MOST_CHUNK_PROGRAMS = 1024
 """Programs of one launch up to which every chunk gets its own: beyond, the GPU is full and parts only cost memory."""
 
-MOST_RUN_PROGRAMS = 1024
+MOST_RUN_PROGRAMS = 4096
 """The same for runs of chunks."""
+
+ENOUGH_PROGRAMS = 128
+"""Programs that fill the GPU when each computes all of a token's keys: from here on keys are not split."""
 
 
 class StepMetadata(Protocol):
@@ -61,7 +64,7 @@ def decode_split(
     programs = num_tokens * -(-heads // shape.n)
     if programs * chunks <= MOST_CHUNK_PROGRAMS:
         return 1, chunks
-    if runs > 1 and programs * runs <= MOST_RUN_PROGRAMS:
+    if runs > 1 and programs < ENOUGH_PROGRAMS and programs * runs <= MOST_RUN_PROGRAMS:
         return 2, runs
     return 0, 1
 
@@ -179,8 +182,7 @@ def _decode(
         *(selected, *results, out if work is None else work, parts, eps),
         Q_STRIDE=q.stride(0),
         BH=shape.n,
-        num_warps=head_dim // 64,
-        num_stages=shape.stages,
+        **(shape.options | {"num_warps": head_dim // 64}),
         WINDOW_STRIDE=pools[0].shape[1],
         ENTRY_STRIDE=pools[1].shape[1],
         HW=hardware_formats(q.device),
@@ -262,9 +264,10 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     constants |= {"PDL": arch >= 90, "Q_STRIDE": 40_960, "WINDOW_STRIDE": 149_760, "ENTRY_STRIDE": 37_440}
     decode, prefill = tile("sparse_attention.decode", arch), tile("sparse_attention.prefill", arch)
     constants |= {"HW": arch >= 89, "W": 8, "NOPE": 448, "MOST": 32, "RUN": RUN_KEYS // decode.k}
-    warps = {"num_warps": 8, "num_stages": decode.stages}
+    warps = decode.options | {"num_warps": 8}
     cases = [
         ("decode_chunk", attend_decode, {"BH": decode.n, "KEYS": decode.k, "SPLIT": 1}, warps),
+        ("decode_run", attend_decode, {"BH": decode.n, "KEYS": decode.k, "SPLIT": 2}, warps),
         ("decode_all", attend_decode, {"BH": decode.n, "KEYS": decode.k, "SPLIT": 0}, warps),
         ("combine", combine, {"KEYS": decode.k, "SPLIT": 1}, {}),
         ("expand_rows", expand_rows, {"ROWS": ROWS_OF_PROGRAM}, {"num_warps": 8}),

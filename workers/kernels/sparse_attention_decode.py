@@ -196,7 +196,7 @@ def attend_decode(
         x, scale = _queries(q, live_head, angle, eps, HD, WIDEN)
         p, maximum, total = _weights(x, k, live, scale, WIDEN)
         values = dot_bf16(p, k, None, WIDEN)
-    else:
+    else:  # queries go through shared memory for every chunk: as operands of all warps they would fill the registers
         if PDL:
             tl.extra.cuda.gdc_wait()
         x, scale = _queries(q, live_head, angle, eps, HD, WIDEN)
@@ -204,22 +204,33 @@ def attend_decode(
         total = tl.zeros((BH,), tl.float32)
         values = tl.zeros((BH, HD), tl.float32)
         end = tl.minimum(first + RUN, num_chunks) if SPLIT == 2 else tl.where(position < 0, 0, num_chunks)
-        for run in tl.range(first, end, RUN):
-            run_total = tl.zeros((BH,), tl.float32)
-            run_values = tl.zeros((BH, HD), tl.float32)
-            for chunk in tl.range(run, tl.minimum(run + RUN, end)):
+        if SPLIT == 2:
+            for chunk in tl.range(first, end):
                 k, live = _chunk(chunk, position, num_entries, *place, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN)
-                p, top, chunk_total = _weights(x, k, live, scale, WIDEN)
+                p, top, chunk_total = _weights(_computed_once(x, WIDEN), k, live, scale, WIDEN)
                 new_maximum = tl.maximum(maximum, top)
                 kept = _power_of_two(maximum - finite(new_maximum))
                 added = _power_of_two(top - finite(new_maximum))
                 maximum = new_maximum
-                run_total = run_total * kept + chunk_total * added
-                run_values = run_values * kept[:, None] + dot_bf16(p, k, None, WIDEN) * added[:, None]
-                total *= kept
-                values *= kept[:, None]
-            total += run_total
-            values += run_values
+                total = total * kept + chunk_total * added
+                values = values * kept[:, None] + dot_bf16(p, k, None, WIDEN) * added[:, None]
+        else:
+            for run in tl.range(first, end, RUN):
+                run_total = tl.zeros((BH,), tl.float32)
+                run_values = tl.zeros((BH, HD), tl.float32)
+                for chunk in tl.range(run, tl.minimum(run + RUN, end)):
+                    k, live = _chunk(chunk, position, num_entries, *place, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN)
+                    p, top, chunk_total = _weights(_computed_once(x, WIDEN), k, live, scale, WIDEN)
+                    new_maximum = tl.maximum(maximum, top)
+                    kept = _power_of_two(maximum - finite(new_maximum))
+                    added = _power_of_two(top - finite(new_maximum))
+                    maximum = new_maximum
+                    run_total = run_total * kept + chunk_total * added
+                    run_values = run_values * kept[:, None] + dot_bf16(p, k, None, WIDEN) * added[:, None]
+                    total *= kept
+                    values *= kept[:, None]
+                total += run_total
+                values += run_values
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     column = tl.arange(0, HD)[None, :]

@@ -86,10 +86,7 @@ TILES: dict[str, dict[int, Tile]] = {
         90: Tile(m=16, n=512, warps=4, stages=1),
     },
     # n: heads, k: keys of a chunk; one warp for 64 dimensions.
-    "sparse_attention.decode": {
-        80: Tile(n=16, k=32, stages=1),
-        90: Tile(n=16, k=32, stages=1),
-    },
+    "sparse_attention.decode": {90: Tile(n=16, k=32, stages=1, registers=128)},
     "sparse_attention.prefill": {
         80: Tile(n=16, k=32, warps=4, stages=2),
         89: Tile(n=16, k=32, warps=4, stages=1),

@@ -280,6 +280,21 @@ def test_no_tokens_and_padding_alone_write_nothing(mode: str, device: torch.devi
         assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_an_entry_without_a_page_is_not_stored(ratio: int, mode: str, device: torch.device, seed: int) -> None:
+    run = Run(device, seed, ratio=ratio, head_dim=128, lengths=[ratio])
+    run.step({0: ratio - 1}, "prefill")
+    before = [part.entries.data.clone() for part in run.parts]
+    meta, rows = run.meta({0: 1}, 0)
+    meta.full_pages.fill_(-1)
+    tensors = [part.tensors for part in run.parts]
+    # Views from the second page on: page -1 is then inside the pool.
+    tensors = [t._replace(entries=t.entries[1:]) for t in tensors]
+    (compress_c4 if ratio == 4 else compress_c128)(rows, meta, *tensors, run.rope, EPS, mode=mode)
+    assert all(torch.equal(part.entries.data, data) for part, data in zip(run.parts, before, strict=True))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("ratio", [4, 128])
 def test_pools_beyond_two_gib(ratio: int, device: torch.device, seed: int) -> None:
