@@ -7,6 +7,7 @@ be called from any thread; they return futures. Callbacks (`DecodeSink`) run on 
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -116,6 +117,11 @@ class DecodeWorker:
         submitted = self.loop.call(lambda: self._land(request_id, epoch, arrived, token_id, logprob))
         submitted.add_done_callback(lambda done: _pass_on_failure(done, landed))
         return landed
+
+    def expect_experts(self, uses: bytes) -> None:
+        """Which experts the prompt of a request that is about to land used (`workers/experts/prompt_uses.py`)."""
+        if self.engine.experts is not None:
+            self.loop.call(functools.partial(self.engine.experts.note_prompt, uses))
 
     def abort(self, request_id: str, epoch: int | None = None, error: RequestError | None = None) -> Future[bool]:
         """Ends a request (or one attempt of it) with `error`, default `RequestAborted`; False when unknown."""

@@ -68,6 +68,12 @@ class ExpertStatistics(Protocol):
     def stats_fields(self) -> dict[str, object]:
         """Its fields of `WorkerStats`. Any thread."""
 
+    def prompt_uses(self) -> bytes:
+        """What `encode_uses` makes of the steps since the last call. Engine thread, after a prefill step."""
+
+    def note_prompt(self, uses: bytes) -> None:
+        """Brings in what a prompt used whose decode steps are about to come. Engine thread, between steps."""
+
 
 @runtime_checkable
 class SharedExperts(Protocol):

@@ -45,6 +45,8 @@ class Prefilled:
     first: Sampled
     num_cached_tokens: int
     prefill_s: float
+    expert_uses: bytes = b""
+    """Which experts the prompt used, for decode's cache; of prompts that ended in one step, all of them together."""
 
 
 class PrefillSink(Protocol):
@@ -95,6 +97,8 @@ class PrefillWorker:
         self._dirty = False
         self._sinks: dict[tuple[str, int], PrefillSink] = {}
         self._in_step: tuple[Chunk, ...] = ()
+        self._uses: bytes | None = None
+        """Experts that this step's prompts used, once somebody has asked."""
         self.loop = EngineLoop(f"prefill-{config.name}", self, clock)
         if on_thread_start is not None:
             self.loop.call(on_thread_start)
@@ -173,7 +177,7 @@ class PrefillWorker:
         plan = self.scheduler.plan()
         if plan is None:
             return False
-        self._in_step = plan.chunks
+        self._in_step, self._uses = plan.chunks, None
         for chunk, first in zip(plan.chunks, self.engine.prefill(plan), strict=True):
             self.counters.tokens += chunk.end - chunk.start
             self.scheduler.commit(chunk)
@@ -193,7 +197,10 @@ class PrefillWorker:
         if chunk.is_last:
             assert first is not None
             sequence.to(SeqState.DRAINING)
-            sink.done(Prefilled(self.engine.tail_rows(chunk), first, 0, self._clock() - sequence.arrival_s))
+            if self._uses is None:
+                self._uses = b"" if self.engine.experts is None else self.engine.experts.prompt_uses()
+            seconds = self._clock() - sequence.arrival_s
+            sink.done(Prefilled(self.engine.tail_rows(chunk), first, 0, seconds, self._uses))
 
     def on_step_error(self, error: Exception) -> None:
         """The prompts of the step that failed end; everything else goes on if the device does."""

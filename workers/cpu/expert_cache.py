@@ -25,7 +25,8 @@ from workers.experts.config import PRELOADS, SlotPlan, pays_little, plan_slots
 from workers.experts.layout import Tier, code_of
 from workers.experts.policy import POLICIES, Ids, highest
 from workers.experts.profile import read_profile
-from workers.experts.residency import Residency
+from workers.experts.prompt_uses import encode_uses, shares_of
+from workers.experts.residency import PROMPT_MOVES, Residency
 from workers.experts.slots import SlotTable
 from workers.experts.supply import ExpertSupply, ExpertUnavailable
 from workers.model.config import ModelConfig
@@ -94,6 +95,7 @@ class CpuExperts:
         self.residency = Residency(layers, experts, top_k, POLICIES[supply.config.policy], profile)
         self.counters = ExpertCounters(np.zeros(layers, np.int64), np.zeros(layers, np.int64))
         self._seen = np.zeros(pairs, bool)
+        self._since_prompt = np.zeros(pairs, np.int64)
         self._steps = 0
         self._failure: BaseException | None = None
         self._callback = _FETCH(self._fetch)
@@ -154,11 +156,12 @@ class CpuExperts:
             if isinstance(failure, ExpertUnavailable):
                 raise failure
             raise ExpertUnavailable(f"an expert could not be unpacked: {failure}") from failure
+        self._since_prompt += counts
         self._count(counts, seconds)
         self.residency.note(counts, 1)
         self._steps += 1
         if self._steps % self._interval == 0:
-            self._move()
+            self._move(self._moves)
 
     def _count(self, counts: Ids, seconds: float) -> None:
         shape = (self._config.num_hidden_layers, self._config.n_routed_experts)
@@ -172,10 +175,10 @@ class CpuExperts:
         self.counters.step_s["1+" if missed.any() else "0"] += seconds
         self._seen |= needed
 
-    def _move(self) -> None:
+    def _move(self, most: int) -> None:
         """One decision of the policy; a failed read leaves its slot free and is tried again when it is worth it."""
         keep = lambda pairs: np.zeros(len(pairs), bool)  # noqa: E731  (no step runs now)
-        moves = self.residency.decide(self.slots.held(), self.slots.num_free, self._moves, keep=keep)
+        moves = self.residency.decide(self.slots.held(), self.slots.num_free, most, keep=keep)
         for pair in moves.leave.tolist():
             slot, _ = self.slots.leave(pair)
             self.homes[pair] = 0
@@ -213,6 +216,19 @@ class CpuExperts:
         self.panels.unpack(self._records[0], self._places[0])
         if not np.array_equal(memory, self._places[0]):
             raise IntegrityError(f"the slot of expert pair {pair} does not hold it")
+
+    def prompt_uses(self) -> bytes:
+        """Steps' needs since the last call, for the worker that will decode. Engine thread, as `note_prompt`."""
+        uses, self._since_prompt = self._since_prompt, np.zeros_like(self._since_prompt)
+        return encode_uses(uses)
+
+    def note_prompt(self, uses: bytes) -> None:
+        """Brings in what a prompt used whose decode steps are about to come."""
+        shape = (self._config.num_hidden_layers, self._config.num_experts_per_tok)
+        shares = shares_of(uses, len(self.homes), layers=shape[0], top_k=shape[1])
+        if shares is not None:
+            self.residency.note_prompt(shares)
+            self._move(PROMPT_MOVES)
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` unless slots, homes and arena agree."""

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from kvstore.errors import IntegrityError
 from workers.experts.layout import TIER_SHIFT, Tier
-from workers.experts.residency import Residency
+from workers.experts.policy import Values
+from workers.experts.residency import PROMPT_MOVES, Residency
 from workers.experts.slots import Change, SlotTable
 
 
@@ -154,6 +155,8 @@ class ExpertCache:
         """Of `counters.hits`, each pair's; of `counters.lookups`, `pair_lookups`."""
         self.pair_lookups = np.zeros(len(slots.codes), np.int64)
         self._work = _Work()
+        self._prompts = False
+        """Whether a prompt came whose experts have not been chosen yet."""
         self._steps_since = 0
 
     def fill(self, pairs: Sequence[int], bring: Bring | None = None) -> None:
@@ -251,10 +254,29 @@ class ExpertCache:
         self._last = counts
         self._count(uses)
         self.residency.note(uses, max(1, self._snapshot_steps))
-        busy = bool(self._work.filling or self._work.leaving)
-        if busy:
+        if self._work.filling or self._work.leaving:
             return []
-        moves = self.residency.decide(self.slots.held(), self.slots.num_free, self._moves, keep=self.slots.in_flight)
+        most, self._prompts = PROMPT_MOVES if self._prompts else self._moves, False
+        return self._choose(most, changes)
+
+    def note_prompt(self, shares: Values) -> None:
+        """A prompt used these shares of each layer's experts [L * E], and its decode steps are about to come.
+
+        Call it between steps. What it brings in arrives while they run; while other copies are on their way it waits.
+        """
+        self.residency.note_prompt(shares)
+        if self._work.filling or self._work.leaving or self._work.wanted:
+            self._prompts = True
+            return
+        changes: list[Change] = []
+        left = self._choose(PROMPT_MOVES, changes)
+        self._apply(changes)
+        if left:
+            self._work.leaving.append(_Leaving(left, self._lanes.step_mark()))
+
+    def _choose(self, most: int, changes: list[Change]) -> list[int]:
+        """At most `most` pairs are wanted from now on; slots that leave for them. Their changes join `changes`."""
+        moves = self.residency.decide(self.slots.held(), self.slots.num_free, most, keep=self.slots.in_flight)
         self._work.wanted = [int(pair) for pair in moves.enter]
         left = []
         for pair in moves.leave:

@@ -58,6 +58,12 @@ class Usage:
         self.step += steps
         self.last_step[uses > 0] = self.step - 1
 
+    def note_prompt(self, shares: Values, steps: int, half_life_steps: float) -> None:
+        """What a prompt used counts like `steps` steps with these shares; its experts were used just now."""
+        self.heat *= 0.5 ** (steps / half_life_steps)
+        self.heat += shares * steps
+        self.last_step[shares > 0] = max(0, self.step - 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:

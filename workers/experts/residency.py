@@ -15,6 +15,10 @@ import numpy.typing as npt
 
 from workers.experts.policy import Ids, Policy, Usage, Values, per_layer_floor
 
+PROMPT_STEPS, PROMPT_MOVES = 128, 64
+"""Steps that a prompt counts for, and pairs that come in for it at once: 0.9 GB, 16 ms of the link for V4-Flash.
+# simulated: 64 and 256 steps are worse (`prompt_uses.py` has the gain)."""
+
 FLOOR_BONUS = 1e9
 """More than any policy's value: a layer's best few come before all others."""
 
@@ -56,6 +60,10 @@ class Residency:
         """Counters of the last `steps` steps: int64 [L * E]."""
         self.usage.note_counts(uses, steps, self.policy.half_life_steps)
 
+    def note_prompt(self, shares: Values) -> None:
+        """What a prompt used whose decode steps are about to come: share of its tokens [L * E]."""
+        self.usage.note_prompt(shares, PROMPT_STEPS, self.policy.half_life_steps)
+
     def first_residents(self, num_slots: int) -> Ids:
         """Whom an empty slab starts with: the pinned, then the best by profile; without one, an equal share of each
         layer."""
@@ -84,8 +92,12 @@ class Residency:
             return Moves(np.empty(0, np.int64), np.empty(0, np.int64))
         score = worth + np.where(self._in_floor(worth, count), FLOOR_BONUS, 0.0)
         least = np.partition(score, -count)[-count]
-        enter = _first(np.flatnonzero(used & ~inside & (score >= least)), -score, moves)
-        spare = np.flatnonzero(inside & (score < least) & ~self._stays)
+        desired = score > least
+        equal = np.flatnonzero(score == least)
+        # Of equals those stay who are there, then the lower pair.
+        desired[equal[np.argsort(~inside[equal], kind="stable")][: count - int(desired.sum())]] = True
+        enter = _first(np.flatnonzero(used & ~inside & desired), -score, moves)
+        spare = np.flatnonzero(inside & ~desired & ~self._stays)
         spare = spare[~keep(spare)] if len(spare) else spare
         leave = _first(spare[::-1], score, max(0, len(enter) - num_free))
         return Moves(enter[: num_free + len(leave)], leave)

@@ -32,6 +32,7 @@ from workers.experts.peer_link import EngineCall
 from workers.experts.places import ALLOCATION_BYTES, SHARED_BYTES, ExpertSizes, plan_places
 from workers.experts.policy import POLICIES, STATIC, Ids, Values, highest
 from workers.experts.profile import read_profile
+from workers.experts.prompt_uses import encode_uses, shares_of
 from workers.experts.residency import Residency
 from workers.experts.share import Share
 from workers.experts.shared_bank import open_bank
@@ -124,6 +125,8 @@ class GpuExperts:
         self._coming: Future[HostBank | None] | None = None
         self._kept: Ids = np.empty(0, np.int64)
         """Pairs in the first slots, in order, for good."""
+        self._told = np.zeros(self.sizes.pairs, np.int32)
+        """Uses that `prompt_uses` has handed out."""
 
     def attach(self, weights: GpuWeights) -> GpuWeights:
         """The same weights, whose routers count uses here; `model_options` say where experts are."""
@@ -354,6 +357,19 @@ class GpuExperts:
     def check_integrity(self) -> None:
         """Raises `IntegrityError` unless slots and codes agree."""
         self.cache.check_integrity()
+
+    def prompt_uses(self) -> bytes:
+        """Uses by all tokens since the last call, for the worker that will decode. After a step whose results came."""
+        counts = self._heat.cpu().numpy().copy()
+        # Differences are right even when the counters of 32 bits have turned over.
+        uses, self._told = counts - self._told, counts
+        return encode_uses(uses.astype(np.int64))
+
+    def note_prompt(self, uses: bytes) -> None:
+        """Brings in what a prompt used whose decode steps are about to come."""
+        shares = shares_of(uses, self.sizes.pairs, layers=self.sizes.layers, top_k=self.sizes.top_k)
+        if shares is not None:
+            self.cache.note_prompt(shares)
 
     def stats_fields(self) -> dict[str, object]:
         """This part's fields of `WorkerStats`. Any thread; gauges may be a step apart."""

@@ -133,16 +133,18 @@ def _logprob_from_wire(wire: pb.TokenLogprob) -> TokenLogprob:
     return TokenLogprob(wire.token_id, wire.logprob, tuple((t.token_id, t.logprob) for t in wire.top))
 
 
-def first_token_to_bytes(token_id: int, logprob: TokenLogprob | None) -> bytes:
-    """The token that rides with the last KV segment."""
-    wire = pb.FirstToken(token_id=token_id, logprob=None if logprob is None else _logprob_to_wire(logprob))
+def first_token_to_bytes(token_id: int, logprob: TokenLogprob | None, expert_uses: bytes = b"") -> bytes:
+    """The token that rides with the last KV segment, and which experts its prompt used."""
+    logprob_wire = None if logprob is None else _logprob_to_wire(logprob)
+    wire = pb.FirstToken(token_id=token_id, logprob=logprob_wire, expert_uses=expert_uses)
     return bytes(wire.SerializeToString())
 
 
-def first_token_from_bytes(raw: bytes) -> tuple[int, TokenLogprob | None]:
+def first_token_from_bytes(raw: bytes) -> tuple[int, TokenLogprob | None, bytes]:
     """Inverse of `first_token_to_bytes`."""
     wire = pb.FirstToken.FromString(raw)
-    return wire.token_id, _logprob_from_wire(wire.logprob) if wire.HasField("logprob") else None
+    logprob = _logprob_from_wire(wire.logprob) if wire.HasField("logprob") else None
+    return wire.token_id, logprob, bytes(wire.expert_uses)
 
 
 def error_to_wire(error: ErrorInfo) -> pb.ErrorInfo:

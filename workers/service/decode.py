@@ -132,7 +132,9 @@ class DecodeServicer(ControlServicer):
         """A verified image: to the engine thread, then its landing memory is free."""
         if self.neighbours.takes(received):
             return
-        token_id, logprob = codec.first_token_from_bytes(received.tail)
+        token_id, logprob, expert_uses = codec.first_token_from_bytes(received.tail)
+        if expert_uses:
+            self.worker.expect_experts(expert_uses)
         landed = self.worker.land(received.request_id, received.epoch, received.image, token_id, logprob)
         landed.add_done_callback(lambda done: _release(received, done))
 

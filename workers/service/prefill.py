@@ -41,7 +41,8 @@ class _StreamSink:
     def done(self, result: Prefilled) -> None:
         self.rows(result.rows)
         assert result.first.token_id is not None
-        self._stream.finish(codec.first_token_to_bytes(result.first.token_id, result.first.logprob))
+        tail = (result.first.token_id, result.first.logprob, result.expert_uses)
+        self._stream.finish(codec.first_token_to_bytes(*tail))
         self._loop.call_soon_threadsafe(self._set_result, result)
 
     def failed(self, error: RequestError) -> None:

@@ -19,6 +19,7 @@ from workers.cpu.expert_cache import CpuExperts
 from workers.cpu.model import CpuModel
 from workers.errors import BadConfig
 from workers.experts.config import ExpertConfig
+from workers.experts.prompt_uses import encode_uses
 from workers.experts.supply import ExpertUnavailable
 from workers.experts.trace import RoutingTrace
 from workers.model.config import ModelConfig
@@ -137,6 +138,21 @@ def test_counters_follow_the_definition(small: Path) -> None:
     assert sum(found["expert_layer_lookups"].values()) == found["expert_lookups"]
     assert sum(found["expert_layer_resident"].values()) == found["expert_slots"]["used"]
     assert found["expert_bytes"]["disk"] == (found["expert_loads"] + found["expert_moves"]) * 52224
+
+
+def test_decode_starts_with_what_prefill_used(small: Path) -> None:
+    prefill, decode = (running(limited(small, slots=9, preload="prefix")) for _ in range(2))
+    prefill.chunks(0, [150])
+    uses = prefill.model.experts.prompt_uses()
+    assert len(uses) == 24 and prefill.model.experts.prompt_uses() == b""
+    experts, wanted = decode.model.experts, [4, 5, 12, 13, 20, 21]
+    experts.note_prompt(bytes(23))
+    assert experts.slots.residents().tolist() == [0, 1, 2, 8, 9, 10, 16, 17, 18]
+    counts = np.ones(24, np.int64)
+    counts[wanted] = 100
+    experts.note_prompt(encode_uses(counts))
+    assert set(wanted) <= set(experts.slots.residents().tolist())
+    experts.check_integrity()
 
 
 def test_routes_are_recorded_as_chosen(small: Path) -> None:

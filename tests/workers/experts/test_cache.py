@@ -124,7 +124,10 @@ def routing(seed: int, steps: int = 700) -> list[np.ndarray]:
 @pytest.mark.parametrize("seed", range(3))
 def test_no_step_ever_reads_a_wrong_expert(num_slots: int, seed: int) -> None:
     rig = Rig(num_slots, seed, interval=3, moves=4, verify=True)
+    prompts = np.random.default_rng(seed)
     for pairs in routing(seed):
+        if prompts.random() < 0.1:
+            rig.cache.note_prompt(prompts.random(PAIRS) * (prompts.random(PAIRS) < 0.3))
         rig.step(pairs)
     rig.lanes.run(10_000)
     assert not rig.wrong
@@ -141,6 +144,21 @@ def test_residents_follow_a_change_of_topic() -> None:
     counters = rig.cache.counters
     assert counters.hits + counters.cold_misses + counters.capacity_misses == counters.lookups
     assert counters.evicted > 0 and counters.cold_misses <= 20
+
+
+def test_what_a_prompt_used_is_there_a_few_steps_later() -> None:
+    rig = Rig(12, 11, interval=2, moves=1)
+    for pairs in [np.arange(0, 10)] * 60:
+        rig.step(pairs)
+    rig.lanes.run(10_000)
+    shares = np.zeros(PAIRS)
+    shares[20:30] = 0.9
+    rig.cache.note_prompt(shares)
+    for _ in range(12):
+        rig.lanes.run(10_000)
+        rig.step(np.arange(20, 30))
+    rig.lanes.run(10_000)
+    assert set(range(20, 30)) <= set(rig.slots.residents().tolist()) and not rig.wrong
 
 
 def test_a_lost_expert_is_counted_and_never_resident() -> None:

@@ -156,3 +156,10 @@ def test_a_move_must_be_worth_more_than_a_use_or_two() -> None:
     assert not len(residency.decide(np.array([0, 1]), 0, 1, keep=lambda pairs: pairs == 1).enter)
     moves = residency.decide(np.array([0, 1]), 0, 8, keep=NOBODY)
     assert moves.enter.tolist() == [3] and moves.leave.tolist() == [1]
+
+
+def test_of_residents_that_are_worth_the_same_some_leave() -> None:
+    residency = Residency(1, 6, 1, HEAT)
+    residency.note(np.array([1, 1, 1, 9, 9, 0]), 9)
+    moves = residency.decide(np.array([0, 1, 2]), 0, 8, keep=NOBODY)
+    assert moves.enter.tolist() == [3, 4] and sorted(moves.leave.tolist()) == [1, 2]

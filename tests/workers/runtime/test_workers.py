@@ -363,3 +363,38 @@ def test_a_leak_is_found_when_idle_and_stops_the_worker() -> None:
     with pytest.raises(WorkerStopping, match="integrity"):
         pair.admit(make_request("b", prompt(5)))
     pair.prefill.close()
+
+
+class NotedExperts:
+    """A cache of experts that keeps what it is told."""
+
+    note = ""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.noted: list[bytes] = []
+
+    def stats_fields(self) -> dict[str, object]:
+        return {}
+
+    def prompt_uses(self) -> bytes:
+        self.asked += 1
+        return b"uses %d" % self.asked
+
+    def note_prompt(self, uses: bytes) -> None:
+        self.noted.append(uses)
+
+
+def test_what_a_prompt_used_of_the_experts_reaches_the_worker_that_decodes_it() -> None:
+    with Pair() as pair:
+        assert pair.compute(make_request("plain", prompt(5))).result.expert_uses == b""  # type: ignore[union-attr]
+        pair.decode.expect_experts(b"nobody listens")
+        pair.prefill_engine.experts, pair.decode_engine.experts = NotedExperts(), NotedExperts()
+        request = make_request("a", prompt(700))
+        sink = pair.compute(request)
+        assert sink.result is not None and sink.result.expert_uses == b"uses 1"
+        pair.admit(request)
+        pair.decode.expect_experts(sink.result.expert_uses)
+        pair.land(request, sink)
+        pair.events.rest("a")
+        assert pair.decode_engine.experts.noted == [b"uses 1"]

@@ -57,8 +57,9 @@ def test_grants_and_results_survive_the_wire() -> None:
 
 def test_first_token_survives_the_wire() -> None:
     logprob = TokenLogprob(9, -0.5, ((9, -0.5), (4, -2.0)))
-    assert codec.first_token_from_bytes(codec.first_token_to_bytes(9, logprob)) == (9, logprob)
-    assert codec.first_token_from_bytes(codec.first_token_to_bytes(0, None)) == (0, None)
+    assert codec.first_token_from_bytes(codec.first_token_to_bytes(9, logprob)) == (9, logprob, b"")
+    assert codec.first_token_from_bytes(codec.first_token_to_bytes(0, None)) == (0, None, b"")
+    assert codec.first_token_from_bytes(codec.first_token_to_bytes(0, None, b"\x00\xff")) == (0, None, b"\x00\xff")
 
 
 EVENTS = (

@@ -274,9 +274,11 @@ class TokenBatch(_message.Message):
     def __init__(self, request_ids: _Optional[_Iterable[str]] = ..., epochs: _Optional[_Iterable[int]] = ..., indices: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., events: _Optional[_Iterable[_Union[TokenEvent, _Mapping]]] = ...) -> None: ...
 
 class FirstToken(_message.Message):
-    __slots__ = ("token_id", "logprob")
+    __slots__ = ("token_id", "logprob", "expert_uses")
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_USES_FIELD_NUMBER: _ClassVar[int]
     token_id: int
     logprob: TokenLogprob
-    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[_Union[TokenLogprob, _Mapping]] = ...) -> None: ...
+    expert_uses: bytes
+    def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[_Union[TokenLogprob, _Mapping]] = ..., expert_uses: _Optional[bytes] = ...) -> None: ...
