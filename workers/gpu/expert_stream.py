@@ -2,8 +2,8 @@
 
 `ExpertStream` brings a prefill step's absent experts to the device layer by layer, one layer ahead of the products. A
 chunk of thousands of tokens uses nearly every expert, several times over, so absent ones are copied once into one of
-two staging halves while the layer before computes, and never enter the slots of decode. What does not fit a half is
-read in place from the bank.
+two staging halves while the layer before computes, and never enter the slots of decode. What does not fit a half, and
+whatever a step of few tokens lacks, is read in place.
 
 `ExpertsInPlace` enqueues nothing: the products of a decode step bring absent experts to scratch themselves
 (`workers/kernels/experts_stage.py`).
@@ -27,6 +27,10 @@ from workers.gpu.cached_experts import ExpertMemory
 
 HALVES = 2
 
+FEW_USES = 0.75
+"""Tokens' choices for each expert of a layer up to which absent experts are read in place: half of the experts are used
+then, and streaming would bring all. 32 tokens of V4-Flash."""
+
 
 class ExpertsInPlace:
     """Every expert where the table says."""
@@ -34,7 +38,7 @@ class ExpertsInPlace:
     def __init__(self, memory: ExpertMemory) -> None:
         self._slabs = [memory.layer(index) for index in range(memory.config.num_hidden_layers)]
 
-    def begin(self) -> None:
+    def begin(self, num_tokens: int) -> None:
         """Nothing to prepare."""
 
     def layer(self, index: int, groups: Any) -> ExpertSlab:
@@ -72,12 +76,15 @@ class ExpertStream:
         self.copied_experts = 0
         self.steps = 0
 
-    def begin(self) -> None:
+    def begin(self, num_tokens: int) -> None:
         """A step begins: fixes its tables and starts the first layer's copies."""
+        config = self._memory.config
+        few = num_tokens * config.num_experts_per_tok <= FEW_USES * config.n_routed_experts
+        most = 0 if few else self._half
         codes = self._codes().reshape(self._num_layers, self._num_experts).copy()
         self._streamed = []
         for layer, row in enumerate(codes):
-            absent = np.flatnonzero(row >> TIER_SHIFT != Tier.SLAB)[: self._half]
+            absent = np.flatnonzero(row >> TIER_SHIFT != Tier.SLAB)[:most]
             self._streamed.append([self._memory.bytes_at(int(code)) for code in row[absent]])
             row[absent] = code_of(Tier.SLAB, self._first[layer % HALVES]) + np.arange(len(absent))
         self.steps += 1

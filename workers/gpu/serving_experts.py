@@ -67,9 +67,9 @@ class _Later:
     def __init__(self) -> None:
         self.inner: LayerExperts | None = None
 
-    def begin(self) -> None:
+    def begin(self, num_tokens: int) -> None:
         assert self.inner is not None, "the experts' memory was never allocated"
-        self.inner.begin()
+        self.inner.begin(num_tokens)
 
     def layer(self, index: int, groups: Any) -> ExpertSlab:
         assert self.inner is not None

@@ -53,7 +53,7 @@ class StepParts:
 class LayerExperts(Protocol):
     """Brings a step's absent experts to the device, layer by layer; `ExpertStream` is one."""
 
-    def begin(self) -> None:
+    def begin(self, num_tokens: int) -> None:
         """A step begins."""
 
     def layer(self, index: int, groups: Any) -> ExpertSlab:
@@ -92,7 +92,7 @@ class Step:
         moe_out = a.view("sub_out", tokens, c.num_experts_per_tok + 1, c.hidden_size)
         first = weights.layers[0]
         if self.stream is not None:
-            self.stream.begin()
+            self.stream.begin(tokens)
         k.embed_streams(meta.token_ids, weights.embed, streams)
         k.hc_pre(streams, first.hc_attn, first.attn_norm, x, post, comb, x_quantised=rounded)
         for index, layer in enumerate(weights.layers):

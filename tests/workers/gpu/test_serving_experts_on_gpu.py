@@ -71,7 +71,7 @@ def expected(prompts: list[list[int]]) -> list[list[int]]:
 @pytest.mark.parametrize(
     "values",
     [
-        {"slots": 3},
+        {"slots": 3, "verify": True},
         {"slots": 9, "preload": "prefix", "verify": True},
         {"hbm_bytes": 40 * BYTES, "policy": "lru"},
         {"slots": 60, "host_bytes": 50 * BYTES},
