@@ -25,16 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.experts.layout import ExpertShape, ExpertSlab
-from workers.kernels.expert_numbers import (
-    UNSCALE,
-    dot,
-    fp4_column,
-    fp8_column,
-    scale_factors,
-    slot_address,
-    times,
-)
-from workers.kernels.experts_stage import in_host_memory, stage
+from workers.kernels.expert_numbers import UNSCALE, dot, fp4_column, fp8_column, scale_factors, slot_address, times
+from workers.kernels.experts_stage import stage_down, stage_gate_up
 from workers.kernels.formats import e4m3_to_f32, f32_to_e4m3, hardware_formats, pow2_reciprocal, pow2_scale_ceil
 from workers.kernels.launch import pdl_options, prefetch_l2
 
@@ -283,15 +275,9 @@ def _gate_up(
     end = tl.load(active_begin + member + 1)
     slot = slot_address(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
     if HOST:
-        absent = in_host_memory(expert, table) & (member < num_scratch)
-        scratch = base + (first_scratch + member).to(tl.int64) * EXPERT_BYTES
-        if absent:
-            stage(slot, scratch, block * (8 * (D // 2)), 8 * (D // 2))
-            stage(slot, scratch, D * INNER // 2 + block * (8 * (D // 2)), 8 * (D // 2))
-            stage(slot, scratch, 3 * (D * INNER // 2) + block * (8 * (D // 32)), 8 * (D // 32))
-            stage(slot, scratch, 3 * (D * INNER // 2) + D * INNER // 32 + block * (8 * (D // 32)), 8 * (D // 32))
-            tl.debug_barrier()
-        slot = tl.where(absent, scratch, slot)
+        slot = stage_gate_up(
+            slot, expert, table, base, member, block, first_scratch, num_scratch, D, INNER, EXPERT_BYTES
+        )
 
     # Tile rows 0 .. 7 are rows of w1, 8 .. 15 the same rows of w3: a gate and its up share a thread.
     tile_row = tl.arange(0, 16)
@@ -372,15 +358,7 @@ def _down(
     end = tl.load(active_begin + member + 1)
     slot = slot_address(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
     if HOST:
-        # Before the wait: w2 of scratch is nobody's any more, `expert_gate_up` uses the other parts.
-        absent = in_host_memory(expert, table) & (member < num_scratch)
-        scratch = base + (first_scratch + member).to(tl.int64) * EXPERT_BYTES
-        if absent:
-            stage(slot, scratch, D * INNER + block * (16 * (INNER // 2)), 16 * (INNER // 2))
-            at = 3 * (D * INNER // 2) + 2 * (D * INNER // 32) + block * (16 * (INNER // 32))
-            stage(slot, scratch, at, 16 * (INNER // 32))
-            tl.debug_barrier()
-        slot = tl.where(absent, scratch, slot)
+        slot = stage_down(slot, expert, table, base, member, block, first_scratch, num_scratch, D, INNER, EXPERT_BYTES)
     words = (slot + D * INNER).to(tl.pointer_type(tl.uint16)) + row[:, None] * (INNER // 4)
     words += tl.arange(0, 32)[None, :]
     lines = slot + D * INNER + row[:, None] * (INNER // 2) + tl.arange(0, 2)[None, :] * 128

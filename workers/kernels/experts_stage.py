@@ -1,9 +1,9 @@
 """Absent experts on their way to the products of a decode step: each program brings the rows that it will multiply.
 
-Owns: `stage`, one run of bytes from host memory to scratch. Used by `experts_decode.py`: a program whose expert is in
-the bank copies its own rows to the expert's place in scratch, in whole lines, and then reads them there as it would a
-resident's. So a step with absent experts has no more launches than one without, experts that are there are multiplied
-while the others' bytes come, and a byte crosses the link once however many tokens ask for it.
+Owns: which bytes a program of `experts_decode.py` needs, and their way from host memory to scratch. A program whose
+expert is in the bank copies its own rows to the expert's place in scratch, in whole lines, and then reads them there as
+it would a resident's. So a step with absent experts has no more launches than one without, experts that are there are
+multiplied while the others' bytes come, and a byte crosses the link once however many tokens ask for it.
 
 The products could read host memory in place, but they ask for 64 bytes a row, which fill the link badly.
 # measured, one layer and token of V4-Flash with 0, 1, 2, 6 experts absent (H200, link 54.6 GB/s, 2026-11-21): staged
@@ -26,15 +26,9 @@ HOST_TIER = tl.constexpr(Tier.HOST.value)
 
 
 @triton.jit
-def in_host_memory(expert, table):
-    """Whether an expert is in the host's tier."""
-    return (tl.load(table + expert) >> SHIFT) == HOST_TIER
-
-
-@triton.jit
-def stage(source, target, at, BYTES: tl.constexpr):
+def _copy(source, target, at, BYTES: tl.constexpr):
     """Bytes `[at, at + BYTES)` of the expert at `source` to the same place of the one at `target`, both uint8 pointers;
-    `at` and `BYTES` are multiples of 16. The caller puts a barrier between this and its reads."""
+    `at` and `BYTES` are multiples of 16."""
     # The largest power of two that divides the words.
     EVEN: tl.constexpr = (BYTES // 8) & -(BYTES // 8)
     WORDS: tl.constexpr = CHUNK_WORDS if EVEN > CHUNK_WORDS else EVEN
@@ -42,3 +36,40 @@ def stage(source, target, at, BYTES: tl.constexpr):
     target = (target + at).to(tl.pointer_type(tl.int64)) + tl.arange(0, WORDS)
     for turn in range(BYTES // 8 // WORDS):
         tl.store(target + turn * WORDS, tl.load(source + turn * WORDS))
+
+
+@triton.jit
+def stage_gate_up(
+    slot, expert, table, base, member, block, first_scratch, num_scratch,
+    D: tl.constexpr, INNER: tl.constexpr, EXPERT_BYTES: tl.constexpr,
+):  # fmt: skip
+    """Where rows `8 block .. 8 block + 7` of w1 and of w3 of the expert at `slot` are now, and their scales."""
+    absent = ((tl.load(table + expert) >> SHIFT) == HOST_TIER) & (member < num_scratch)
+    scratch = base + (first_scratch + member).to(tl.int64) * EXPERT_BYTES
+    ROWS: tl.constexpr = 8 * (D // 2)
+    SCALES: tl.constexpr = 8 * (D // 32)
+    if absent:
+        _copy(slot, scratch, block * ROWS, ROWS)
+        _copy(slot, scratch, D * INNER // 2 + block * ROWS, ROWS)
+        _copy(slot, scratch, 3 * (D * INNER // 2) + block * SCALES, SCALES)
+        _copy(slot, scratch, 3 * (D * INNER // 2) + D * INNER // 32 + block * SCALES, SCALES)
+        tl.debug_barrier()
+    return tl.where(absent, scratch, slot)
+
+
+@triton.jit
+def stage_down(
+    slot, expert, table, base, member, block, first_scratch, num_scratch,
+    D: tl.constexpr, INNER: tl.constexpr, EXPERT_BYTES: tl.constexpr,
+):  # fmt: skip
+    """The same for rows `16 block .. 16 block + 15` of w2. May stand before the launch's wait: nobody else touches w2
+    of scratch then, `expert_gate_up` has to do with the other parts."""
+    absent = ((tl.load(table + expert) >> SHIFT) == HOST_TIER) & (member < num_scratch)
+    scratch = base + (first_scratch + member).to(tl.int64) * EXPERT_BYTES
+    ROWS: tl.constexpr = 16 * (INNER // 2)
+    SCALES: tl.constexpr = 16 * (INNER // 32)
+    if absent:
+        _copy(slot, scratch, D * INNER + block * ROWS, ROWS)
+        _copy(slot, scratch, 3 * (D * INNER // 2) + 2 * (D * INNER // 32) + block * SCALES, SCALES)
+        tl.debug_barrier()
+    return tl.where(absent, scratch, slot)
