@@ -442,6 +442,8 @@ class WorkerStats:
     expert_evictions: int = 0
     expert_moves: int = 0
     """Counter: experts brought into a slot between steps."""
+    expert_prefetch: Mapping[str, int] = field(default_factory=dict)
+    """Counter: of those, `useful` (a step used it before it left) and `wasted` (it left unused)."""
     expert_loads: int = 0
     """Counter: reads of absent experts inside steps; a long step may read one more than once."""
     expert_stall_s_total: float = 0.0
@@ -460,6 +462,8 @@ class WorkerStats:
     """Gauge: bytes of fast memory `requested`, `effective` (what the plan takes of it), `measured`."""
     expert_host_bytes: Mapping[str, int] = field(default_factory=dict)
     """Gauge by holder: the `bank`, and what the disk strategy keeps."""
+    expert_heat_share: float = 0.0
+    """Gauge: part of all recent uses that resident experts account for."""
     expert_oracle_hit_ratio: float = 0.0
     """Gauge: hit rate so far of the best fixed set of as many experts, known only afterwards."""
     expert_layer_lookups: Mapping[str, int] = field(default_factory=dict)

@@ -54,6 +54,9 @@ class ExpertCounters:
     stall_s: float = 0.0
     """Seconds inside steps spent on them, over all threads."""
     moved: int = 0
+    useful: int = 0
+    """Of these, used by a step before they left; `wasted`: they left unused."""
+    wasted: int = 0
     evicted: int = 0
     move_s: float = 0.0
     step_s: dict[str, float] = field(default_factory=lambda: {"0": 0.0, "1+": 0.0})
@@ -96,6 +99,7 @@ class CpuExperts:
         self.counters = ExpertCounters(np.zeros(layers, np.int64), np.zeros(layers, np.int64))
         self._seen = np.zeros(pairs, bool)
         self._since_prompt = np.zeros(pairs, np.int64)
+        self._unused = np.zeros(pairs, bool)
         self._steps = 0
         self._failure: BaseException | None = None
         self._callback = _FETCH(self._fetch)
@@ -103,6 +107,7 @@ class CpuExperts:
         self._fill_bank(first)
         if preload != "none":
             self._bring_in(first)
+        self._unused[:] = False
         self.counters.moved, self.counters.move_s = 0, 0.0  # what the preload moved is no use of the policy's
         logger.info(
             "experts: %d of %d in %d slots of %d bytes, %d scratch places, source=%s policy=%s bank_bytes=%d",
@@ -174,11 +179,15 @@ class CpuExperts:
         self.counters.capacity += int(missed.sum()) - cold
         self.counters.step_s["1+" if missed.any() else "0"] += seconds
         self._seen |= needed
+        self.counters.useful += int((self._unused & needed).sum())
+        self._unused &= ~needed
 
     def _move(self, most: int) -> None:
         """One decision of the policy; a failed read leaves its slot free and is tried again when it is worth it."""
         keep = lambda pairs: np.zeros(len(pairs), bool)  # noqa: E731  (no step runs now)
         moves = self.residency.decide(self.slots.held(), self.slots.num_free, most, keep=keep)
+        self.counters.wasted += int(self._unused[moves.leave].sum())
+        self._unused[moves.leave] = False
         for pair in moves.leave.tolist():
             slot, _ = self.slots.leave(pair)
             self.homes[pair] = 0
@@ -203,6 +212,7 @@ class CpuExperts:
             if self._supply.config.verify:
                 self._check_slot(pair, memory)
             self.slots.arrived(pair)
+            self._unused[pair] = True
             self.homes[pair] = memory.ctypes.data
             self.counters.moved += 1
         self.counters.move_s += time.perf_counter() - began
@@ -260,6 +270,8 @@ class CpuExperts:
             "expert_misses": {"cold": counters.cold, "capacity": counters.capacity},
             "expert_evictions": counters.evicted,
             "expert_moves": counters.moved,
+            "expert_prefetch": {"useful": counters.useful, "wasted": counters.wasted},
+            "expert_heat_share": self.residency.heat_share(self.homes != 0),
             "expert_loads": counters.loads,
             "expert_stall_s_total": counters.stall_s,
             "expert_bytes": {"disk": reads.disk_bytes, "host": reads.bank_bytes},

@@ -86,6 +86,9 @@ class CacheCounters:
     peer_misses: int = 0
     """Of both kinds, those that the other GPU's slab answered."""
     moved_in: int = 0
+    useful: int = 0
+    """Of these, used by a step before they left; `wasted`: they left unused."""
+    wasted: int = 0
     evicted: int = 0
     moved_bytes: int = 0
     io_errors: int = 0
@@ -151,6 +154,8 @@ class ExpertCache:
         self._resident_then = np.zeros(len(slots.codes), bool)
         self._at_peer_then = np.zeros(len(slots.codes), bool)
         self._seen = np.zeros(len(slots.codes), bool)
+        self._unused = np.zeros(len(slots.codes), bool)
+        """Pairs that were brought in and not used yet."""
         self.pair_hits = np.zeros(len(slots.codes), np.int64)
         """Of `counters.hits`, each pair's; of `counters.lookups`, `pair_lookups`."""
         self.pair_lookups = np.zeros(len(slots.codes), np.int64)
@@ -225,6 +230,7 @@ class ExpertCache:
                 if self._verify and not torch.equal(self._slab[slot].cpu(), self._expert(pair)):
                     raise IntegrityError(f"slot {slot} does not hold the bytes of pair {pair}")
                 changes.append(self.slots.arrived(pair))
+                self._unused[pair] = True
                 self.counters.moved_in += 1
         return changes
 
@@ -279,6 +285,8 @@ class ExpertCache:
         moves = self.residency.decide(self.slots.held(), self.slots.num_free, most, keep=self.slots.in_flight)
         self._work.wanted = [int(pair) for pair in moves.enter]
         left = []
+        self.counters.wasted += int(self._unused[moves.leave].sum())
+        self._unused[moves.leave] = False
         for pair in moves.leave:
             slot, change = self.slots.leave(int(pair))
             left.append(slot)
@@ -298,6 +306,8 @@ class ExpertCache:
         counters.capacity_misses += int(uses.sum()) - hits - int(fresh.sum())
         counters.peer_misses += int(uses[self._at_peer_then].sum())
         self._seen |= uses > 0
+        self.counters.useful += int((self._unused & (uses > 0)).sum())
+        self._unused &= uses == 0
 
     def _note_residents(self) -> None:
         """Hits of the coming interval are counted against who is resident at its start."""

@@ -64,6 +64,11 @@ class Residency:
         """What a prompt used whose decode steps are about to come: share of its tokens [L * E]."""
         self.usage.note_prompt(shares, PROMPT_STEPS, self.policy.half_life_steps)
 
+    def heat_share(self, inside: npt.NDArray[np.bool_]) -> float:
+        """Part of all recent uses that the pairs of a mask [L * E] have; 0 before the first use."""
+        heat = self.usage.heat
+        return float(heat[inside].sum() / max(1e-9, heat.sum()))
+
     def first_residents(self, num_slots: int) -> Ids:
         """Whom an empty slab starts with: the pinned, then the best by profile; without one, an equal share of each
         layer."""

@@ -393,6 +393,8 @@ class GpuExperts:
             },
             "expert_evictions": counters.evicted,
             "expert_moves": counters.moved_in,
+            "expert_prefetch": {"useful": counters.useful, "wasted": counters.wasted},
+            "expert_heat_share": cache.residency.heat_share(resident),
             "expert_bytes": {
                 "disk": reads.disk_bytes,
                 "host": (counters.cold_misses + counters.capacity_misses - counters.peer_misses) * sizes.expert_bytes,

@@ -144,6 +144,22 @@ def test_residents_follow_a_change_of_topic() -> None:
     counters = rig.cache.counters
     assert counters.hits + counters.cold_misses + counters.capacity_misses == counters.lookups
     assert counters.evicted > 0 and counters.cold_misses <= 20
+    assert counters.moved_in >= counters.useful + counters.wasted and counters.useful >= 20
+    assert rig.cache.residency.heat_share(np.isin(np.arange(PAIRS), second)) > 0.99
+
+
+def test_who_leaves_unused_was_brought_in_for_nothing() -> None:
+    rig = Rig(2, 12, interval=2, moves=2)
+    for topic in ([1, 2], [21, 22]):
+        shares = np.zeros(PAIRS)
+        shares[topic] = 1.0
+        rig.cache.note_prompt(shares)
+        for _ in range(40):
+            rig.lanes.run(10_000)
+            rig.step(np.array([21, 22]))
+    counters = rig.cache.counters
+    assert set(rig.slots.residents().tolist()) == {21, 22}
+    assert counters.wasted == 2 and counters.useful == 2
 
 
 def test_what_a_prompt_used_is_there_a_few_steps_later() -> None:
