@@ -103,6 +103,7 @@ def expert_config(spec: WorkerSpec) -> ExpertConfig:
         preload=settings.preload,
         packed="" if settings.packed is None else str(settings.packed),
         verify=settings.verify,
+        verbose=settings.verbose,
         worker=spec.name,
         share=spec.share,
         peer=spec.peer,

@@ -225,6 +225,8 @@ class ExpertSettings:
     """File of `dsv4 experts repack`, read instead of the checkpoint's shards."""
     verify: bool = False
     """Check every read against the first one's checksum, and slots against what was read; for fault hunts."""
+    verbose: bool = False
+    """Log which experts come into slots and which leave for them, with what each is worth."""
     peer: bool = True
     """Whether two GPU workers on one node hold what the other lacks and read it from each other's memory."""
 
@@ -352,7 +354,7 @@ class ClusterConfig:
         recorded = experts.preload not in ("none", "prefix")
         is_static = experts.policy is ExpertPolicy.STATIC
         check(recorded or not is_static, "experts.policy", "static needs a recorded trace in experts.preload")
-        for key in ("host", "packed", "verify"):
+        for key in ("host", "packed", "verify", "verbose"):
             check(limited or not getattr(experts, key), f"experts.{key}", "has no effect without a budget")
 
     @property

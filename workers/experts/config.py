@@ -56,6 +56,8 @@ class ExpertConfig:
     """File of `dsv4 experts repack`, read instead of the checkpoint's shards; empty reads the shards."""
     verify: bool = False
     """Compare every read of an expert with a checksum of its first read, and slots with what was read."""
+    verbose: bool = False
+    """Log every move and what the pairs are worth."""
     worker: str = ""
     """This worker's name among those of its host."""
     share: str = ""

@@ -7,6 +7,7 @@ layer's best few first; a decision then moves towards it by at most `moves` pair
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from workers.experts.policy import Ids, Policy, Usage, Values, per_layer_floor
+
+logger = logging.getLogger(__name__)
 
 PROMPT_STEPS, PROMPT_MOVES = 128, 64
 """Steps that a prompt counts for, and pairs that come in for it at once: 0.9 GB, 16 ms of the link for V4-Flash.
@@ -105,7 +108,15 @@ class Residency:
         spare = np.flatnonzero(inside & ~desired & ~self._stays)
         spare = spare[~keep(spare)] if len(spare) else spare
         leave = _first(spare[::-1], score, max(0, len(enter) - num_free))
-        return Moves(enter[: num_free + len(leave)], leave)
+        enter = enter[: num_free + len(leave)]
+        if len(enter) and logger.isEnabledFor(logging.DEBUG):
+            logger.debug("experts: in %s; out %s", self._named(enter, worth), self._named(leave, worth))
+        return Moves(enter, leave)
+
+    def _named(self, pairs: Ids, worth: Values) -> str:
+        """`layer/expert=worth` of each."""
+        pairs_of = (divmod(pair, self._num_experts) for pair in pairs.tolist())
+        return " ".join(f"{layer}/{e}={worth[layer * self._num_experts + e]:.1f}" for layer, e in pairs_of) or "nobody"
 
     def _in_floor(self, worth: Values, count: int) -> npt.NDArray[np.bool_]:
         """Which pairs are among the best few of their layer, of those that are worth anything."""

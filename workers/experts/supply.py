@@ -53,6 +53,8 @@ class ExpertSupply:
     def __init__(self, records: ExpertRecords, config: ExpertConfig, *, num_readers: int) -> None:
         """Opens files, reads nothing. Raises `BadConfig`, `BadCheckpoint`, `OSError`."""
         self.records, self.config = records, config
+        if config.verbose:
+            logging.getLogger("workers.experts").setLevel(logging.DEBUG)
         self.counters = SupplyCounters()
         self.disk: ExpertDisk = open_disk(
             records, config.source, host_bytes=config.host_bytes or 0, num_readers=num_readers

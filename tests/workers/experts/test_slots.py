@@ -81,6 +81,14 @@ def test_the_hottest_come_in_for_the_coldest() -> None:
     assert kept.enter.tolist() == [4] and kept.leave.tolist() == [5]
 
 
+def test_moves_are_named_with_their_reason(caplog: pytest.LogCaptureFixture) -> None:
+    residency = Residency(2, 3, 1, HEAT)
+    residency.note(np.array([5, 4, 0, 3, 9, 0]), 10)
+    with caplog.at_level("DEBUG"):
+        residency.decide(np.array([1, 2]), 0, 1, keep=NOBODY)
+    assert "experts: in 1/1=9.0; out 0/2=0.0" in caplog.text
+
+
 def test_nobody_moves_when_the_best_are_inside_or_the_policy_is_static() -> None:
     uses = np.array([5, 4, 0, 3, 9, 0])
     for policy, held in ((HEAT, [0, 4]), (STATIC, [2, 5])):
