@@ -4,9 +4,9 @@ Floor: the raw row is read and written to the ring once; a token that finishes a
 rows (C128) and writes one entry. All of it is a few KB to 0.5 MB at batch 1, so a launch is the real floor of decode.
 Prefill reads the chunk's raw rows once: 10 KB a token in C4 layers, 4 KB in C128 layers.
 
-Result (H200, 2026-11-21, PDL, us, batch 1): C4 1.05 for a ring row, 2.7 for a token that finishes an entry and a key;
-C128 2.0 and 5.8 (21 to 40 when one program pooled the entry), both with the allocation of scratch, which a model does
-once. Prefill of 8,192 tokens: C4 58, C128 32.
+Result (H200, 2026-11-21, PDL, us, batch 1): C4 0.8 for a ring row, 2.0 for a token that finishes an entry and a key;
+C128 0.6 and 3.1 (21 to 40 when one program pooled the entry). The launch that stores everything of a step
+(`kv_step.store_and_compress`) takes 1.0 and 2.0 (C4), 1.0 and 2.9 (C128). Prefill of 8,192 tokens: C4 58, C128 32.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Top-k has no floor but its launch: it reads 4 bytes an entry.
 
 Result (H200, 2026-11-21, PDL, us): batch 1 scores 3.3 / 5.2 / 5.8 at 4K / 16K / 64K, top-k 5.7 / 5.8 / 14.7, both in a
 chain 7.8 / 12.5 / 24.7; batch 16 at 64K scores 27.5 (1,260 GB/s), batch 64 at 4K 10.5. In the model at batch 1 and 4K
-both take 8.3. Prefill of 8,192 tokens: 616 in all, of which scores 450 (305 TFLOP/s); the last tokens of 64K of context
+both take 7.8. Prefill of 8,192 tokens: 616 in all, of which scores 450 (305 TFLOP/s); the last tokens of 64K of context
 score at 480 TFLOP/s.
 """
 

@@ -6,12 +6,10 @@ one token the floor is latency, not bytes: two dependent launches of 0.5 us each
 Prefill: the streams are read twice and written once; 8,192 tokens: 290 us after attention, 390 us after the MoE.
 Prediction: 4 us at one token, 6 us at 64; prefill 70 % of copy bandwidth.
 
-Result (H200, 2026-11-21, kernel table of `dsv4 bench model`, 43 layers, batch 1): 8.2 us a call, 5.3 us for the head,
-which has no Sinkhorn steps. At one token those 39 dependent steps are the longest part: in an earlier form, same two
-launches, the second took 3.98 us with them and 1.48 without (1.21 in blocks of 128 channels), the first 3.5 us; one
-launch with a barrier among its programs gave the same bits and no gain (7.8 against 7.7 us). `finish=False` leaves the
-steps to another launch; the model does not use it yet. Not measured: this script in the present form, 64 tokens,
-prefill.
+Result (H200, 2026-11-21): 6.4 us a call at one token, 4.6 with `finish=False`, which leaves the 39 dependent Sinkhorn
+steps to another launch, as the model does (6.7 and 5.0 between reads of 34 MB; 6.0 in the model's kernel table). The
+first launch alone takes 2.9 us. One launch with a barrier among its programs gave the same bits and no gain (7.8
+against 7.7 us in an earlier form). Not measured by this script in the present form: 64 tokens, prefill.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Floor: bytes are small (8 MB of logits at 8,192 tokens: 2 us; 0.5 MB of head logits a row), so time is latency: one
 launch in decode, three in prefill. Prediction: 3 us at one token, 8 us at 64, 25 us at 8,192 tokens; sampling 6 us.
 
-Result (H200, 2026-11-21): decode 2.4 us hash, 4.3 us learned in the kernel table of `dsv4 bench model` at batch 1. An
-earlier form that counted uses instead of sorting took 4.3, 12 and 39 us at 1, 8 and 64 tokens, 50 us at 8,192; sampling
-9.3 us for one row and 15.3 us for 64. Not measured: this script with the present form of routing.
+Result (H200, 2026-11-21): decode of one token 1.5 us hash, 2.7 us learned (3.3 in the kernel table of `dsv4 bench
+model`). An earlier form that counted uses instead of sorting took 4.3, 12 and 39 us at 1, 8 and 64 tokens, 50 us at
+8,192; sampling 9.3 us for one row and 15.3 us for 64. Not measured: more than one token in the present form.
 """
 
 from __future__ import annotations

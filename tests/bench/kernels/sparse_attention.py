@@ -7,13 +7,16 @@ Prediction 6-8 us. Floor of prefill: 4 * keys * H * hd FLOP a token at the tenso
 by plain products): 8,192 tokens of C4 from the start 0.78 ms, C128 0.22 ms. Prediction 1.6 ms: with 64 heads two
 warp groups compute the same scores, which makes 4,100 cycles a chunk of 64 keys.
 
-Results, one H200. norm_and_store: 1.15 us at 1 token, 1.29 at 64, 20.1 at 8,192 (55 % of copy bandwidth). Decode at
-batch 1 and 4K context inside the whole model (caches cold, 24 layers): 12.7 us sliding, 16.3 C4, 13.2 C128, short of
-the prediction; designs that differ by 2.5 times in instructions lie within 2 us of that, so arithmetic is not what
-costs. Tried before: 64 heads by wgmma, a chunk a program: 13.1, 16.0, 15.3 us; the same in a loop: 18-24 us; 16 warps
-of 32 dimensions, in 43 layers: 18.1, 21.0, 19.2 us. Prefill of 8,192 tokens of C4 with the rows left fp8 by every
-program took 4.0 ms (chunks of 32 keys, two programs a multiprocessor) to 8.6 ms; with the rows expanded once, as now,
-it is not timed.
+Results, one H200, 2026-11-21. norm_and_store: 1.15 us at 1 token, 1.29 at 64, 20.1 at 8,192 (55 % of copy bandwidth).
+Decode at batch 1 and 4K context: 6.1 us sliding, 7.5 C4, 6.3 C128; between reads of 34 MB, as in a model, 6.7, 9.0 and
+7.0. C4 at 16 and 64 tokens: 39 and 110 us; C128 at 64 tokens of 8K: 36 us. What it took, C4: 16.0 us between reads with a
+batch of products over groups of 64 dimensions, of which bank conflicts (scores summed over warps, values read across)
+were about 4 by ncu; 12.7 once `combine` loaded all parts at once and the window came before the wait; 9.0 with plain
+products. At 64 tokens 338 us, then 110: queries as operands of every warp had filled the registers. Chunks of 16 keys
+are 0.2 us faster for the window alone and 4.5 us slower for C4. Tried before: 64 heads by wgmma, a chunk a program:
+13.1, 16.0, 15.3 us; the same in a loop: 18-24 us; 16 warps of 32 dimensions, in 43 layers: 18.1, 21.0, 19.2 us.
+Prefill of 8,192 tokens (kernel table of `dsv4 bench model`): C4 3.04 ms (203 TFLOP/s), C128 1.18, sliding 0.90; C4 took
+4.0 to 8.6 ms when every program undid the fp8 of its rows.
 """
 
 from __future__ import annotations
