@@ -32,8 +32,15 @@ NATIVE = Precision.native()
 LAYERS = (1, 2, 3, 4)
 """A sliding, a C4, a C128 and a C4 layer; the first two of them route by token id."""
 
-MEDIAN, NINE_IN_TEN = 0.05, 0.15
-"""Relative error of a position's logits: bf16 between operations, and e4m3 codes that it flips."""
+ROUNDING = 2.0**-9
+"""Half a unit in the last place of bf16, relative: what the yardstick changes once, at the embedding."""
+
+FACTOR = 1.5
+"""Error allowed, in yardsticks. With random weights a changed bit flips e4m3 codes and top-k choices all the way down:
+the reference itself moves by 7 % over two layers when its embedding moves by 2**-12 (CPU)."""
+
+LENGTHS, STEPS = (2300, 40), 8
+"""Two packed prompts, one over page boundaries with more C4 entries than are selected; then decode steps."""
 
 
 def reduced(config: ModelConfig, experts: int, vocabulary: int) -> ModelConfig:
@@ -75,42 +82,55 @@ def test_synthetic_operands_are_tensors_of_a_checkpoint() -> None:
 @pytest.mark.timeout(300)
 @torch.no_grad()
 def test_logits_of_real_shapes_are_near_the_reference() -> None:
-    """Two packed prompts, one over a page boundary with more C4 entries than are selected; then decode steps."""
+    """No further from it than the reference with one rounding more at its very beginning."""
     config = reduced(V4_FLASH, 8, 2048)
     weights = synthetic_weights(config, "cuda", layer_ids=LAYERS)
-    lengths, steps = (2300, 40), 8
-    pools = [KVPools(kv_spec(config, "fp8"), PoolSizes(12, 12, 2), "cuda") for _ in range(2)]
-    for pool in (pool for either in pools for pool in either.pools):
-        pool.data.fill_(0xFF)
-    tables = [Tables((4, 2, 7, 5, 1, 9, 0, 8, 3, 10), (8, 3, 0, 6, 2, 9, 1, 7, 4, 10), 1), Tables((6,), (5,), 0)]
-    for either in pools:
-        either.reset_slot(0)  # type: ignore[arg-type]
-        either.reset_slot(1)  # type: ignore[arg-type]
-    ids = torch.randint(2, config.vocab_size, (2, max(lengths) + steps), generator=torch.Generator().manual_seed(7))
-    prompts = [ids[b, : length + steps].tolist() for b, length in enumerate(lengths)]
-    model = GpuModel(config, weights, pools[0], max_running=2)
-    reference = ReferenceTransformer(config, fp32_weights(config, weights), NATIVE, pools[1])  # type: ignore[arg-type]
-    packed = ForwardBatch.build([(t, 0, p[:n]) for t, p, n in zip(tables, prompts, lengths, strict=True)])
-    _near("prefill", model.forward(packed, "all"), reference.forward(_on_gpu(packed), "all"))
-    found, expected = [], []
-    for step in range(steps):
-        batch = ForwardBatch.build(
-            [(t, n + step, p[n + step : n + step + 1]) for t, p, n in zip(tables, prompts, lengths, strict=True)]
+    ids = torch.randint(2, config.vocab_size, (2, LENGTHS[0] + STEPS), generator=torch.Generator().manual_seed(7))
+    prompts = [ids[b, : length + STEPS].tolist() for b, length in enumerate(LENGTHS)]
+    pools = _pools(config)
+    found = _logits(GpuModel(config, weights, pools, max_running=2), prompts)
+    exact = fp32_weights(config, weights)
+    expected = _logits(ReferenceTransformer(config, exact, NATIVE, _pools(config)), prompts)
+    noise = torch.randn(exact.embed.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    moved = dataclasses.replace(exact, embed=exact.embed * (1 + ROUNDING * noise))
+    yardstick = _logits(ReferenceTransformer(config, moved, NATIVE, _pools(config)), prompts)
+    for name in ("prefill", "decode"):
+        ours, theirs = (
+            _errors(f"{name} {who}", x[name], expected[name]) for who, x in (("", found), ("moved", yardstick))
         )
-        found.append(model.decode(batch).clone())
-        expected.append(reference.forward(_on_gpu(batch), "all"))
-    _near("decode", torch.cat(found), torch.cat(expected))
+        assert ours[0] < FACTOR * theirs[0] and ours[1] < FACTOR * theirs[1], name
 
 
-def _on_gpu(batch: ForwardBatch) -> ForwardBatch:
-    return ForwardBatch(*(getattr(batch, name).cuda() for name in ForwardBatch.__slots__))
+def _pools(config: ModelConfig) -> KVPools:
+    pools = KVPools(kv_spec(config, "fp8"), PoolSizes(12, 12, 2), "cuda")
+    for pool in pools.pools:
+        pool.data.fill_(0xFF)
+    for slot in range(2):
+        pools.reset_slot(slot)  # type: ignore[arg-type]
+    return pools
 
 
-def _near(name: str, found: Tensor, expected: Tensor) -> None:
+def _logits(model: GpuModel | ReferenceTransformer, prompts: list[list[int]]) -> dict[str, Tensor]:
+    """Of every prompt token, and of the steps that follow."""
+    tables = [Tables((4, 2, 7, 5, 1, 9, 0, 8, 3, 10), (8, 3, 0, 6, 2, 9, 1, 7, 4, 10), 1), Tables((6,), (5,), 0)]
+    device = "cpu" if isinstance(model, GpuModel) else "cuda"
+
+    def batch(start: tuple[int, ...], count: tuple[int, ...]) -> ForwardBatch:
+        items = zip(tables, start, prompts, count, strict=True)
+        return ForwardBatch.build([(t, at, p[at : at + n]) for t, at, p, n in items], device)
+
+    prefill = model.forward(batch((0, 0), LENGTHS), "all")
+    places = [tuple(length + step for length in LENGTHS) for step in range(STEPS)]
+    return {"prefill": prefill, "decode": torch.cat([model.decode(batch(at, (1, 1))).clone() for at in places])}
+
+
+def _errors(name: str, found: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Median and nine-in-ten bound of the rows' relative errors."""
     errors = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).sort().values
     median, most, worst = (float(errors[int(share * (len(errors) - 1))]) for share in (0.5, 0.9, 1.0))
     agree = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
     print(
         f"{name}: {len(errors)} rows, median {median:.4f} p90 {most:.4f} worst {worst:.4f} same best token {agree:.3f}"
     )
-    assert errors.isfinite().all() and median < MEDIAN and most < NINE_IN_TEN
+    assert errors.isfinite().all()
+    return median, most
