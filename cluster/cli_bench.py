@@ -208,7 +208,8 @@ def plot(
 ) -> None:
     """Draw a finished run: the roofline of `model`, or speed over budget of `experts`."""
     with _user_errors():
-        from cluster.bench.expert_plot import draw_experts, holds_experts
+        from cluster.bench.expert_plot import draw_experts
+        from cluster.bench.expert_results import holds_experts
         from cluster.bench.plot import draw
         from cluster.bench.results import read_results
 
@@ -224,9 +225,14 @@ def plot(
 def show(file: Annotated[Path, typer.Argument(help="What --json wrote.")]) -> None:
     """Print the tables of a finished run."""
     with _user_errors():
+        from cluster.bench.expert_results import holds_experts, read_experts, tables
         from cluster.bench.results import read_results
 
-        _show(None, read_results(file), None)
+        if not holds_experts(file):
+            _show(None, read_results(file), None)
+            return
+        for table in tables(read_experts(file)):
+            out.print(table)
 
 
 def _show(written: Path | None, results: object, image: Path | None) -> None:

@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from cluster.bench.expert_results import PrefillCell, read_experts
 from cluster.bench.plot import CannotPlot, pyplot_module
 from cluster.bench.results import BadResults
 
 
-def holds_experts(file: Path) -> bool:
-    """Whether a file looks like the result of `dsv4 bench experts` rather than of `dsv4 bench model`."""
-    try:
-        stored = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(stored, dict) and "rows" in stored and "format" not in stored
-
-
 def draw_experts(file: Path, image: Path) -> None:
     """Draws what `dsv4 bench experts --json` wrote. Raises `CannotPlot` or `BadResults`."""
-    try:
-        stored: dict[str, Any] = json.loads(file.read_text())
-        every: list[dict[str, Any]] = stored["rows"]
-        routing, policy = every[0]["routing"], next(row["policy"] for row in every if row["policy"])
-        rows = [row for row in every if row["routing"] == routing and row["policy"] in ("", policy)]
-        others = [row for row in every if row["routing"] != routing and row["batch"] == rows[0]["batch"]]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration) as exc:
-        raise BadResults(f"{file}: not the result of `dsv4 bench experts`: {exc!r}") from exc
+    results = read_experts(file)
+    if not any(row.policy for row in results.rows):
+        raise BadResults(f"{file}: no budget was measured")
+    every = [row.as_dict() for row in results.rows]
+    routing, policy = every[0]["routing"], next(row["policy"] for row in every if row["policy"])
+    rows = [row for row in every if row["routing"] == routing and row["policy"] in ("", policy)]
+    others = [row for row in every if row["routing"] != routing and row["batch"] == rows[0]["batch"]]
     pyplot = pyplot_module()
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(18, 5), layout="constrained")
     _speed(left, rows, others)
     _hits(middle, rows, others)
-    _prefill(right, stored.get("prefill", []))
+    _prefill(right, sorted(results.prefill, key=lambda cell: cell.slots))
     for axes in (left, middle, right):
         axes.grid(alpha=0.3)
-    machine, setup = stored["machine"], stored["setup"]
-    what = f"expert cache, {setup['layers']} layers, generated {routing} routing, {policy}"
-    figure.suptitle(f"{what}, one {machine['gpu']}, {machine['date']}")
+    what = f"expert cache, {results.setup['layers']} layers, generated {routing} routing, {policy}"
+    figure.suptitle(f"{what}, one {results.machine['gpu']}, {results.machine['date']}")
     try:
         figure.savefig(image, dpi=120)
     except (OSError, ValueError) as exc:
@@ -85,8 +74,7 @@ def _hits(axes: Any, rows: list[dict[str, Any]], others: list[dict[str, Any]]) -
     axes.legend()
 
 
-def _prefill(axes: Any, cells: list[dict[str, Any]]) -> None:
-    cells = sorted(cells, key=lambda cell: cell["slots"])
-    axes.plot([cell["slots"] for cell in cells], [cell["tokens_s"] for cell in cells], marker="o")
-    tokens = f" of {cells[0]['tokens']:,} tokens" if cells else ""
+def _prefill(axes: Any, cells: list[PrefillCell]) -> None:
+    axes.plot([cell.slots for cell in cells], [cell.tokens_s for cell in cells], marker="o")
+    tokens = f" of {cells[0].tokens:,} tokens" if cells else ""
     axes.set(xlabel="slots", ylabel="tokens per second", title=f"prefill, one chunk{tokens}", ylim=(0, None))

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.table import Table
 
+from cluster.bench.results import BadResults
+
+Made = TypeVar("Made")
 GB = 1e9
 
 
@@ -109,6 +112,32 @@ class ExpertResults:
         prefill = [dataclasses.asdict(cell) | {"tokens_s": cell.tokens_s} for cell in self.prefill]
         form = {"machine": self.machine, "setup": self.setup, "memory": self.memory, "rows": rows, "prefill": prefill}
         path.write_text(json.dumps(form, indent=1))
+
+
+def holds_experts(file: Path) -> bool:
+    """Whether a file looks like the result of `dsv4 bench experts` rather than of `dsv4 bench model`."""
+    try:
+        stored = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(stored, dict) and "rows" in stored and "format" not in stored
+
+
+def read_experts(file: Path) -> ExpertResults:
+    """What `ExpertResults.write` wrote. Raises `BadResults`."""
+    try:
+        stored = json.loads(file.read_text())
+        rows = [_from(ExpertRow, row) for row in stored["rows"]]
+        prefill = [_from(PrefillCell, cell) for cell in stored["prefill"]]
+        return ExpertResults(stored["machine"], stored["setup"], stored["memory"], rows, prefill)
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise BadResults(f"{file}: not the result of `dsv4 bench experts`: {exc!r}") from exc
+
+
+def _from(kind: Callable[..., Made], stored: dict[str, Any]) -> Made:
+    """A row without its derived figures."""
+    names = {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in stored.items() if name in names})
 
 
 def tables(results: ExpertResults) -> list[Table]:

@@ -11,8 +11,15 @@ import pytest
 import torch
 from rich.console import Console
 
-from cluster.bench.expert_plot import draw_experts, holds_experts
-from cluster.bench.expert_results import ExpertResults, ExpertRow, PrefillCell, tables
+from cluster.bench.expert_plot import draw_experts
+from cluster.bench.expert_results import (
+    ExpertResults,
+    ExpertRow,
+    PrefillCell,
+    holds_experts,
+    read_experts,
+    tables,
+)
 from cluster.bench.expert_scene import ExpertScene, routed_by_token
 from cluster.bench.expert_sweep import Budget, Workload, budgets_of, cells_of
 from cluster.bench.results import BadResults
@@ -141,6 +148,7 @@ def test_a_finished_run_is_drawn_and_another_file_is_refused(tmp_path: Path) -> 
     results.prefill.append(PrefillCell("64 GB", 4787, 8192, 1000.0, 2e9, True))
     results.write(file)
     assert holds_experts(file) and not holds_experts(tmp_path / "missing.json")
+    assert read_experts(file) == results
     pytest.importorskip("matplotlib")
     draw_experts(file, tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
