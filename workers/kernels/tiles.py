@@ -98,7 +98,7 @@ TILES: dict[str, dict[int, Tile]] = {
     "mhc_prefill.mix": {
         80: Tile(m=64, k=32, warps=8, stages=2),
         89: Tile(m=64, k=32, warps=8, stages=1),
-        90: Tile(m=64, k=32, warps=8, stages=2, registers=128),
+        90: Tile(m=64, k=64, warps=8, stages=2),
     },
 }
 """kernel -> architecture -> tile. Kernel names are `module.function`; keep the modules in alphabetical order."""
