@@ -9,8 +9,8 @@ warp groups compute the same scores, which makes 4,100 cycles a chunk of 64 keys
 
 Results, one H200, 2026-11-21. norm_and_store: 1.15 us at 1 token, 1.29 at 64, 20.1 at 8,192 (55 % of copy bandwidth).
 Decode at batch 1 and 4K context: 6.1 us sliding, 7.5 C4, 6.3 C128; between reads of 34 MB, as in a model, 6.7, 9.0 and
-7.0. C4 at 16 and 64 tokens: 39 and 110 us; C128 at 64 tokens of 8K: 36 us. The way there, C4: 16.0 us between reads as a
-batch of products over groups of 64 dimensions, of which bank conflicts (scores summed over warps, values read across)
+7.0. C4 at 16 and 64 tokens: 39 and 110 us; C128 at 64 tokens of 8K: 36 us. The way there, C4 between reads: 16.0 us as
+a batch of products over groups of 64 dimensions, of which bank conflicts (scores summed over warps, values read across)
 were about 4 by ncu; 12.7 once `combine` loaded all parts at once and the window came before the wait; 9.0 with plain
 products. At 64 tokens 338 us, then 110: queries as operands of every warp had filled the registers. Chunks of 16 keys
 are 0.2 us faster for the window alone and 4.5 us slower for C4. Tried before: 64 heads by wgmma, a chunk a program:
