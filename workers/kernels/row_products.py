@@ -78,7 +78,7 @@ def fp8_rows(
     second = scales + other_row * (K // 128) + warp
     half = (tl.arange(0, BN) < BN // 2)[None, :, None]
     sums = tl.zeros([KW, BN, BT], tl.float32)
-    others = sums
+    others = tl.zeros([KW, BN, BT], tl.float32)  # not `sums`: two names of one value are one to the compiler
     for _ in tl.range(0, K // (KW * 128), num_stages=STAGES):
         w = tl.load(weights)
         value = tl.load(inputs, mask=valid_token[None, :, None], other=0.0)
@@ -109,7 +109,7 @@ def bf16_rows(
     weights = weight + row[None, :, None] * K + column
     inputs = x + token[None, :, None] * x_stride + column
     sums = tl.zeros([KW, BN, BT], tl.float32)
-    others = sums
+    others = tl.zeros([KW, BN, BT], tl.float32)  # not `sums`: two names of one value are one to the compiler
     for _ in tl.range(0, K // (KW * 128), num_stages=STAGES):
         w = tl.load(weights, mask=valid_row[None, :, None], other=0.0)
         value = tl.load(inputs, mask=valid_token[None, :, None], other=0.0)
