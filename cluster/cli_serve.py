@@ -33,7 +33,7 @@ def serve(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
 ) -> None:
     """Load a deployment with chat clients: tokens a second, time to the first token, time per token."""
-    from cluster.bench.serve_results import level_table
+    from cluster.bench.serve_results import expert_table, level_table
     from cluster.bench.serve_run import ServePlan, numbers_of, run_levels
 
     if url and config:
@@ -63,6 +63,8 @@ def serve(
         err.print(f"[red]error:[/red] {exc}", soft_wrap=True)
         raise typer.Exit(1) from exc
     out.print(level_table(results))
+    if (flows := expert_table(results)) is not None:
+        out.print(flows)
 
 
 def _on_a_free_port(config: ClusterConfig) -> ClusterConfig:

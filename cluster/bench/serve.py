@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from cluster.bench.serve_results import Level, Machine, Served, level_of
 from cluster.errors import ClusterError
 from cluster.http_client import ApiFailure, ChatDelta
-from cluster.metrics import worker_rows
+from cluster.metrics import LABELLED, parse, worker_rows
 
 PROBE_WORDS = (64, 256)
 """Lengths of the two prompts that tell how many tokens a word takes and how many the template adds."""
@@ -223,13 +223,25 @@ def measure_level(
     on_served: Callable[[Served], None],
 ) -> Level:
     """One level: its figures from the clients' side, and what the workers' counters say they did for it."""
-    before = worker_rows(client.get_text("/metrics"))
+    before = counters_of(client.get_text("/metrics"))
     served: list[Served] = []
     for item in Clients(prompts, load, concurrency, connect):
         served.append(item)
         on_served(item)
-    after = worker_rows(client.get_text("/metrics"))
+    after = counters_of(client.get_text("/metrics"))
     return level_of(concurrency, served, machine, counted(before, after))
+
+
+def counters_of(metrics: str) -> dict[str, dict[str, object]]:
+    """Each worker's numbers, those by cause or path as `field/cause`; of experts only totals, not each layer's."""
+    rows = worker_rows(metrics)
+    by_name = {name: field for name, field, labels, _ in LABELLED if name.endswith("_total") and labels != ("layer",)}
+    for sample in parse(metrics):
+        worker = sample.labels.get("worker")
+        if worker in rows and sample.name in by_name:
+            labels = [value for key, value in sample.labels.items() if key not in ("worker", "role")]
+            rows[worker]["/".join((by_name[sample.name], *labels))] = sample.value
+    return rows
 
 
 def counted(before: dict[str, dict[str, object]], after: dict[str, dict[str, object]]) -> dict[str, dict[str, float]]:

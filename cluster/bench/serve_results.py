@@ -162,6 +162,33 @@ class ServeResults:
         return cls(data["model"], data["setup"], levels)
 
 
+def expert_table(results: ServeResults) -> Table | None:
+    """What absent experts cost each worker at each level; None where all were in fast memory."""
+    columns = ("level", "worker", "steps", "ms a step", "tokens a step", "experts a step", "hits", "misses a step",
+               "bytes a token, by path")  # fmt: skip
+    table = Table(*columns)
+    for level in results.levels:
+        for name, grown in sorted(level.workers.items()):
+            steps, lookups = grown.get("steps", 0.0), grown.get("expert_lookups", 0.0)
+            moved = {key.partition("/")[2]: size for key, size in grown.items() if key.startswith("expert_bytes/")}
+            if not steps or not (lookups or moved):
+                continue
+            tokens = grown.get("tokens_generated", 0.0) or grown.get("prefill_tokens", 0.0)
+            missed = {key.partition("/")[2]: n for key, n in grown.items() if key.startswith("expert_misses/")}
+            table.add_row(
+                level.name or str(level.concurrency),
+                name,
+                f"{steps:,.0f}",
+                f"{1e3 * grown.get('step_s_total', 0.0) / steps:.1f}",
+                f"{tokens / steps:,.1f}",
+                f"{lookups / steps:,.0f}",
+                f"{grown.get('expert_hits', 0.0) / lookups:.1%}" if lookups else "",
+                ", ".join(f"{cause} {count / steps:,.1f}" for cause, count in sorted(missed.items())),
+                ", ".join(f"{path} {size / max(1.0, tokens) / 1e6:,.1f} MB" for path, size in sorted(moved.items())),
+            )
+    return table if table.row_count else None
+
+
 def level_table(results: ServeResults) -> Table:
     """One line a level."""
     setup = ", ".join(f"{key} {value}" for key, value in results.setup.items())

@@ -26,7 +26,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cluster.bench.serve_results import ServeResults, level_table
+from cluster.bench.serve_results import ServeResults, expert_table, level_table
 from cluster.bench.serve_run import ServePlan, run_levels
 from cluster.config import AdminSettings, ClusterConfig, load_config
 from cluster.errors import ClusterError
@@ -237,7 +237,10 @@ def main() -> int:
             load_test(cluster, mission, options.levels[1:], clock, 0.0)
         finally:
             mission.write(options.json_file)
-            out.print(level_table(joined(mission)))
+            whole = joined(mission)
+            out.print(level_table(whole))
+            if (flows := expert_table(whole)) is not None:
+                out.print(flows)
     for part in mission.left_out:
         out.print(f"no time for {part}", style="yellow")
     print(json.dumps(mission.as_dict()))

@@ -11,11 +11,21 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.bench.serve import CannotMeasure, Clients, Load, Prompts, counted
-from cluster.bench.serve_results import Machine, Served, ServeResults, full_stretch, level_of, level_table
+from cluster.bench.serve import CannotMeasure, Clients, Load, Prompts, counted, counters_of
+from cluster.bench.serve_results import (
+    Machine,
+    Served,
+    ServeResults,
+    expert_table,
+    full_stretch,
+    level_of,
+    level_table,
+)
 from cluster.bench.serve_run import ServePlan, run_levels
 from cluster.http_client import ApiFailure, ChatDelta
+from cluster.metrics import render
 from tests.cluster.fake_router import FakeRouter
+from workers.messages import WorkerRole, WorkerStats
 
 LOAD = Load("m", input_tokens=300, output_tokens=4, rounds=3)
 
@@ -149,6 +159,25 @@ def test_counters_are_differences() -> None:
     before = {"decode-0": {"name": "decode-0", "steps": 5, "step_s_total": 1.0, "running": 0}}
     after = {"decode-0": {"name": "decode-0", "steps": 9, "step_s_total": 1.5, "running": 0, "expert_hits": 7}}
     assert counted(before, after) == {"decode-0": {"steps": 4.0, "step_s_total": 0.5, "expert_hits": 7.0}}  # type: ignore[arg-type]
+
+
+def test_counters_by_cause_and_path_are_read() -> None:
+    stats = WorkerStats(
+        "decode-0", WorkerRole.DECODE, "a", "127.0.0.1:1", 1.0, True, steps=4, tokens_generated=8,
+        expert_lookups=40, expert_hits=30, expert_bytes={"host": 16_000_000}, expert_misses={"capacity": 10},
+        expert_layer_hits={"0": 3},
+    )  # fmt: skip
+    row = counters_of(render([stats]))["decode-0"]
+    assert (row["expert_bytes/host"], row["expert_misses/capacity"], row["steps"]) == (16e6, 10, 4)
+    assert not any(key.startswith("expert_layer") for key in row)
+    grown = counted({}, {"decode-0": row})
+    level = dataclasses.replace(level_of(1, [served(0.0, 1.0, 4, 1.0)], Machine(1), grown), name="here")
+    found = expert_table(ServeResults("m", {}, [level]))
+    assert found is not None
+    assert [next(iter(column.cells)) for column in found.columns] == [
+        "here", "decode-0", "4", "0.0", "2.0", "10", "75.0%", "capacity 2.5", "host 2.0 MB",
+    ]  # fmt: skip
+    assert expert_table(ServeResults("m", {}, [level_of(1, [served(0.0, 1.0, 4, 1.0)], Machine(1), {})])) is None
 
 
 def test_results_survive_a_file(tmp_path: Path) -> None:
