@@ -438,7 +438,7 @@ class WorkerStats:
     expert_hits: int = 0
     """Counter: those that were in fast memory before their step."""
     expert_misses: Mapping[str, int] = field(default_factory=dict)
-    """Counter by cause: `cold` (first use), `capacity`."""
+    """Counter by cause: `cold` (first use), `capacity`, `prefill` (either, in steps that prefilled)."""
     expert_evictions: int = 0
     expert_moves: int = 0
     """Counter: experts brought into a slot between steps."""

@@ -49,6 +49,8 @@ class ExpertCounters:
     hits: Ids
     cold: int = 0
     capacity: int = 0
+    prefill: int = 0
+    """Misses of steps that prefilled, of either kind."""
     loads: int = 0
     """Absent experts unpacked inside steps; one may be loaded several times a step, once by each tile of tokens."""
     stall_s: float = 0.0
@@ -99,6 +101,8 @@ class CpuExperts:
         self.counters = ExpertCounters(np.zeros(layers, np.int64), np.zeros(layers, np.int64))
         self._seen = np.zeros(pairs, bool)
         self._since_prompt = np.zeros(pairs, np.int64)
+        self._needed = np.zeros(pairs, np.int64)
+        """Steps that needed each pair."""
         self._unused = np.zeros(pairs, bool)
         self._steps = 0
         self._failure: BaseException | None = None
@@ -149,8 +153,11 @@ class CpuExperts:
         self.counters.stall_s += time.perf_counter() - began
         return int(place.ctypes.data)
 
-    def end_step(self, uses: np.ndarray, seconds: float) -> None:
+    def end_step(self, uses: np.ndarray, seconds: float, *, prefills: bool) -> None:
         """After a step: counts `uses` int64 [threads, L * E] and clears them, then moves experts now and then.
+
+        A step that `prefills` takes free slots and no others: it needs nearly every expert once, decode the same few
+        again and again. What the policy knows of decode it leaves alone.
 
         Raises what a fetch of the step raised: its result is worthless.
         """
@@ -162,21 +169,28 @@ class CpuExperts:
                 raise failure
             raise ExpertUnavailable(f"an expert could not be unpacked: {failure}") from failure
         self._since_prompt += counts
-        self._count(counts, seconds)
+        self._count(counts, seconds, prefills=prefills)
+        free = self.slots.num_free
+        if prefills and not free:
+            return
         self.residency.note(counts, 1)
         self._steps += 1
         if self._steps % self._interval == 0:
-            self._move(self._moves)
+            self._move(min(self._moves, free) if prefills else self._moves)
 
-    def _count(self, counts: Ids, seconds: float) -> None:
+    def _count(self, counts: Ids, seconds: float, *, prefills: bool) -> None:
         shape = (self._config.num_hidden_layers, self._config.n_routed_experts)
         needed, resident = counts > 0, self.homes != 0
         hit, missed = needed & resident, needed & ~resident
         self.counters.lookups += needed.reshape(shape).sum(axis=1)
         self.counters.hits += hit.reshape(shape).sum(axis=1)
-        cold = int((missed & ~self._seen).sum())
-        self.counters.cold += cold
-        self.counters.capacity += int(missed.sum()) - cold
+        misses, cold = int(missed.sum()), int((missed & ~self._seen).sum())
+        if prefills:
+            self.counters.prefill += misses
+        else:
+            self.counters.cold += cold
+            self.counters.capacity += misses - cold
+        self._needed += needed
         self.counters.step_s["1+" if missed.any() else "0"] += seconds
         self._seen |= needed
         self.counters.useful += int((self._unused & needed).sum())
@@ -261,13 +275,12 @@ class CpuExperts:
         reads = supply.counters
         shape = (self._config.num_hidden_layers, self._config.n_routed_experts)
         resident = (self.homes != 0).reshape(shape).sum(axis=1)
-        used = self.residency.usage.count
-        best = np.sort(used)[::-1][: plan.num_slots].sum()
+        best = np.sort(self._needed)[::-1][: plan.num_slots].sum()
         requested = supply.config.hbm_bytes or (plan.num_slots + plan.num_places) * plan.slot_bytes
         return {
             "expert_lookups": int(counters.lookups.sum()),
             "expert_hits": int(counters.hits.sum()),
-            "expert_misses": {"cold": counters.cold, "capacity": counters.capacity},
+            "expert_misses": {"cold": counters.cold, "capacity": counters.capacity, "prefill": counters.prefill},
             "expert_evictions": counters.evicted,
             "expert_moves": counters.moved,
             "expert_prefetch": {"useful": counters.useful, "wasted": counters.wasted},
@@ -281,7 +294,7 @@ class CpuExperts:
             "expert_slots": {"used": int(resident.sum()), "free": plan.num_slots - int(resident.sum())},
             "expert_budget_bytes": {"requested": requested, "effective": plan.total_bytes, "measured": self.nbytes},
             "expert_host_bytes": {"bank": supply.bank_bytes, supply.config.source: supply.disk.held_bytes},
-            "expert_oracle_hit_ratio": float(best / max(1.0, used.sum())),
+            "expert_oracle_hit_ratio": float(best / max(1, self._needed.sum())),
             "expert_layer_lookups": {str(layer): int(n) for layer, n in enumerate(counters.lookups)},
             "expert_layer_hits": {str(layer): int(n) for layer, n in enumerate(counters.hits)},
             "expert_layer_resident": {str(layer): int(n) for layer, n in enumerate(resident)},

@@ -245,7 +245,8 @@ class CpuModel:
             self._run(self._scratch[0], steps.EVERY_STAGE, 0, self.config.num_hidden_layers, 0, tokens)
         del kept
         if self.experts is not None:
-            self.experts.end_step(self._uses, time.perf_counter() - began)
+            prefills = tokens > batch.num_sequences
+            self.experts.end_step(self._uses, time.perf_counter() - began, prefills=prefills)
         return logits[:, : self.config.vocab_size]
 
     def decode(self, batch: ForwardBatch) -> torch.Tensor:

@@ -133,11 +133,25 @@ def test_counters_follow_the_definition(small: Path) -> None:
     logits(run)
     found = run.model.experts.stats_fields()
     misses = found["expert_misses"]
-    assert found["expert_lookups"] == found["expert_hits"] + misses["cold"] + misses["capacity"]
-    assert misses["cold"] <= 24 and found["expert_loads"] >= sum(misses.values())
+    assert found["expert_lookups"] == found["expert_hits"] + sum(misses.values())
+    assert misses["capacity"] and misses["prefill"] and misses["cold"] <= 24 and found["expert_loads"] >= sum(misses.values())
     assert sum(found["expert_layer_lookups"].values()) == found["expert_lookups"]
     assert sum(found["expert_layer_resident"].values()) == found["expert_slots"]["used"]
     assert found["expert_bytes"]["disk"] == (found["expert_loads"] + found["expert_moves"]) * 52224
+
+
+def test_prefill_takes_free_slots_and_no_others(small: Path) -> None:
+    run = running(limited(small, slots=9), prompts=2)
+    experts = run.model.experts
+    run.chunks(0, [10] * 8)
+    assert len(experts.slots.residents()) == 9 and not experts.counters.evicted
+    assert experts.counters.prefill and not experts.counters.cold + experts.counters.capacity
+    run.chunks(0, [1] * 30)
+    assert experts.counters.evicted and experts.counters.capacity
+    residents, heat = experts.slots.residents().tolist(), experts.residency.usage.heat.copy()
+    run.chunks(1, [20] * 8)
+    assert experts.slots.residents().tolist() == residents
+    assert np.array_equal(experts.residency.usage.heat, heat)
 
 
 def test_decode_starts_with_what_prefill_used(small: Path) -> None:
