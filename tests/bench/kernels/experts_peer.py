@@ -1,14 +1,17 @@
 """Routed FP4 experts at decode with a share of them in another process's slab, on another GPU when there are two.
 
-    python -m tests.bench.kernels.experts_peer
+    python -m tests.bench.kernels.experts_peer [--tokens 1 8 32 64 128] [--shares 0 12 25 50 100]
 
-Owner: a process on the last GPU in sight, whose slab is mapped here as in serving (`workers/gpu/peer_slab.py`). Floor:
-the larger of the local bytes at copy bandwidth and the peer's bytes at the speed of a plain copy from there. Outputs of
-the routed experts are compared bit for bit with those of local ones; only the table differs between rows.
+Owner: a process on the last GPU in sight, whose slab is mapped here as in serving (`workers/gpu/peer_slab.py`). Absent
+experts pass through scratch in the products' own launches. Floor: the larger of the local bytes at copy bandwidth and
+the peer's bytes at the speed of a plain copy from there. Outputs of the routed experts are compared bit for bit with
+those of local ones; only the table differs between rows.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import os
 import socket
@@ -23,8 +26,6 @@ from workers.experts.layout import ExpertSlab, Tier, code_of
 from workers.gpu.peer_slab import PeerWindow, SharedSlab
 
 SEED = 7
-SHARES = (0.0, 0.12, 0.25, 0.5, 1.0)
-TOKENS = (1, 8, 32, 64, 128)
 COPIED = 64
 """Experts of one plain copy from the peer: 0.9 GB."""
 
@@ -34,7 +35,8 @@ def own(link: socket.socket, device: int) -> None:
     torch.cuda.set_device(device)
     slab = SharedSlab(EXPERTS * LAYOUT.expert_bytes, f"cuda:{device}")
     torch.manual_seed(SEED)
-    slab.memory[: EXPERTS * LAYOUT.expert_bytes].copy_(random_slab().base)
+    size = EXPERTS * LAYOUT.expert_bytes
+    slab.memory[:size].copy_(random_slab(2 * EXPERTS).base[:size])
     torch.cuda.synchronize()
     fd = slab.export()
     socket.send_fds(link, [json.dumps(slab.block_bytes).encode()], [fd])
@@ -51,16 +53,16 @@ def start_owner(device: int) -> tuple[subprocess.Popen[bytes], socket.socket, in
     return process, here, fds[0], json.loads(told)
 
 
-def rows_of(tokens: int, slab: ExpertSlab, peer_rate: float, local_rate: float) -> list[Row]:
-    """Every share at one batch size; raises AssertionError when a bit differs."""
-    steps: list[Step] = steps_of(slab, lambda: random_ids(tokens), 24 if tokens <= 4 else 6)
+def rows_of(tokens: int, shares: list[int], slab: ExpertSlab, peer_rate: float, local_rate: float) -> list[Row]:
+    """Every share (percent) at one batch size; rates in bytes a second. Raises AssertionError when a bit differs."""
+    steps: list[Step] = steps_of(slab, lambda: random_ids(tokens), 8 if tokens == 1 else 4)
     calls = [call for step in steps for call in (step.gate_up, step.down)]
     order, rows, expected = torch.randperm(EXPERTS), [], None
-    for share in SHARES:
-        there = order[: round(share * EXPERTS)]
+    for share in shares:
+        there = order[: round(share / 100 * EXPERTS)]
         slab.table.copy_(torch.arange(EXPERTS, dtype=torch.int32))
         slab.table[there.cuda()] = (there.int() + code_of(Tier.PEER, 0)).cuda()
-        ms = 2 * graph_ms(calls)
+        ms = 2 * graph_ms(calls, replays=5)
         found = [step.out[:, :CHOICES].clone() for step in steps]
         expected = expected or found
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), "bits differ"
@@ -71,12 +73,17 @@ def rows_of(tokens: int, slab: ExpertSlab, peer_rate: float, local_rate: float) 
         note = (
             f"{read:.1f} of {steps[0].num_active} experts there, {far / ms / 1e6:.0f} GB/s of it, floor {floor:.3f} ms"
         )
-        rows.append(Row(f"T={tokens}, {share:.0%} at the peer", ms, total, note=note))
+        rows.append(Row(f"T={tokens}, {share} % at the peer", ms, total, note=note))
+        print(f"{rows[-1].name}: {ms:.3f} ms, {note}", flush=True)
     return rows
 
 
 def main() -> None:
     """Prints the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32, 64, 128])
+    parser.add_argument("--shares", type=int, nargs="+", default=[0, 12, 25, 50, 100])
+    chosen = parser.parse_args()
     device = torch.cuda.device_count() - 1
     torch.cuda.set_device(0)
     process, link, fd, block_bytes = start_owner(device)
@@ -84,13 +91,23 @@ def main() -> None:
     window.open(fd, block_bytes)
     os.close(fd)
     torch.manual_seed(SEED)
-    local = random_slab()
-    slab = ExpertSlab(base=local.base, table=local.table, peer=window.memory)
+    local = random_slab(2 * EXPERTS)
+    # The bank is there as in serving, and nobody is in it.
+    slab = dataclasses.replace(
+        local,
+        table=local.table[:EXPERTS],
+        host=torch.zeros(LAYOUT.expert_bytes, dtype=torch.uint8).pin_memory(),
+        peer=window.memory,
+        first_scratch=EXPERTS,
+        num_scratch=EXPERTS,
+    )
     staging = torch.empty(COPIED * LAYOUT.expert_bytes, dtype=torch.uint8, device="cuda")
     copy_ms = graph_ms([lambda: staging.copy_(window.memory[: staging.numel()], non_blocking=True)] * 3)
     peer_rate, local_rate = staging.numel() / copy_ms * 1e3, copy_bandwidth()
     print(f"owner on cuda:{device} of {device + 1}; plain copy from it {peer_rate / 1e9:.0f} GB/s")
-    rows = [row for tokens in TOKENS for row in rows_of(tokens, slab, peer_rate, local_rate * 1e9)]
+    rows = [
+        row for tokens in chosen.tokens for row in rows_of(tokens, chosen.shares, slab, peer_rate, local_rate * 1e9)
+    ]
     report(rows, local_rate)
     link.close()
     process.wait()

@@ -20,7 +20,7 @@ from tests.e2e.test_expert_budget import ask, experts_of, samples
 CONFIG = """
 model: {model}
 device: cuda
-max_context: 2048
+max_context: 4096
 router: {{port: 0, drain: 1s, request_deadline: 60s}}
 prefill: {{chunk_tokens: 1024, kv_budget: 128MiB, max_running: 4, threads: 2}}
 decode: {{max_running: 8, kv_budget: 256MiB, lease: 10s, threads: 2}}
