@@ -70,3 +70,15 @@ def test_a_kernel_that_does_not_compile_is_left_to_its_launch(launched: list[boo
         mode.submit("broken", broken, lambda kernel: None)
     assert _async_compile.active_mode.get() is None
     assert isinstance(mode.raw_futures[0], Future) and mode.raw_futures[0].exception() is not None
+
+
+def test_the_end_does_not_wait_for_ever(launched: list[bool], caplog: pytest.LogCaptureFixture) -> None:
+    stuck = threading.Event()
+    try:
+        with compile_ahead(1, most_seconds=0.05):
+            mode = _async_compile.active_mode.get()
+            assert mode is not None
+            mode.submit("slow", stuck.wait, lambda kernel: None)
+        assert _async_compile.active_mode.get() is None and "1 kernels not compiled" in caplog.text
+    finally:
+        stuck.set()
