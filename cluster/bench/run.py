@@ -66,6 +66,8 @@ def run(wanted: Wanted, plan: Plan, say: Say) -> Results:
     say(f"ceilings: {rates}")
     scene = Scene(wanted, plan.experts_held)
     results = Results(measure.machine(), scene.setup, rates, memory=scene.memory, peer=peer)
+    if "start" not in plan.parts:
+        _warm_up(scene, plan.parts)
     peak = 0
     for part, action in _parts(scene, results, plan, say):
         if part not in plan.parts:
@@ -80,6 +82,14 @@ def run(wanted: Wanted, plan: Plan, say: Say) -> Results:
             results.write(plan.json_file)
     results.memory = dataclasses.replace(scene.memory, peak=peak)
     return results
+
+
+def _warm_up(scene: Scene, parts: frozenset[str]) -> None:
+    """Compile side by side what the parts would compile kernel by kernel."""
+    if parts & {"decode", "kernels", "invariance", "long"}:
+        scene.model.warm_up()
+    if parts & {"prefill", "kernels", "invariance", "long"}:
+        scene.model.warm_up_prefill()
 
 
 def _parts(scene: Scene, results: Results, plan: Plan, say: Say) -> list[tuple[str, Callable[[], None]]]:
