@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,8 +131,10 @@ async def serve_worker_of(spec: WorkerSpec, on_progress: OnProgress | None = Non
     """
     from workers.model.transformer import Transformer
     from workers.model_bundle import build_engine
-    from workers.service.server import serve_worker
+    from workers.service.server import SWITCH_S, serve_worker
 
+    # Already while loading: threads that read experts share the interpreter with threads that compile kernels.
+    sys.setswitchinterval(SWITCH_S)
     config = worker_config(spec, _advertised_host(spec.host))
 
     def load() -> Engine:

@@ -30,8 +30,9 @@ E2M1_RMS = 2.926
 E4M3_SIGMA = 112.0
 """Standard deviation of the e4m3 codes: a quarter of 448, so the drawn quantiles (at most 2.9 sigma) never saturate."""
 
-CHUNK_BYTES = 1 << 20
-"""Random bytes drawn at a time, so that they are still in the cache when they are used. A multiple of 8."""
+CHUNK_BYTES = 1 << 22
+"""Random bytes drawn at a time: one matrix of a V4-Flash expert, since each call takes the interpreter lock once. A
+multiple of 8."""
 
 HASH_ROWS = 4096
 """Rows of `tid2eid` drawn at a time; each row permutes all experts to get distinct ids."""
@@ -54,7 +55,9 @@ class Draw:
         rng = _stream(self._key)
         match self._spec.encoding:
             case Encoding.FP4:
-                return torch.from_numpy(_bytes(rng, shape)).view(torch.int8)
+                packed = np.empty(shape, np.uint8)
+                _fill(rng, packed.reshape(-1))
+                return torch.from_numpy(packed).view(torch.int8)
             case Encoding.FP8:
                 return _looked_up(rng, shape, _E4M3_PAIRS, np.uint8, per_lookup=2).view(torch.float8_e4m3fn)
             case Encoding.BF16:
@@ -74,10 +77,23 @@ class Draw:
         form = self._spec.official
         if not form.scale_dtypes:
             return None
+        scale = np.empty(_cut(form.scale_shape, rows), np.uint8)
+        self._fill_scale(scale.reshape(-1))
+        return torch.from_numpy(scale)
+
+    def fill_expert(self, out: Bytes, *, scale: bool) -> None:
+        """`weight()` or `scale()` of an FP4 matrix, whole, into `out` uint8 [n]: no memory is taken for it."""
+        assert self._spec.encoding is Encoding.FP4
+        if scale:
+            self._fill_scale(out)
+        else:
+            _fill(_stream(self._key), out)
+
+    def _fill_scale(self, out: Bytes) -> None:
         code_std = E2M1_RMS if self._spec.encoding is Encoding.FP4 else E4M3_SIGMA
-        byte = 127 + round(math.log2(self._std() / code_std))
-        jitter = _bytes(_stream(f"{self._key}:scale"), _cut(form.scale_shape, rows)) & 1
-        return torch.from_numpy(jitter + np.uint8(byte))
+        _fill(_stream(f"{self._key}:scale"), out)
+        np.bitwise_and(out, 1, out=out)
+        np.add(out, np.uint8(127 + round(math.log2(self._std() / code_std))), out=out)
 
     def _std(self) -> float:
         """Keeps activations near unit size: 1 / sqrt(inputs) for matrices; small for biases and position rows."""
@@ -128,9 +144,8 @@ class DrawReader:
         buffer[:] = self._data[offset : offset + len(buffer)]
 
 
-def fill_bytes(key: str, out: Bytes) -> None:
-    """`out` uint8 [n], contiguous: the first n bytes of the stream of `key`."""
-    rng = _stream(key)
+def _fill(rng: np.random.Generator, out: Bytes) -> None:
+    """`out` uint8 [n], contiguous, from the stream, in pieces that the allocator keeps: fresh pages cost more."""
     for start in range(0, out.size, CHUNK_BYTES):
         part = out[start : start + CHUNK_BYTES]
         part[:] = _words(rng, part.size).view(np.uint8)[: part.size]
@@ -144,11 +159,6 @@ def _stream(key: str) -> np.random.Generator:
 def _words(rng: np.random.Generator, num_bytes: int) -> npt.NDArray[np.uint64]:
     words: npt.NDArray[np.uint64] = rng.bit_generator.random_raw(-(-num_bytes // 8))
     return words
-
-
-def _bytes(rng: np.random.Generator, shape: Shape) -> Bytes:
-    count = math.prod(shape)
-    return _words(rng, count).view(np.uint8)[:count].reshape(shape)
 
 
 def _looked_up(rng: np.random.Generator, shape: Shape, table: Any, dtype: Any, *, per_lookup: int) -> Tensor:

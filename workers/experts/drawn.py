@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from workers.checkpoint.draw import Bytes, Draw
 from workers.checkpoint.names import tensor_table
-from workers.checkpoint.quant import byte_view
 from workers.experts.records import ORDER, ExpertRecords
 
 
@@ -29,9 +28,7 @@ class DrawnDisk:
             matrix, _, kind = part.partition(".")
             start, end = self._records.form.offsets[part]
             draw = Draw(self._specs[f"layers.{layer}.ffn.experts.{expert}.{matrix}.weight"], self._config, self._recipe)
-            values = draw.weight() if kind == "weight" else draw.scale()
-            assert values is not None
-            out[start:end] = byte_view(values)
+            draw.fill_expert(out[start:end], scale=kind == "scale")
         self.bytes_read += self._records.record_bytes
 
     @property
