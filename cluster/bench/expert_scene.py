@@ -154,7 +154,7 @@ class ExpertScene:
         """The same KV and positions for every cell of a batch; nothing has run yet."""
         fill_plausibly(self.scene.pools, self.config, 0)
         self.scene.reseed()
-        first = self.context - PAGE_TOKENS - MOST_STEPS
+        first = self.context - 2 * PAGE_TOKENS  # a page begins: MOST_STEPS lie inside it
         self.scene.model.start(self.scene.decode_batch(batch, self.context, first))
 
     def cache(self, num_slots: int, policy: Policy, profile: Values | None) -> ExpertCache:
