@@ -231,7 +231,8 @@ def _plan(x: Tensor, K: int, pdl: bool | None, op: str, *, fp8: bool = True) -> 
         raise ValueError("columns of the activations must be contiguous")
     T = x.shape[0]
     BT = min(64, max(8, triton.next_power_of_2(T)))
-    chosen: Tile = tile(f"linear_decode.{op if T == 1 else 'few' if BT == 8 else 'many'}", x.device)
+    few = "few_fp8" if op in ("linear", "grouped") else "few"
+    chosen: Tile = tile(f"linear_decode.{op if T == 1 else few if BT == 8 else 'many'}", x.device)
     sums = _partial_sums(K, 4 if op == "head" or K <= WIDE_COLUMNS else 8)
     constants: dict[str, Any] = {
         "X_STRIDE": x.stride(0),
@@ -442,6 +443,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         ("project_x many", _project_kernel, project, shape("many", tokens=64) | rows | {"ACT": "rounded"}, options),
         ("gate_and_shared one", _gate_kernel, gate, shape("gate") | experts, options),
         ("linear one", _project_kernel, project, shape("linear", 8192) | rows | {"N_BF16": 0}, options),
+        ("linear few", _project_kernel, project, shape("few_fp8", 8192, 8) | rows | {"N_BF16": 0}, options),
         ("linear wide one", _wide_kernel, q, walk, options),
         ("linear wide 16", _wide_kernel, q, walk | {"BT": 16, "R": 16}, options),
         ("grouped_linear one", _project_kernel, project, shape("grouped") | plain, options),

@@ -78,20 +78,23 @@ def fp8_rows(
     second = scales + other_row * (K // 128) + warp
     half = (tl.arange(0, BN) < BN // 2)[None, :, None]
     sums = tl.zeros([KW, BN, BT], tl.float32)
-    others = tl.zeros([KW, BN, BT], tl.float32)  # not `sums`: two names of one value are one to the compiler
-    for _ in tl.range(0, K // (KW * 128), num_stages=STAGES):
+    others = tl.zeros([KW, BN, BT], tl.float32)
+    for step in tl.range(0, K // (KW * 128), num_stages=STAGES):
         w = tl.load(weights)
         value = tl.load(inputs, mask=valid_token[None, :, None], other=0.0)
         value, scale = inputs_of(value, HW, ACT, WIDEN)
         product = tl.dot(weights_of(w, HW, ACT, WIDEN), spread(value, BT), input_precision="ieee")
         if TWO:
             factor = tl.where(half, tl.load(first)[:, None, None], tl.load(second)[:, None, None])
-            sums += product * (factor * scale[:, None, :])
+            product *= factor * scale[:, None, :]
             second += KW
         else:
-            sums += product * (tl.load(first)[:, None] * scale)[:, None, :]
+            product *= (tl.load(first)[:, None] * scale)[:, None, :]
         if PAIR:
-            sums, others = others, sums
+            added = tl.where(step % 2 == 0, sums, others) + product
+            sums, others = in_turn(step, added, sums, others)
+        else:
+            sums += product
         weights += KW * 128
         inputs += KW * 128
         first += KW
@@ -109,19 +112,30 @@ def bf16_rows(
     weights = weight + row[None, :, None] * K + column
     inputs = x + token[None, :, None] * x_stride + column
     sums = tl.zeros([KW, BN, BT], tl.float32)
-    others = tl.zeros([KW, BN, BT], tl.float32)  # not `sums`: two names of one value are one to the compiler
-    for _ in tl.range(0, K // (KW * 128), num_stages=STAGES):
+    others = tl.zeros([KW, BN, BT], tl.float32)
+    for step in tl.range(0, K // (KW * 128), num_stages=STAGES):
         w = tl.load(weights, mask=valid_row[None, :, None], other=0.0)
         value = tl.load(inputs, mask=valid_token[None, :, None], other=0.0)
+        added = tl.where(step % 2 == 0, sums, others) if PAIR else sums
         if WIDEN:
-            sums = tl.dot(w.to(tl.float32), spread(value.to(tl.float32), BT), sums, input_precision="ieee")
+            added = tl.dot(w.to(tl.float32), spread(value.to(tl.float32), BT), added, input_precision="ieee")
         else:
-            sums = tl.dot(w, spread(value, BT), sums)
+            added = tl.dot(w, spread(value, BT), added)
         if PAIR:
-            sums, others = others, sums
+            sums, others = in_turn(step, added, sums, others)
+        else:
+            sums = added
         weights += KW * 128
         inputs += KW * 128
     return total_of(sums, others, token.shape[0], KW, PAIR)
+
+
+@triton.jit
+def in_turn(step, added, sums, others):
+    """The two partial sums after a step: even steps have added to the first. Exchanging names instead would be a
+    dependence over two steps, and Triton does not pipeline such loops (nor notice it where both began as one value)."""
+    even = step % 2 == 0
+    return tl.where(even, added, sums), tl.where(even, others, added)
 
 
 @triton.jit

@@ -54,13 +54,15 @@ class Tile:
 
 
 TILES: dict[str, dict[int, Tile]] = {
-    # One token: project, linear, grouped, gate, head. few: up to 8. `group` of wide: programs per multiprocessor.
+    # One token: project, linear, grouped, gate, head. few: up to 8, few_fp8: without bf16 rows. `group` of wide:
+    # programs per multiprocessor.
     "linear_decode.project": {80: Tile(n=16, stages=3), 89: Tile(n=16, stages=3), 90: Tile(n=16, stages=4)},
     "linear_decode.linear": {80: Tile(n=16, stages=3), 89: Tile(n=16, stages=3), 90: Tile(n=32, stages=4)},
     "linear_decode.grouped": {80: Tile(n=16, stages=3), 89: Tile(n=16, stages=3), 90: Tile(n=16, stages=3)},
     "linear_decode.gate": {80: Tile(n=16, stages=3), 89: Tile(n=16, stages=3), 90: Tile(n=32, stages=3)},
     "linear_decode.head": {80: Tile(n=16, stages=4), 89: Tile(n=16, stages=3), 90: Tile(n=16, stages=5)},
     "linear_decode.few": {80: Tile(n=16, stages=4), 89: Tile(n=16, stages=3), 90: Tile(n=16, stages=4)},
+    "linear_decode.few_fp8": {80: Tile(n=16, stages=4), 89: Tile(n=16, stages=3), 90: Tile(n=32, stages=4)},
     "linear_decode.many": {80: Tile(n=16, stages=2), 89: Tile(n=16, stages=2), 90: Tile(n=16, stages=3)},
     "linear_decode.wide": {80: Tile(n=16, stages=3, group=2), 90: Tile(n=32, stages=3, group=2)},
     "experts_prefill.experts": {
