@@ -193,7 +193,13 @@ class _Run:
         """One chunk at each budget; each layer holds an equal share, as on a worker without a profile."""
         scene = self._scene
         batch = scene.scene.prompt_batch(scene.chunk)
-        scene.scene.model.forward(batch)  # compiles, and makes the buffers
+        try:
+            scene.scene.model.forward(batch)  # compiles, and makes the buffers
+        except torch.OutOfMemoryError as exc:
+            self._say(
+                f"prefill is left out: no room for its buffers beside {scene.memory.places.total} experts ({exc})"
+            )
+            return
         for budget in sorted({*self.budgets, *self.few}, key=lambda b: -b.slots):
             cache = scene.cache(budget.slots, POLICIES["static"], None)
             scene.fill(cache, cache.residency.first_residents(budget.slots))
