@@ -5,11 +5,13 @@ Floor: every weight byte once at the bandwidth of a device-to-device copy; activ
 expert 4.5 us, head 250 us; together 43 layers of C4 would take 1.6 ms. Prediction: a launch costs 1-2 us of idle memory
 unless it overlaps its predecessor, so 80 % needs overlap.
 
-Result (H200, 2026-11-21, one token, variants of the same loops in one run): wo_b 12.4 us (64 %), wo_a 11.7 us (68 %),
-4096x4096 alone 7.6 us (52 %); in an earlier run, with an early signal: q 13.7 us (72 %), head 267 us (94 %). A
-bare read of 34 MB takes 9.5 us (84 %) and of 1 GiB 4,490 GB/s: ramp and drain are 2 us a launch, the loop over
-activations another 1-2 us (11.2 us with a constant operand). Tried and left out: signalling the successor at the start
-(19.8 us), line prefetches to L2 (+3 us), 8 or 16 warps a program (13-20 us), activations as codes for 8 rows (14 us).
+Result (H200, 2026-11-21, one token, alone in a graph): project_x 9.5 us (70 %), 7.0 with C128, 4.7 without compressor;
+q 13.3 (75 %), wo_a 10.6 (76 %), wo_b 11.1 (72 %), gate and shared 8.6 (52 %), head 244 (103 %): only the head reaches
+80 %. What is left is 2 to 3.6 us a launch whatever its size: with the weights in L2, 16.8 MB take 6.4 us and 33.5 MB
+10.0. Before, a program had 16 rows and took four blocks of 128 columns a step (wo_b 12.3 us): half of its loop rounded
+activations, a maximum over five shuffles and a way through shared memory. Tried and left out: signalling the successor
+early (`workers/kernels/launch.py`), prefetches to L2 by lines (+3 us) and in bulk (-0.5 to +3 us), 8 or 16 warps a
+program (13-20 us), walking several tiles of K = 4096 (13.6 us); other walkers of q made no difference in the model.
 """
 
 from __future__ import annotations
