@@ -1,8 +1,8 @@
 """Figures of `dsv4 bench serve`: one level of concurrency as the clients saw it, tables and JSON.
 
 Owns: the definitions. Tokens a second count prompt and output tokens over the wall time of the level, from the first
-request sent to the last answer ended (what other servers' load tests report). `full` counts output tokens alone, over
-the stretch in which every client had its first token and none had run out of requests: decode at the whole batch.
+request sent to the last answer ended (what other servers' load tests report). `full` is the stretch in which every
+client had its first token and none had run out of requests: the steady state. A prompt counts where its first token is.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ class Level:
     tokens_per_s_gpu: float | None
     output_per_s: float
     full_output_per_s: float | None
+    full_per_s_gpu: float | None
+    """Prompt and output tokens."""
     full_s: float
     first_token_ms: tuple[float, float, float]
     """50th, 90th, 99th percentile."""
@@ -89,7 +91,8 @@ def level_of(
     prompt, output = sum(item.prompt_tokens for item in good), sum(item.completion_tokens for item in good)
     rate = (prompt + output) / wall_s if wall_s else 0.0
     start, end = full_stretch(concurrency, good)
-    in_full = sum(_tokens_within(item, start, end) for item in good)
+    out_full = sum(_tokens_within(item, start, end) for item in good)
+    in_full = sum(item.prompt_tokens for item in good if item.arrivals_s and start < item.arrivals_s[0] <= end)
     first = [1e3 * item.first_token_s for item in good if item.first_token_s is not None]
     each = [1e3 * item.token_s for item in good if item.token_s is not None]
     return Level(
@@ -103,7 +106,8 @@ def level_of(
         tokens_per_s=rate,
         tokens_per_s_gpu=rate / machine.gpus if machine.gpus else None,
         output_per_s=output / wall_s if wall_s else 0.0,
-        full_output_per_s=in_full / (end - start) if end > start else None,
+        full_output_per_s=out_full / (end - start) if end > start else None,
+        full_per_s_gpu=(in_full + out_full) / (end - start) / machine.gpus if end > start and machine.gpus else None,
         full_s=max(0.0, end - start),
         first_token_ms=_percentiles(first),
         token_ms=_percentiles(each),
@@ -193,7 +197,7 @@ def level_table(results: ServeResults) -> Table:
     """One line a level."""
     setup = ", ".join(f"{key} {value}" for key, value in results.setup.items())
     columns = ("clients", "requests", "failed", "in + out tokens/s", "per GPU", "out tokens/s", "out, all decoding",
-               "first token p50 / p99", "per token p50 / p99", "time")  # fmt: skip
+               "in + out per GPU, all decoding", "first token p50 / p99", "per token p50 / p99", "time")  # fmt: skip
     table = Table(*columns, title=f"{results.model}: {setup}", title_justify="left")
     for level in results.levels:
         first, token = level.first_token_ms, level.token_ms
@@ -205,6 +209,7 @@ def level_table(results: ServeResults) -> Table:
             "" if level.tokens_per_s_gpu is None else f"{level.tokens_per_s_gpu:,.0f}",
             f"{level.output_per_s:,.0f}",
             "" if level.full_output_per_s is None else f"{level.full_output_per_s:,.0f}",
+            "" if level.full_per_s_gpu is None else f"{level.full_per_s_gpu:,.0f} over {level.full_s:.0f} s",
             f"{first[0]:,.0f} / {first[2]:,.0f} ms",
             f"{token[0]:.1f} / {token[2]:.1f} ms",
             f"{level.wall_s:.1f} s",

@@ -145,8 +145,20 @@ def test_figures_of_a_level() -> None:
     assert full_stretch(2, items) == (2.0, 11.0)
     # After 2.0 the first has 9 more tokens until 11.0, the second 9 as well.
     assert level.full_output_per_s == pytest.approx(18 / 9)
+    assert level.full_per_s_gpu == pytest.approx(18 / 9 / 2), "both prompts were done before"
     assert level.first_token_ms == (1000.0, 2000.0, 2000.0)
     assert level.token_ms == pytest.approx((1000.0, 1000.0, 1000.0))
+
+
+def test_prompts_of_the_steady_state_count_where_their_first_token_is() -> None:
+    """Two clients, two rounds each; all decode from 2.0 on, and the first to end its last answer does so at 22.0."""
+    items = [served(0.0, 1.0, 10, 1.0), served(0.0, 2.0, 10, 1.0), served(10.0, 12.0, 11, 1.0),
+             served(11.0, 13.0, 11, 1.0)]  # fmt: skip
+    level = level_of(2, items, Machine(1), {})
+    assert full_stretch(2, items) == (2.0, 22.0)
+    # Outputs after 2.0: 8 and 9 of the first round, 11 and 10 of the second; prompts: both of the second.
+    assert level.full_output_per_s == pytest.approx(38 / 20)
+    assert level.full_per_s_gpu == pytest.approx((38 + 200) / 20)
 
 
 def test_no_figure_for_a_stretch_that_never_was() -> None:
