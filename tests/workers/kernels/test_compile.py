@@ -54,6 +54,14 @@ def test_no_kernel_spills_on_hopper(outcomes: list[Outcome]) -> None:
     assert not spilled
 
 
+@pytest.mark.timeout(600)
+def test_decode_linears_copy_weights_asynchronously(outcomes: list[Outcome]) -> None:
+    """A loop that Triton does not pipeline still computes the right sums, at half the speed."""
+    linears = [o for o in outcomes if o.module == "linear_decode" and o.tensor_core]
+    assert len(linears) >= 10 * len(ARCHITECTURES)
+    assert not [f"{o.name} sm_{o.arch}" for o in linears if "cp.async.16B" not in o.global_accesses]
+
+
 def test_a_fault_would_be_seen() -> None:
     good = Outcome("module", "kernel", 90, 0.1, stack_bytes=MAX_STACK_BYTES, shared_bytes=SHARED_BYTES[90])
     assert not _spills(good) and not _too_large(good)
