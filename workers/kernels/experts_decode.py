@@ -248,8 +248,8 @@ def _quantise_rows(x, out, K: tl.constexpr, HW: tl.constexpr, PDL: tl.constexpr)
 def _gate_up(
     x, routing, hidden, num_active, active_experts, active_begin, pair_order, table, base, host, peer,
     first_scratch, num_scratch, shared_hidden, counters, num_tokens, limit,
-    D: tl.constexpr, INNER: tl.constexpr, CHOICES: tl.constexpr, EXPERT_BYTES: tl.constexpr, N: tl.constexpr,
-    HOST: tl.constexpr, PEER: tl.constexpr, PACKED: tl.constexpr, HW: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, INNER: tl.constexpr, CHOICES: tl.constexpr, EXPERT_BYTES: tl.constexpr, E: tl.constexpr,
+    N: tl.constexpr, HOST: tl.constexpr, PEER: tl.constexpr, PACKED: tl.constexpr, HW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (I / 8, most active experts + 1): eight rows of w1 and of w3 of one expert; the last column of programs
     quantises the shared expert's hidden rows."""
@@ -274,10 +274,11 @@ def _gate_up(
     begin = tl.load(active_begin + member)
     end = tl.load(active_begin + member + 1)
     slot = slot_address(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
-    if HOST:
+    if HOST or PEER:
         slot = stage_gate_up(
-            slot, expert, table, base, member, block, first_scratch, num_scratch, D, INNER, EXPERT_BYTES
-        )
+            slot, expert, table, base, active_experts, member, block, first_scratch, num_scratch, D, INNER,
+            EXPERT_BYTES, E,
+        )  # fmt: skip
 
     # Tile rows 0 .. 7 are rows of w1, 8 .. 15 the same rows of w3: a gate and its up share a thread.
     tile_row = tl.arange(0, 16)
@@ -326,8 +327,8 @@ def _gate_up(
 def _down(
     hidden, shared_hidden, shared_codes, shared_scales, out, num_active, active_experts, active_begin, pair_order,
     table, base, host, peer, first_scratch, num_scratch, num_tokens,
-    D: tl.constexpr, INNER: tl.constexpr, CHOICES: tl.constexpr, EXPERT_BYTES: tl.constexpr, N: tl.constexpr,
-    HOST: tl.constexpr, PEER: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, INNER: tl.constexpr, CHOICES: tl.constexpr, EXPERT_BYTES: tl.constexpr, E: tl.constexpr,
+    N: tl.constexpr, HOST: tl.constexpr, PEER: tl.constexpr, PACKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (D / 16, 1 + most active experts): 16 rows of w2. The first column of programs, whose codes are twice as
     wide, is the shared expert's."""
@@ -357,8 +358,11 @@ def _down(
     begin = tl.load(active_begin + member)
     end = tl.load(active_begin + member + 1)
     slot = slot_address(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
-    if HOST:
-        slot = stage_down(slot, expert, table, base, member, block, first_scratch, num_scratch, D, INNER, EXPERT_BYTES)
+    if HOST or PEER:
+        slot = stage_down(
+            slot, expert, table, base, active_experts, member, block, first_scratch, num_scratch, D, INNER,
+            EXPERT_BYTES, E,
+        )  # fmt: skip
     words = (slot + D * INNER).to(tl.pointer_type(tl.uint16)) + row[:, None] * (INNER // 4)
     words += tl.arange(0, 32)[None, :]
     lines = slot + D * INNER + row[:, None] * (INNER // 2) + tl.arange(0, 2)[None, :] * 128
@@ -421,8 +425,8 @@ def expert_gate_up(
         slab.table, slab.base, _or_base(slab.host, slab), _or_base(slab.peer, slab),
         slab.first_scratch, slab.num_scratch, shared_hidden, counters, tokens, float(limit),
         D=x.shape[1], INNER=inner, CHOICES=choices, EXPERT_BYTES=ExpertShape(x.shape[1], inner).expert_bytes,
-        N=TOKENS, HOST=slab.host is not None, PEER=slab.peer is not None, PACKED=x.is_cuda,
-        HW=hardware_formats(x.device), **OPTIONS,
+        E=triton.next_power_of_2(slab.table.numel()), N=TOKENS, HOST=slab.host is not None,
+        PEER=slab.peer is not None, PACKED=x.is_cuda, HW=hardware_formats(x.device), **OPTIONS,
         **pdl_options(x, pdl),
     )  # fmt: skip
 
@@ -453,7 +457,8 @@ def expert_down(
         groups.active_experts, groups.active_begin, groups.pair_order, slab.table, slab.base,
         _or_base(slab.host, slab), _or_base(slab.peer, slab), slab.first_scratch, slab.num_scratch, tokens,
         D=wide, INNER=inner, CHOICES=choices, EXPERT_BYTES=ExpertShape(wide, inner).expert_bytes,
-        N=TOKENS, HOST=slab.host is not None, PEER=slab.peer is not None, PACKED=hidden.is_cuda, **OPTIONS,
+        E=triton.next_power_of_2(slab.table.numel()), N=TOKENS, HOST=slab.host is not None,
+        PEER=slab.peer is not None, PACKED=hidden.is_cuda, **OPTIONS,
         **pdl_options(hidden, pdl),
     )  # fmt: skip
 
@@ -467,7 +472,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     wide, inner, choices = 4096, 2048, 6
     common = {
         "D": wide, "INNER": inner, "CHOICES": choices, "EXPERT_BYTES": ExpertShape(wide, inner).expert_bytes,
-        "N": TOKENS, "PACKED": True, "PDL": arch >= 90,
+        "E": 256, "N": TOKENS, "PACKED": True, "PDL": arch >= 90,
     }  # fmt: skip
     groups = dict.fromkeys(("num_active", "active_experts", "active_begin", "pair_order", "table"), "*i32")
     slab = dict.fromkeys(("base", "host", "peer"), "*u8") | {"first_scratch": "i32", "num_scratch": "i32"}
