@@ -90,28 +90,20 @@ def _inverse_rms(g00, g11, g22, g33, D: tl.constexpr, NORM_EPS: tl.constexpr):
 
 @triton.jit
 def _read_input(
-    streams,
-    base,
-    scale,
-    gamma,
-    sums,
-    x,
-    x_quantised,
-    x_experts,
-    token,
-    index,
-    channel,
-    D: tl.constexpr,
-    NUM_TILES: tl.constexpr,
-    W: tl.constexpr,
-    QUANTISE: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    HW: tl.constexpr,
-    EPS: tl.constexpr,
-    NORM_EPS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Channels `channel [W, C]` of the normed mix. `token`: row of the streams; `index`: row of `x`."""
+    streams, weights, gamma, sums, outputs, token, index, channel,
+    SIZES: tl.constexpr, QUANTISE: tl.constexpr, EXPERTS: tl.constexpr, HW: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Channels `channel [W, C]` of the normed mix. `token`: row of the streams; `index`: row of `x`.
+
+    weights: (base, scale); outputs: (x, x_quantised, x_experts); SIZES: (D, tiles, W, EPS, NORM_EPS).
+    """
+    D: tl.constexpr = SIZES[0]
+    NUM_TILES: tl.constexpr = SIZES[1]
+    W: tl.constexpr = SIZES[2]
+    EPS: tl.constexpr = SIZES[3]
+    NORM_EPS: tl.constexpr = SIZES[4]
+    base, scale = weights
+    x, x_quantised, x_experts = outputs
     inside = channel < D
     source = streams + token * (4 * D) + channel
     x0 = tl.load(source, mask=inside, other=0.0).to(tl.float32)
@@ -158,22 +150,16 @@ def _read_input(
 
 @triton.jit
 def _write_gates(
-    base,
-    scale,
-    sums,
-    post,
-    comb,
-    token,
-    D: tl.constexpr,
-    NUM_TILES: tl.constexpr,
-    W: tl.constexpr,
-    FINISH: tl.constexpr,
-    ITERS: tl.constexpr,
-    EPS: tl.constexpr,
-    NORM_EPS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The post gates and the Sinkhorn matrix of one token, or its logits for `finish_comb`."""
+    weights, sums, post, comb, token,
+    SIZES: tl.constexpr, FINISH: tl.constexpr, ITERS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The post gates and the Sinkhorn matrix of one token, or its logits for `finish_comb`. As in `_read_input`."""
+    D: tl.constexpr = SIZES[0]
+    NUM_TILES: tl.constexpr = SIZES[1]
+    W: tl.constexpr = SIZES[2]
+    EPS: tl.constexpr = SIZES[3]
+    NORM_EPS: tl.constexpr = SIZES[4]
+    base, scale = weights
     g00 = _total(sums, 24, NUM_TILES, W)
     g11 = _total(sums, 25, NUM_TILES, W)
     g22 = _total(sums, 26, NUM_TILES, W)
@@ -255,6 +241,7 @@ def collapse_kernel(
 ):
     """Grid (T, D / BLOCK + 1), or without the + 1 for the head: its first program computes the gates of `hc_post`,
     which take longest."""
+    SIZES: tl.constexpr = (D, NUM_TILES, W, EPS, NORM_EPS)
     index = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) + HEAD - 1
     channel = tl.arange(0, W)[:, None] * (BLOCK // W) + tl.arange(0, BLOCK // W)[None, :] + block * BLOCK
@@ -266,30 +253,12 @@ def collapse_kernel(
         token = index
         if HAS_ROWS:
             token = tl.maximum(tl.load(rows + index), 0).to(tl.int64)
+        outputs = (x, x_quantised, x_experts)
         _read_input(
-            streams,
-            base,
-            scale,
-            gamma,
-            sums,
-            x,
-            x_quantised,
-            x_experts,
-            token,
-            index,
-            channel,
-            D,
-            NUM_TILES,
-            W,
-            QUANTISE,
-            EXPERTS,
-            HW,
-            EPS,
-            NORM_EPS,
-            PDL,
+            streams, (base, scale), gamma, sums, outputs, token, index, channel, SIZES, QUANTISE, EXPERTS, HW, PDL
         )
     elif not HEAD:
-        _write_gates(base, scale, sums, post, comb, index, D, NUM_TILES, W, FINISH, ITERS, EPS, NORM_EPS, PDL)
+        _write_gates((base, scale), sums, post, comb, index, SIZES, FINISH, ITERS, PDL)
 
 
 @triton.jit
