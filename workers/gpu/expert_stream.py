@@ -3,7 +3,7 @@
 `ExpertStream` brings a prefill step's absent experts to the device layer by layer, one layer ahead of the products. A
 chunk of thousands of tokens uses nearly every expert, several times over, so absent ones are copied once into one of
 two staging halves while the layer before computes, and never enter the slots of decode. What does not fit a half, and
-whatever a step of few tokens lacks, is read in place.
+what a step of few tokens would find in host memory, is read in place.
 
 `ExpertsInPlace` enqueues nothing: the products of a decode step bring absent experts to scratch themselves
 (`workers/kernels/experts_stage.py`).
@@ -80,11 +80,12 @@ class ExpertStream:
         """A step begins: fixes its tables and starts the first layer's copies."""
         config = self._memory.config
         few = num_tokens * config.num_experts_per_tok <= FEW_USES * config.n_routed_experts
-        most = 0 if few else self._half
         codes = self._codes().reshape(self._num_layers, self._num_experts).copy()
         self._streamed = []
         for layer, row in enumerate(codes):
-            absent = np.flatnonzero(row >> TIER_SHIFT != Tier.SLAB)[:most]
+            # NVLink is too fast for its copies to matter, and too far for reads in place.
+            wanted = row >> TIER_SHIFT == Tier.PEER if few else row >> TIER_SHIFT != Tier.SLAB
+            absent = np.flatnonzero(wanted)[: self._half]
             self._streamed.append([self._memory.bytes_at(int(code)) for code in row[absent]])
             row[absent] = code_of(Tier.SLAB, self._first[layer % HALVES]) + np.arange(len(absent))
         self.steps += 1

@@ -68,6 +68,26 @@ def test_every_layer_reads_its_own_experts(half: int, inside: list[int], num_tok
     bank.close()
 
 
+def test_experts_of_the_other_gpu_are_brought_in_whatever_the_step() -> None:
+    bank, peer = filled_bank(), torch.zeros(PAIRS * BYTES, dtype=torch.uint8)
+    peer.view(PAIRS, BYTES)[5] = 11
+    places = Places(SLOTS, scratch=1, half=EXPERTS)
+    memory = ExpertMemory.allocate(CONFIG, places, bank, "cpu", peer=peer)
+    codes = resident([0, 1], memory.slab)
+    codes[10] = code_of(Tier.PEER, 5)
+    stream = ExpertStream(memory, lambda: codes)
+    stream.begin(1)
+    for layer in range(LAYERS):
+        found = stream.layer(layer).table
+        assert [int(code) >> 24 for code in found].count(Tier.PEER) == 0
+        if layer == 1:
+            at = int(found[10 - EXPERTS])
+            assert at >> 24 == Tier.SLAB and bool((memory.slab[at] == 11).all())
+        stream.done(layer)
+    assert stream.copied_experts == 1
+    bank.close()
+
+
 def test_a_step_keeps_the_table_it_began_with() -> None:
     bank = filled_bank()
     memory = memory_of(bank, EXPERTS)
