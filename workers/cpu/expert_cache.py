@@ -26,7 +26,7 @@ from workers.experts.layout import Tier, code_of
 from workers.experts.policy import POLICIES, Ids, highest
 from workers.experts.profile import read_profile
 from workers.experts.prompt_uses import encode_uses, shares_of
-from workers.experts.residency import PROMPT_MOVES, Residency
+from workers.experts.residency import PROMPT_MOVES, URGENT_MOVES, Residency
 from workers.experts.slots import SlotTable
 from workers.experts.supply import ExpertSupply, ExpertUnavailable
 from workers.model.config import ModelConfig
@@ -176,7 +176,10 @@ class CpuExperts:
         self.residency.note(counts, 1)
         self._steps += 1
         if self._steps % self._interval == 0:
-            self._move(min(self._moves, free) if prefills else self._moves)
+            if prefills:
+                self._move(min(self._moves, free), urgent_moves=0)
+            else:
+                self._move(self._moves)
 
     def _count(self, counts: Ids, seconds: float, *, prefills: bool) -> None:
         shape = (self._config.num_hidden_layers, self._config.n_routed_experts)
@@ -196,10 +199,11 @@ class CpuExperts:
         self.counters.useful += int((self._unused & needed).sum())
         self._unused &= ~needed
 
-    def _move(self, most: int) -> None:
+    def _move(self, most: int, *, urgent_moves: int = URGENT_MOVES) -> None:
         """One decision of the policy; a failed read leaves its slot free and is tried again when it is worth it."""
         keep = lambda pairs: np.zeros(len(pairs), bool)  # noqa: E731  (no step runs now)
-        moves = self.residency.decide(self.slots.held(), self.slots.num_free, most, keep=keep)
+        free = self.slots.num_free
+        moves = self.residency.decide(self.slots.held(), free, most, keep=keep, urgent_moves=urgent_moves)
         self.counters.wasted += int(self._unused[moves.leave].sum())
         self._unused[moves.leave] = False
         for pair in moves.leave.tolist():

@@ -74,6 +74,7 @@ class Policy:
         half_life_steps: memory of `Usage.heat`.
         admits: whether misses displace residents at all; a static cache is filled once from the profile.
         margin: how much more than the resident it displaces a newcomer must be worth (hysteresis).
+        urgent: from how much more on a decision may bring in more pairs than usual.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Policy:
     half_life_steps: float = 256.0
     admits: bool = True
     margin: float = 0.0
+    urgent: float = np.inf
 
 
 def recency(usage: Usage) -> Values:
@@ -119,10 +121,14 @@ USES_A_MOVE = 3.0
 used. # simulated, misses and moves a step with and without it, V4-like routing, batch 1: 122 GiB 3.90 and 0.32, 4.01
 and 1.00; 118 GiB 5.06 and 0.12, 5.21 and 1.00; 64 GB 27.05 and 27.00; 10 GB 126.4 and 126.1."""
 
+USES_URGENT = 8.0
+"""Uses ahead that only another kind of text brings about. # simulated, 64 GB, every layer's popularity drawn anew: hit
+rate 200 to 250 steps later 65.3 -> 79.1 %, at 13 GB 33.7 -> 41.9; in steady text as many moves as without it."""
+
 LRU = Policy("lru", recency)
 LFU = Policy("lfu", frequency)
-HEAT = Policy("heat", heat)
-LFRU = Policy("lfru", heat_and_recency, margin=USES_A_MOVE)
+HEAT = Policy("heat", heat, urgent=USES_URGENT)
+LFRU = Policy("lfru", heat_and_recency, margin=USES_A_MOVE, urgent=USES_URGENT)
 STATIC = Policy("static", profile, admits=False)
 
 POLICIES: dict[str, Policy] = {policy.name: policy for policy in (LRU, LFU, HEAT, LFRU, STATIC)}

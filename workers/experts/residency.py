@@ -22,6 +22,9 @@ PROMPT_STEPS, PROMPT_MOVES = 128, 64
 """Steps that a prompt counts for, and pairs that come in for it at once: 0.9 GB, 16 ms of the link for V4-Flash.
 # simulated: 64 and 256 steps are worse (`prompt_uses.py` has the gain)."""
 
+URGENT_MOVES = 32
+"""Pairs that one decision brings in at most when that many are urgent: 0.4 GB for V4-Flash, 8 ms of the link."""
+
 FLOOR_BONUS = 1e9
 """More than any policy's value: a layer's best few come before all others."""
 
@@ -83,8 +86,16 @@ class Residency:
             chosen = np.sort(order[~self._stays[order]][:others])
         return np.concatenate([self._pinned, chosen])
 
-    def decide(self, held: Ids, num_free: int, moves: int, *, keep: Callable[[Ids], npt.NDArray[np.bool_]]) -> Moves:
-        """At most `moves` pairs to bring in, and whom to send away for them.
+    def decide(
+        self,
+        held: Ids,
+        num_free: int,
+        moves: int,
+        *,
+        keep: Callable[[Ids], npt.NDArray[np.bool_]],
+        urgent_moves: int = URGENT_MOVES,
+    ) -> Moves:
+        """At most `moves` pairs to bring in, or `urgent_moves` where that many are urgent, and whom to send away.
 
         `held`: pairs with a slot. `keep(pairs)`: which of them must stay now (in flight, or needed by a running step).
         """
@@ -93,7 +104,8 @@ class Residency:
         inside = np.zeros(len(self.usage.heat), bool)
         inside[held] = True
         used = self.usage.last_step >= 0
-        worth = np.where(inside, self.policy.margin, 0.0) + self.policy.value(self.usage)
+        values = self.policy.value(self.usage)
+        worth = np.where(inside, self.policy.margin, 0.0) + values
         worth[~used & (self.usage.profile == 0)] = 0.0
         count = len(held) + num_free
         if not count:
@@ -104,11 +116,17 @@ class Residency:
         equal = np.flatnonzero(score == least)
         # Of equals those stay who are there, then the lower pair.
         desired[equal[np.argsort(~inside[equal], kind="stable")][: count - int(desired.sum())]] = True
-        enter = _first(np.flatnonzero(used & ~inside & desired), -score, moves)
+        most = max(moves, urgent_moves)
+        enter = _first(np.flatnonzero(used & ~inside & desired), -score, most)
         spare = np.flatnonzero(inside & ~desired & ~self._stays)
         spare = spare[~keep(spare)] if len(spare) else spare
         leave = _first(spare[::-1], score, max(0, len(enter) - num_free))
         enter = enter[: num_free + len(leave)]
+        # Both are sorted: the i-th newcomer beyond the free slots takes the i-th leaver's place.
+        ahead = values[enter]
+        ahead[num_free:] -= values[leave]
+        enter = enter[: max(moves, int((ahead >= self.policy.urgent).sum()))]
+        leave = leave[: max(0, len(enter) - num_free)]
         if len(enter) and logger.isEnabledFor(logging.DEBUG):
             logger.debug("experts: in %s; out %s", self._named(enter, worth), self._named(leave, worth))
         return Moves(enter, leave)

@@ -166,6 +166,20 @@ def test_a_move_must_be_worth_more_than_a_use_or_two() -> None:
     assert moves.enter.tolist() == [3] and moves.leave.tolist() == [1]
 
 
+def test_another_kind_of_text_moves_more_than_usual() -> None:
+    residency = Residency(1, 8, 1, dataclasses.replace(HEAT, urgent=8.0))
+    residency.note(np.array([5, 5, 5, 5, 6, 6, 6, 6]), 6)
+    calm = residency.decide(np.array([0, 1, 2, 3]), 0, 1, keep=NOBODY)
+    assert len(calm.enter) == len(calm.leave) == 1
+    residency.note(np.array([0, 0, 0, 0, 20, 20, 20, 0]), 20)
+    moves = residency.decide(np.array([0, 1, 2, 3]), 0, 1, keep=NOBODY)
+    assert moves.enter.tolist() == [4, 5, 6] and moves.leave.tolist() == [3, 2, 1]
+    two = residency.decide(np.array([0, 1, 2, 3]), 0, 1, keep=NOBODY, urgent_moves=2)
+    assert two.enter.tolist() == [4, 5] and two.leave.tolist() == [3, 2]
+    free = residency.decide(np.array([0, 1]), 2, 1, keep=NOBODY)
+    assert free.enter.tolist() == [4, 5, 6] and free.leave.tolist() == [1]
+
+
 def test_of_residents_that_are_worth_the_same_some_leave() -> None:
     residency = Residency(1, 6, 1, HEAT)
     residency.note(np.array([1, 1, 1, 9, 9, 0]), 9)
