@@ -275,10 +275,8 @@ def _gate_up(
     end = tl.load(active_begin + member + 1)
     slot = slot_address(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
     if HOST or PEER:
-        slot = stage_gate_up(
-            slot, expert, table, base, active_experts, member, block, first_scratch, num_scratch, D, INNER,
-            EXPERT_BYTES, E,
-        )  # fmt: skip
+        slot = stage_gate_up(slot, expert, table, base, active_experts, member, block, first_scratch, num_scratch,
+            D, INNER, EXPERT_BYTES, E)  # fmt: skip
 
     # Tile rows 0 .. 7 are rows of w1, 8 .. 15 the same rows of w3: a gate and its up share a thread.
     tile_row = tl.arange(0, 16)
@@ -359,10 +357,8 @@ def _down(
     end = tl.load(active_begin + member + 1)
     slot = slot_address(expert, table, base, host, peer, EXPERT_BYTES, HOST, PEER)
     if HOST or PEER:
-        slot = stage_down(
-            slot, expert, table, base, active_experts, member, block, first_scratch, num_scratch, D, INNER,
-            EXPERT_BYTES, E,
-        )  # fmt: skip
+        slot = stage_down(slot, expert, table, base, active_experts, member, block, first_scratch, num_scratch,
+            D, INNER, EXPERT_BYTES, E)  # fmt: skip
     words = (slot + D * INNER).to(tl.pointer_type(tl.uint16)) + row[:, None] * (INNER // 4)
     words += tl.arange(0, 32)[None, :]
     lines = slot + D * INNER + row[:, None] * (INNER // 2) + tl.arange(0, 2)[None, :] * 128
