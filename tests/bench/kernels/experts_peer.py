@@ -5,7 +5,8 @@
 Owner: a process on the last GPU in sight, whose slab is mapped here as in serving (`workers/gpu/peer_slab.py`). Absent
 experts pass through scratch in the products' own launches. Floor: the larger of the local bytes at copy bandwidth and
 the peer's bytes at the speed of a plain copy from there. Outputs of the routed experts are compared bit for bit with
-those of local ones; only the table differs between rows.
+those of local ones; only the table differs between rows. Result (two H200s, 2026-11-21, plain copy 395 GB/s): 229, 326
+and 353 GB/s from the peer at 1, 8 and 32 tokens with a quarter of the experts there; see RESULTS.md.
 """
 
 from __future__ import annotations
