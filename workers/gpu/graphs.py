@@ -47,13 +47,13 @@ class DecodeGraphs:
         return self.buckets[bisect.bisect_left(self.buckets, batch)]
 
     def replay(self, bucket: int) -> None:
-        """Run the step of a bucket on the current stream; captures it first when that has not happened."""
+        """Run the step of a bucket, once, on the current stream: launched eagerly the first time, and then captured."""
         if not self.enabled:
             self._step(bucket)
-            return
-        if bucket not in self._graphs:
+        elif bucket in self._graphs:
+            self._graphs[bucket].replay()
+        else:
             self._capture(bucket)
-        self._graphs[bucket].replay()
 
     def run_all(self) -> None:
         """Run a step of every bucket, largest first, and wait for them. The metadata must hold padding only."""
@@ -76,6 +76,7 @@ class DecodeGraphs:
         logger.info("decode buckets=%s ready_s=%.1f", ",".join(map(str, self.buckets)), time.perf_counter() - began)
 
     def _capture(self, bucket: int) -> None:
+        """Run the step eagerly, so that its kernels are compiled and loaded, and capture it, which runs nothing."""
         began = time.perf_counter()
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))

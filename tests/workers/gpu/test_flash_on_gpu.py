@@ -35,7 +35,7 @@ LAYERS = (1, 2, 3, 4)
 ROUNDING = 2.0**-9
 """Half a unit in the last place of bf16, relative: what the yardstick changes once, at the embedding."""
 
-FACTOR = 1.5
+FACTOR = 2.0
 """Error allowed, in yardsticks. With random weights a changed bit flips e4m3 codes and top-k choices all the way down:
 the reference itself moves by 7 % over two layers when its embedding moves by 2**-12 (CPU)."""
 
@@ -98,7 +98,7 @@ def test_logits_of_real_shapes_are_near_the_reference() -> None:
         ours, theirs = (
             _errors(f"{name} {who}", x[name], expected[name]) for who, x in (("", found), ("moved", yardstick))
         )
-        assert ours[0] < FACTOR * theirs[0] and ours[1] < FACTOR * theirs[1], name
+        assert all(one < FACTOR * other for one, other in zip(ours, theirs, strict=True)), name
 
 
 def _pools(config: ModelConfig) -> KVPools:
@@ -124,8 +124,8 @@ def _logits(model: GpuModel | ReferenceTransformer, prompts: list[list[int]]) ->
     return {"prefill": prefill, "decode": torch.cat([model.decode(batch(at, (1, 1))).clone() for at in places])}
 
 
-def _errors(name: str, found: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Median and nine-in-ten bound of the rows' relative errors."""
+def _errors(name: str, found: Tensor, expected: Tensor) -> tuple[float, float, float]:
+    """Median, nine-in-ten bound and worst of the rows' relative errors."""
     errors = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).sort().values
     median, most, worst = (float(errors[int(share * (len(errors) - 1))]) for share in (0.5, 0.9, 1.0))
     agree = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
@@ -133,4 +133,4 @@ def _errors(name: str, found: Tensor, expected: Tensor) -> tuple[float, float]:
         f"{name}: {len(errors)} rows, median {median:.4f} p90 {most:.4f} worst {worst:.4f} same best token {agree:.3f}"
     )
     assert errors.isfinite().all()
-    return median, most
+    return median, most, worst
