@@ -109,8 +109,9 @@ def _made(lock: int, pairs: Sequence[int], num_pairs: int, expert_bytes: int, fi
 def _taken(offer: Offer) -> HostBank:
     """The bank that another worker has filled."""
     try:
-        fd, offer.fd = offer.fd, -1
-        bank = HostBank.attach(fd, np.array(offer.facts["places"], np.int64), int(offer.facts["expert_bytes"]))
+        places = np.array(offer.facts["places"], np.int64)
+        bank = HostBank.attach(offer.fd, places, int(offer.facts["expert_bytes"]))
+        offer.fd = -1
     finally:
         offer.close()
     logger.info("experts: bank of %d experts shared with %s", bank.capacity, offer.owner)
