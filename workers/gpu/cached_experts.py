@@ -83,14 +83,17 @@ class ExpertMemory:
         scratch = {"first_scratch": self.places.slots, "num_scratch": self.places.scratch}
         return ExpertSlab(self.slab.view(-1), table, host=host, peer=self.peer, heat=self.heat[part], **scratch)
 
-    def bytes_at(self, code: int) -> Tensor:
-        """uint8 [expert_bytes] of an absent pair, by its code. Raises `OSError` when it is nowhere."""
+    def bytes_at(self, code: int, count: int = 1) -> Tensor:
+        """uint8 [count * expert_bytes] of an absent pair, by its code, and of those that lie behind it.
+
+        Raises `OSError` when it is nowhere.
+        """
         index = code & (1 << TIER_SHIFT) - 1
         bank = None if self.bank is None else self.bank.memory
         home = {Tier.HOST: bank, Tier.PEER: self.peer}.get(code >> TIER_SHIFT)
         if home is None:
             raise OSError(f"code {code:#x} is of no tier that holds absent experts")
-        return home[index * self.expert_bytes : (index + 1) * self.expert_bytes]
+        return home[index * self.expert_bytes : (index + count) * self.expert_bytes]
 
     def homes(self, at_peer: Sequence[int] = ()) -> np.ndarray:
         """int32 [pairs]: where absent pairs are; place i of the other GPU's slab holds `at_peer[i]`."""

@@ -86,7 +86,7 @@ class ExpertStream:
             # NVLink is too fast for its copies to matter, and too far for reads in place.
             wanted = row >> TIER_SHIFT == Tier.PEER if few else row >> TIER_SHIFT != Tier.SLAB
             absent = np.flatnonzero(wanted)[: self._half]
-            self._streamed.append([self._memory.bytes_at(int(code)) for code in row[absent]])
+            self._streamed.append([self._memory.bytes_at(*run) for run in _runs(row[absent])])
             row[absent] = code_of(Tier.SLAB, self._first[layer % HALVES]) + np.arange(len(absent))
         self.steps += 1
         turn, self._turn = self._turn, (self._turn + 1) % HALVES
@@ -112,20 +112,25 @@ class ExpertStream:
 
     def _fetch(self, layer: int) -> None:
         half, sources = layer % HALVES, self._streamed[layer]
-        self.copied_experts += len(sources)
-        self.copied_bytes += len(sources) * self._memory.expert_bytes
-        targets = self._memory.slab[self._first[half] :]
+        num_bytes = sum(source.numel() for source in sources)
+        self.copied_experts += num_bytes // self._memory.expert_bytes
+        self.copied_bytes += num_bytes
         if self._side is None:
-            for slot, source in enumerate(sources):
-                targets[slot].copy_(source)
+            self._copy(half, sources)
             return
         if (event := self._read[half]) is not None:
             self._side.wait_event(event)
         with torch.cuda.stream(self._side):
-            for slot, source in enumerate(sources):
-                targets[slot].copy_(source, non_blocking=True)
+            self._copy(half, sources)
             self._arrived[layer] = torch.cuda.Event()
             self._arrived[layer].record(self._side)
+
+    def _copy(self, half: int, sources: list[Tensor]) -> None:
+        """Enqueues copies to the half's places, one behind the other."""
+        target, at = self._memory.slab[self._first[half] :].view(-1), 0
+        for source in sources:
+            target[at : at + source.numel()].copy_(source, non_blocking=True)
+            at += source.numel()
 
     def _mark(self) -> torch.cuda.Event | None:
         if self._side is None:
@@ -133,3 +138,16 @@ class ExpertStream:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+
+def _runs(codes: np.ndarray) -> list[tuple[int, int]]:
+    """(first code, count) of neighbours at the other GPU, and every other code alone.
+
+    Fewer copies are fewer moments in which the launching thread waits for the interpreter. Host memory is locked piece
+    by piece, and no copy may span two.
+    """
+    alone = np.ones(len(codes), bool)
+    alone[1:] = (np.diff(codes) != 1) | (codes[1:] >> TIER_SHIFT != Tier.PEER)
+    starts = np.flatnonzero(alone)
+    counts = np.diff(np.append(starts, len(codes)))
+    return [(int(codes[start]), int(count)) for start, count in zip(starts, counts, strict=True)]

@@ -12,7 +12,7 @@ from workers.experts.bank import HostBank
 from workers.experts.layout import ExpertShape, Tier, code_of
 from workers.experts.places import Places
 from workers.gpu.cached_experts import ExpertMemory
-from workers.gpu.expert_stream import ExpertStream
+from workers.gpu.expert_stream import ExpertStream, _runs
 from workers.model.presets import NANO
 
 LAYERS, EXPERTS, SLOTS = 5, 6, 8
@@ -85,6 +85,44 @@ def test_experts_of_the_other_gpu_are_brought_in_whatever_the_step() -> None:
             assert at >> 24 == Tier.SLAB and bool((memory.slab[at] == 11).all())
         stream.done(layer)
     assert stream.copied_experts == 1
+    bank.close()
+
+
+def test_neighbours_at_the_other_gpu_come_in_one_copy() -> None:
+    host, peer = (np.arange(9, dtype=np.int32) | code_of(tier, 0) for tier in (Tier.HOST, Tier.PEER))
+    codes = np.concatenate([host[:2], peer[3:6], peer[[8]], host[[4]], peer[:1], peer[:2]])
+    assert _runs(codes) == [
+        (int(host[0]), 1),
+        (int(host[1]), 1),
+        (int(peer[3]), 3),
+        (int(peer[8]), 1),
+        (int(host[4]), 1),
+        (int(peer[0]), 1),
+        (int(peer[0]), 2),
+    ]
+    assert _runs(codes[:0]) == []
+
+
+@pytest.mark.parametrize("half", [2, EXPERTS])
+def test_a_layer_comes_from_both_tiers(half: int) -> None:
+    """Experts 0 and 3 of every layer in the bank, the others in consecutive places of the other GPU."""
+    bank, peer = filled_bank(), torch.zeros(PAIRS, BYTES, dtype=torch.uint8)
+    codes = resident([], torch.empty(0))
+    away = [pair for pair in range(PAIRS) if pair % EXPERTS not in (0, 3)]
+    for place, pair in enumerate(away):
+        peer[place], codes[pair] = pair + 1, code_of(Tier.PEER, place)
+    memory = ExpertMemory.allocate(CONFIG, Places(SLOTS, half=half), bank, "cpu", peer=peer.view(-1))
+    stream = ExpertStream(memory, lambda: codes)
+    stream.begin(100)
+    for layer in range(LAYERS):
+        slab = stream.layer(layer)
+        homes = {Tier.SLAB: slab.base, Tier.HOST: slab.host, Tier.PEER: slab.peer}
+        for expert in range(EXPERTS):
+            code = int(slab.table[expert])
+            found = homes[Tier(code >> 24)][(code & 0xFFFFFF) * BYTES :][:BYTES]
+            assert bool((found == layer * EXPERTS + expert + 1).all())
+        stream.done(layer)
+    assert stream.copied_experts == LAYERS * half and stream.copied_bytes == LAYERS * half * BYTES
     bank.close()
 
 
