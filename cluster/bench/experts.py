@@ -34,7 +34,7 @@ CHECKED_STEPS = 4
 """Steps after which logits are compared between budgets: from the same KV, before anything has moved in."""
 
 WARM_STEPS = 8
-CELL_S = 0.7
+CELL_S = 0.5
 """Seconds a cell is measured for, about; at least `LEAST_STEPS`."""
 
 LEAST_STEPS = 3
