@@ -8,10 +8,12 @@ unless it overlaps its predecessor, so 80 % needs overlap.
 Result (H200, 2026-11-21, one token, alone in a graph): project_x 9.5 us (70 %), 7.0 with C128, 4.7 without compressor;
 q 13.3 (75 %), wo_a 10.6 (76 %), wo_b 11.1 (72 %), gate and shared 8.6 (52 %), head 244 (103 %): only the head reaches
 80 %. What is left is 2 to 3.6 us a launch whatever its size: with the weights in L2, 16.8 MB take 6.4 us and 33.5 MB
-10.0. Before, a program had 16 rows and took four blocks of 128 columns a step (wo_b 12.3 us): half of its loop rounded
-activations, a maximum over five shuffles and a way through shared memory. Tried and left out: signalling the successor
-early (`workers/kernels/launch.py`), prefetches to L2 by lines (+3 us) and in bulk (-0.5 to +3 us), 8 or 16 warps a
-program (13-20 us), walking several tiles of K = 4096 (13.6 us); other walkers of q made no difference in the model.
+10.0. More tokens: wo_b 12.9 at 8, 20.9 at 16, 36.5 at 64; wo_a 11.4, 13.6, 53.1; gate 11.5, 10.2, 33.9: beyond 8 tokens
+every program of 16 rows reads all activations, more bytes than its weights at 64. Before, a program had 16 rows and
+took four blocks of 128 columns a step (wo_b 12.3 us): half of its loop rounded activations, a maximum over five
+shuffles and a way through shared memory. Tried and left out: signalling the successor early
+(`workers/kernels/launch.py`), prefetches to L2 by lines (+3 us) and in bulk (-0.5 to +3 us), 8 or 16 warps a program
+(13-20 us), walking several tiles of K = 4096 (13.6 us); other walkers of q made no difference in the model.
 """
 
 from __future__ import annotations
