@@ -248,10 +248,10 @@ class PrefillMeta:
         self._packed.send()
 
     @classmethod
-    def padding(cls, padded: int, device: torch.device) -> PrefillMeta:
-        """A step of one sequence without any token."""
+    def padding(cls, padded: int, device: torch.device, num_sequences: int = 1, num_pages: int = 1) -> PrefillMeta:
+        """A step of sequences without any token, whose tables have room for so many pages."""
         meta = cls.__new__(cls)
-        meta._allocate(padded, 1, 1, device)
+        meta._allocate(padded, num_sequences, num_pages, device)
         meta._packed.send()
         return meta
 

@@ -50,6 +50,13 @@ logger = logging.getLogger(__name__)
 ATTENTION_BLOCK = 16384
 """Prefill tokens that go through attention at a time: 40,960 bf16 columns of queries each at Flash's size, 1.3 GB."""
 
+WALKED_PROMPTS = ((16, 1), (256, 1), (256, 2), (256, 16))
+"""(tokens, sequences) of prefill steps whose kernels are compiled at start, as far as the buffers go. Triton has a form
+of a kernel for an integer that is 1, for multiples of 16 and for others; routing has one for few tokens."""
+
+WALKED_ENTRIES = (1, 8192, 32768)
+"""C4 entries that a token of them may see: top-k has one form for each size of its chunks, and one for several."""
+
 PREFILL_STEP = 16
 """A prefill step is padded to a multiple of this: one tile of the kernels, and few sizes reach the compiler."""
 
@@ -122,7 +129,7 @@ class GpuModel:
         """Compile the decode kernels and capture every bucket. Writes no KV."""
         decode = self._decode
         decode.meta.clear()
-        with self._compilation("decode", decode.walk):
+        with self._compilation("decode", self._walk_decode):
             decode.graphs.capture_all()
 
     def decode(self, batch: ForwardBatch) -> Tensor:
@@ -252,7 +259,7 @@ class GpuModel:
         """Run steps of padding of every size without capturing them: kernels are compiled then. Writes no KV."""
         if decode:
             self._decode.meta.clear()
-            with self._compilation("decode, before graphs", self._decode.walk):
+            with self._compilation("decode, before graphs", self._walk_decode):
                 self._decode.graphs.run_all()
         if prefill:
             self.warm_up_prefill()
@@ -260,13 +267,34 @@ class GpuModel:
     def warm_up_prefill(self) -> None:
         """Compile the prefill kernels with a step of padding alone. Writes no KV."""
         with torch.inference_mode(False):
-            meta = PrefillMeta.padding(PREFILL_STEP, self.device)
-            step = self._prefill_step(PREFILL_STEP, 1, 1, 0)
-            run = partial(step.run, meta.step, rows=meta.rows, max_entries=1)
-            with self._compilation("prefill", run):
-                run()
+            if self._prefill is None:
+                tokens, sequences = WALKED_PROMPTS[-1]
+                self._prefill_step(tokens, sequences, sequences, 0)
+            step = self._prefill
+            assert step is not None
+            with self._compilation("prefill", partial(self._walk_prefill, step)):
+                meta = PrefillMeta.padding(PREFILL_STEP, self.device)
+                step.run(meta.step, rows=meta.rows, max_entries=1)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
+
+    def _walk_decode(self) -> None:
+        """Launch a decode step of every size over few layers."""
+        decode = self._decode
+        step = replace(decode.step, parts=self._parts.representatives())
+        for bucket in decode.graphs.buckets:
+            decode.launch(bucket, step)
+
+    def _walk_prefill(self, step: Step) -> None:
+        """Launch prefill steps of the kinds that real prompts make, of padding and over few layers."""
+        step = replace(step, parts=self._parts.representatives())
+        per_page = PAGE_TOKENS // LayerKind.C4.value
+        for tokens, sequences in WALKED_PROMPTS:
+            if any(n > had for n, had in zip((tokens, sequences, sequences), self._prefill_sizes[:3], strict=True)):
+                continue
+            for entries in (n for n in WALKED_ENTRIES if n <= self.num_pages * per_page):
+                meta = PrefillMeta.padding(tokens, self.device, sequences, -(-entries // per_page))
+                step.run(meta.step, rows=meta.rows, max_entries=entries)
 
     @contextmanager
     def _compilation(self, name: str, walk: Callable[[], object]) -> Iterator[None]:
@@ -327,16 +355,14 @@ class _Decode:
         self._results = torch.empty(2, sizes.num_tokens, dtype=torch.int32, pin_memory=pinned)
         self._ready = torch.cuda.Event() if pinned else None
 
-    def launch(self, bucket: int) -> None:
-        """What a graph holds: the step, the greedy ids as the next step's tokens, the positions moved on."""
-        meta, finite = self.meta.bucket(bucket), self.step.buffers.view("finite", bucket)
-        logits = self.step.run(meta)
-        self.step.kernels.sample_greedy(logits, meta.token_ids, finite, positions=meta.positions)
+    def launch(self, bucket: int, step: Step | None = None) -> None:
+        """What a graph holds: the step, the greedy ids as the next step's tokens, the positions moved on.
 
-    def walk(self) -> None:
-        """Launch a step of every bucket."""
-        for bucket in self.graphs.buckets:
-            self.launch(bucket)
+        `step`: another one than the whole, to compile kernels.
+        """
+        meta, finite = self.meta.bucket(bucket), self.step.buffers.view("finite", bucket)
+        logits = (step or self.step).run(meta)
+        self.step.kernels.sample_greedy(logits, meta.token_ids, finite, positions=meta.positions)
 
     def replay(self) -> None:
         """Enqueue the step that the metadata describes, and its results' way to the host."""

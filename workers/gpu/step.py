@@ -21,7 +21,7 @@ token is treated by itself there, so blocks change nothing but memory; a decode 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -32,7 +32,7 @@ from workers.gpu.buffers import Activations, LayerPools, StepMeta
 from workers.gpu.kernel_set import KernelSet, Recorder
 from workers.gpu.rope_tables import RopeTables
 from workers.gpu.weights import GpuLayer, GpuWeights, x_bf16_columns
-from workers.model.config import ModelConfig
+from workers.model.config import LayerKind, ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,16 @@ class StepParts:
     def of(cls, config: ModelConfig, weights: GpuWeights, ropes: RopeTables, pools: KVPools) -> StepParts:
         """With the layers' views of `pools`."""
         return cls(config, weights, ropes, tuple(LayerPools.of(pools, i, w) for i, w in enumerate(weights.layers)))
+
+    def representatives(self) -> StepParts:
+        """The same of as few layers as launch every kernel of a step: one of each kind and router, two at least."""
+        layers = self.weights.layers
+        first: dict[tuple[LayerKind, bool], int] = {}
+        for index, layer in enumerate(layers):
+            first.setdefault((layer.kind, layer.tid2eid is None), index)
+        chosen = sorted({*first.values(), min(1, len(layers) - 1)})
+        weights = replace(self.weights, layers=tuple(layers[i] for i in chosen))
+        return replace(self, weights=weights, pools=tuple(self.pools[i] for i in chosen))
 
 
 class LayerExperts(Protocol):

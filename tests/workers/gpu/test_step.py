@@ -155,6 +155,21 @@ def test_launches_of_a_prefill_are_the_prefill() -> None:
     assert torch.equal(launches[-1].call.args[2], expected)
 
 
+def test_walks_launch_every_op_of_every_kind_of_layer_within_the_buffers() -> None:
+    run = _run([_tokens(40, seed=1)], max_running=2)
+    model = run.model
+    model.reserve_prefill(256, num_sequences=2)
+    model.reserve_decode()
+    step, before = model._prefill, model._prefill.buffers.nbytes
+    parts = model._parts.representatives()
+    kinds = [(layer.kind, layer.tid2eid is None) for layer in parts.weights.layers]
+    assert set(kinds) == {(layer.kind, layer.tid2eid is None) for layer in model.weights.layers}
+    assert len(parts.pools) == len(kinds) == len(set(kinds))
+    model._walk_prefill(step)
+    model._walk_decode()
+    assert model._prefill is step and step.buffers.nbytes == before
+
+
 def test_a_step_does_not_run_out_of_its_pages() -> None:
     """Kernels would write before the pool: a page that is not mapped has the number -1."""
     run = _run([_tokens(260, seed=1), _tokens(260, seed=2)], max_running=2)
