@@ -21,6 +21,7 @@ from workers.checkpoint.progress import OnProgress, ProgressCounter
 from workers.errors import BadConfig
 from workers.experts.bank import HostBank
 from workers.experts.cache import FILLED_AT_ONCE
+from workers.experts.host_memory import available_bytes
 from workers.experts.layout import ExpertShape
 from workers.experts.supply import ExpertSupply
 
@@ -30,6 +31,12 @@ Bytes = npt.NDArray[np.uint8]
 
 MOST_READERS = 32
 """Threads of a bulk read, at most: memory takes no more."""
+
+LOOK_BYTES = 1 << 30
+"""Bytes brought in between two looks at what the host has left: a look is a small file, a filled host a dead one."""
+
+LEAST_FREE_BYTES = 256 << 20
+"""Where filling stops. Hosts whose memory grows as it is used may come near this and still have more to give."""
 
 PACKED = ("I8", "U8")
 """Stored types of two e2m1 codes a byte."""
@@ -76,15 +83,24 @@ class ExpertSource:
                 raise
 
     def fill(self, bank: HostBank, on_progress: OnProgress | None = None) -> None:
-        """Every pair that has a place in the bank, in order of pairs. Raises `ExpertUnavailable`."""
+        """Every pair that has a place in the bank, in order of pairs.
+
+        Raises `ExpertUnavailable`, and `BadConfig` when the host's memory comes to its end, whoever has taken it.
+        """
         pairs = np.flatnonzero(bank.place >= 0).tolist()
         counter = ProgressCounter(len(pairs) * self.expert_bytes, on_progress)
-        began = time.monotonic()
-        self.read_all(
-            pairs,
-            lambda index: bank.expert(pairs[index]).numpy(),
-            lambda: counter.add(self.expert_bytes, "experts in host memory"),
-        )
+        began, looked = time.monotonic(), 0
+
+        def done() -> None:
+            nonlocal looked
+            counter.add(self.expert_bytes, "experts in host memory")
+            if counter.done_bytes - looked >= LOOK_BYTES:
+                looked = counter.done_bytes
+                if (free := available_bytes()) < LEAST_FREE_BYTES:
+                    found = f"{bank.nbytes} bytes, {free} left on the host after {looked}"
+                    raise BadConfig("experts.host", found, "a size that the host has free", "worker config")
+
+        self.read_all(pairs, lambda index: bank.expert(pairs[index]).numpy(), done)
         seconds = time.monotonic() - began
         rate = counter.done_bytes / 1e9 / max(seconds, 1e-9)
         logger.info("experts: bank=%d filled_s=%.1f GB_per_s=%.2f", len(pairs), seconds, rate)

@@ -23,7 +23,7 @@ from workers.checkpoint.save import save_official
 from workers.errors import BadConfig
 from workers.experts.config import ExpertConfig
 from workers.experts.supply import ExpertUnavailable
-from workers.gpu import serving_experts
+from workers.gpu import expert_source, serving_experts
 from workers.gpu.model import GpuModel
 from workers.gpu.serving_experts import ExpertDuties, GpuExperts
 from workers.model.kv_layout import kv_spec
@@ -185,6 +185,15 @@ def test_host_memory_that_others_hold_is_not_taken(folder: Path, monkeypatch: py
         experts_of(limited(folder, slots=3))
     # What nobody asked for is as much as the host can spare.
     assert experts_of(limited(folder, slots=4)).bank_bytes == 14 * BYTES
+
+
+def test_filling_stops_before_the_hosts_memory_is_gone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process takes the host's memory while the bank is filled."""
+    left = iter([4 << 30, 2 << 30, 1 << 20])
+    monkeypatch.setattr(expert_source, "available_bytes", lambda: next(left))
+    monkeypatch.setattr(expert_source, "LOOK_BYTES", 3 * BYTES)
+    with pytest.raises(BadConfig, match=rf"experts\.host.*{1 << 20} left on the host after {9 * BYTES}"):
+        experts_of(limited(folder, slots=4))
 
 
 def test_experts_that_are_not_fp4_are_refused(tmp_path: Path) -> None:
