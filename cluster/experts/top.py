@@ -68,7 +68,20 @@ def tables(now: list[WorkerExperts], before: list[WorkerExperts] | None = None) 
 def _workers(now: list[WorkerExperts], earlier: dict[str, WorkerExperts]) -> Table:
     made = Table(title="experts in fast memory", title_justify="left")
     made.add_column("worker")
-    heads = ("slots used", "hit", "best fixed set", "cold", "capacity", "moved in", "stall", "disk", "host", "errors")
+    heads = (
+        "slots used",
+        "hit",
+        "best fixed set",
+        "cold",
+        "capacity",
+        "prefill",
+        "moved in",
+        "unused",
+        "stall",
+        "disk",
+        "host",
+        "errors",
+    )
     for head in heads:
         made.add_column(head, justify="right")
     made.add_column("fast memory, of budget", justify="right")
@@ -86,7 +99,9 @@ def _workers(now: list[WorkerExperts], earlier: dict[str, WorkerExperts]) -> Tab
             f"{worker.value('oracle_hit_ratio'):.1%}",
             f"{_since(worker, old, 'misses_total', 'cold'):,.0f}",
             f"{_since(worker, old, 'misses_total', 'capacity'):,.0f}",
+            f"{_since(worker, old, 'misses_total', 'prefill'):,.0f}",
             f"{_since(worker, old, 'moves_total'):,.0f}",
+            f"{_since(worker, old, 'prefetch_total', 'wasted'):,.0f}",
             _stall(worker, old),
             bytes_text(_since(worker, old, "bytes_total", "disk")),
             bytes_text(_since(worker, old, "bytes_total", "host")),

@@ -16,6 +16,7 @@ def page(lookups: int, hits: int, **values: object) -> str:
         "expert_lookups": lookups,
         "expert_hits": hits,
         "expert_misses": {"cold": 4, "capacity": lookups - hits - 4},
+        "expert_prefetch": {"useful": 31, "wasted": 17},
         "expert_slots": {"used": 5, "free": 1},
         "expert_budget_bytes": {"requested": 4096, "effective": 3072, "measured": 2048},
         "expert_layer_lookups": {"0": lookups // 2, "1": lookups - lookups // 2},
@@ -46,7 +47,7 @@ def text_of(now: str, before: str | None = None) -> str:
 def test_totals_and_layers_are_shown() -> None:
     text = text_of(page(100, 60))
     assert "5 of 6" in text and "60.0%" in text and "2.0 KiB of 4.0 KiB" in text
-    assert "all resident" in text
+    assert "all resident" in text and "17" in text
     assert [line.split("│")[2].strip() for line in text.splitlines() if line.startswith(("│     0", "│     1"))]
 
 
