@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -110,6 +109,8 @@ class GpuModel:
         self._prefill: Step | None = None
         self._prefill_sizes: tuple[int, ...] = (0, 0, 0, 0)
         """Tokens, rows of logits, sequences and entries that the buffers of prefill hold."""
+        self._walked: list[Callable[[], object]] = []
+        """What has been compiled side by side; once is enough."""
         logger.info(
             "model on %s: weights_bytes=%d pool_bytes=%d max_running=%d max_context=%d",
             self.device,
@@ -270,11 +271,9 @@ class GpuModel:
             if self._prefill is None:
                 tokens, sequences = WALKED_PROMPTS[-1]
                 self._prefill_step(tokens, sequences, sequences, 0)
-            step = self._prefill
-            assert step is not None
-            with self._compilation("prefill", partial(self._walk_prefill, step)):
+            with self._compilation("prefill", self._walk_prefill):
                 meta = PrefillMeta.padding(PREFILL_STEP, self.device)
-                step.run(meta.step, rows=meta.rows, max_entries=1)
+                self._prefill_step(PREFILL_STEP, 1, 1, 0).run(meta.step, rows=meta.rows, max_entries=1)
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
 
@@ -285,9 +284,10 @@ class GpuModel:
         for bucket in decode.graphs.buckets:
             decode.launch(bucket, step)
 
-    def _walk_prefill(self, step: Step) -> None:
+    def _walk_prefill(self) -> None:
         """Launch prefill steps of the kinds that real prompts make, of padding and over few layers."""
-        step = replace(step, parts=self._parts.representatives())
+        assert self._prefill is not None
+        step = replace(self._prefill, parts=self._parts.representatives())
         per_page = PAGE_TOKENS // LayerKind.C4.value
         for tokens, sequences in WALKED_PROMPTS:
             if any(n > had for n, had in zip((tokens, sequences, sequences), self._prefill_sizes[:3], strict=True)):
@@ -307,8 +307,10 @@ class GpuModel:
         from workers.kernels.compile_clock import CompileClock
 
         with CompileClock() as clock:
-            with compile_ahead():
-                walk()
+            if walk not in self._walked:
+                self._walked.append(walk)
+                with compile_ahead():
+                    walk()
             yield
         logger.info(
             "%s kernels=%d compiled=%d compiler_s=%.1f ready_s=%.1f",

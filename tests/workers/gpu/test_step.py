@@ -165,7 +165,7 @@ def test_walks_launch_every_op_of_every_kind_of_layer_within_the_buffers() -> No
     kinds = [(layer.kind, layer.tid2eid is None) for layer in parts.weights.layers]
     assert set(kinds) == {(layer.kind, layer.tid2eid is None) for layer in model.weights.layers}
     assert len(parts.pools) == len(kinds) == len(set(kinds))
-    model._walk_prefill(step)
+    model._walk_prefill()
     model._walk_decode()
     assert model._prefill is step and step.buffers.nbytes == before
 
