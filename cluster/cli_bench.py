@@ -149,9 +149,9 @@ def expert_cache(
         str,
         typer.Option(help="GB of expert slots, by commas; 118gib: GiB; 24t: what a GPU of 24 GB has left for them."),
     ] = "8,16,24t,32,64,80,100,120,118gib,122gib",
-    few: Annotated[
-        str, typer.Option(help="Budgets at which the other batches, routings and policies are measured.")
-    ] = "24t,64,122gib",
+    few: Annotated[str, typer.Option(help="Budgets of the other batches and routings.")] = "64,118gib",
+    compared: Annotated[str, typer.Option(help="Budgets of the other policies and of a text that is known.")] = "24t",
+    prefill: Annotated[str, typer.Option(help="Budgets at which a chunk is prefilled.")] = "64,100,120",
     batches: Annotated[str, typer.Option(help="Sequences of a decode step, by commas.")] = "1,8,4,32",
     routings: Annotated[
         str, typer.Option(help="v4-like, uniform, by commas; any but the first at two batches only.")
@@ -159,7 +159,6 @@ def expert_cache(
     policies: Annotated[
         str, typer.Option(help=f"Who stays, by commas, the usual one first: {', '.join(POLICIES)}.")
     ] = "lfru,static,lru,lfu,heat",
-    prefill: Annotated[bool, typer.Option("--prefill/--no-prefill", help="A chunk at each budget.")] = True,
     scratch: Annotated[
         bool, typer.Option("--scratch/--in-place", help="Bring absent experts to scratch, or read them in place.")
     ] = True,
@@ -183,10 +182,11 @@ def expert_cache(
         plan = ExpertPlan(
             budgets=_texts(budgets),
             few=_texts(few),
+            compared=_texts(compared),
+            prefill=_texts(prefill),
             batches=_numbers(batches, "--batches"),
             routings=_texts(routings),
             policies=_texts(policies),
-            prefill=prefill,
             json_file=json_file,
         )
         results = run_experts(

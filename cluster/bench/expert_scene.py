@@ -25,7 +25,7 @@ from kvstore.errors import IntegrityError
 from workers.experts.bank import HostBank
 from workers.experts.cache import ExpertCache
 from workers.experts.layout import ExpertShape
-from workers.experts.places import MOST_SCRATCH, Places
+from workers.experts.places import Places
 from workers.experts.policy import Ids, Policy, Values
 from workers.experts.slots import SlotState
 from workers.gpu.cached_experts import ExpertMemory, homes_in
@@ -35,8 +35,8 @@ from workers.model.config import PAGE_TOKENS, ModelConfig
 
 CONTEXT, CHUNK = 4096, 8192
 
-STAGED = 64
-"""Experts of one staging half of prefill: 0.86 GB at V4-Flash's size, twice."""
+STAGED, SCRATCH = 56, 96
+"""Experts of one staging half of prefill, and of decode's scratch at most: 2.8 GB in all at V4-Flash's size."""
 
 CHECKED_SLOTS = 48
 """Slots whose bytes are compared with the bank after each cell."""
@@ -86,7 +86,7 @@ class ExpertScene:
         self.bank = HostBank(range(layers * self.held), pairs, shape.expert_bytes, places=places)
         self.model_s, self.lock_s, self.fill_s = self._seconds(began), 0.0, 0.0
         self._make_bank(shape, layers, say)
-        num_scratch = min(self.most_running * config.num_experts_per_tok, MOST_SCRATCH) if scratch else 0
+        num_scratch = min(self.most_running * config.num_experts_per_tok, SCRATCH) if scratch else 0
         slab = Places(most_slots, num_scratch, min(STAGED, experts))
         self.memory = ExpertMemory.allocate(self.config, slab, self.bank, device)
         self.codes = homes_in(self.bank, pairs)

@@ -135,20 +135,21 @@ class Cell:
     same_text: bool = False
 
 
-def cells_of(
-    workloads: Sequence[Workload], budgets: Sequence[Budget], few: Sequence[Budget], policies: Sequence[str]
-) -> Iterator[Cell]:
-    """Cells, the largest budget first, so that most experts are where the next cell wants them.
+def first_cells(workload: Workload, budgets: Sequence[Budget], policy: str) -> Iterator[Cell]:
+    """One workload without a cache and at every budget, the largest first, so that most experts are where the next
+    cell wants them."""
+    yield Cell(workload, None, policy)
+    yield from (Cell(workload, budget, policy) for budget in sorted(set(budgets), key=lambda b: -b.slots))
 
-    The first workload runs with the first policy at all budgets and with the others at `few`, where it is also measured
-    with the profile of its own text; the other workloads run at `few`.
-    """
-    first = workloads[0]
-    yield Cell(first, None, policies[0])
-    for budget in sorted({*budgets, *few}, key=lambda b: -b.slots):
-        yield Cell(first, budget, policies[0])
-        if budget not in few:
-            continue
-        yield Cell(first, budget, "static", same_text=True)
-        yield from (Cell(first, budget, policy) for policy in policies[1:])
-        yield from (Cell(workload, budget, policies[0]) for workload in workloads[1:])
+
+def batch_cells(workloads: Sequence[Workload], few: Sequence[Budget], policy: str) -> Iterator[Cell]:
+    """The other workloads at a few budgets."""
+    for budget in sorted(set(few), key=lambda b: -b.slots):
+        yield from (Cell(workload, budget, policy) for workload in workloads)
+
+
+def policy_cells(workload: Workload, few: Sequence[Budget], policies: Sequence[str]) -> Iterator[Cell]:
+    """The other policies at a few budgets, and the profile of the measured text itself."""
+    for budget in sorted(set(few), key=lambda b: -b.slots):
+        yield Cell(workload, budget, "static", same_text=True)
+        yield from (Cell(workload, budget, policy) for policy in policies)

@@ -22,7 +22,7 @@ import torch
 
 from cluster.bench.expert_results import ExpertResults, ExpertRow, PrefillCell
 from cluster.bench.expert_scene import ExpertScene
-from cluster.bench.expert_sweep import MOST_STEPS, Cell, Workload, budgets_of, cells_of
+from cluster.bench.expert_sweep import MOST_STEPS, Cell, Workload, batch_cells, budgets_of, first_cells, policy_cells
 from cluster.bench.measure import machine
 from workers.experts.cache import ExpertCache
 from workers.experts.generator import V4_LIKE
@@ -34,7 +34,7 @@ CHECKED_STEPS = 4
 """Steps after which logits are compared between budgets: from the same KV, before anything has moved in."""
 
 WARM_STEPS = 8
-CELL_S = 0.5
+CELL_S = 0.4
 """Seconds a cell is measured for, about; at least `LEAST_STEPS`."""
 
 LEAST_STEPS = 3
@@ -46,15 +46,27 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class ExpertPlan:
-    """What to run. `few`: budgets of all workloads but the first, and of all policies but the first."""
+    """What to run. The first routing, batch and policy are measured at all `budgets`, the others at a few.
+
+    Attributes:
+        few: budgets of the other routings and batches.
+        compared: budgets of the other policies and of a text that is known.
+        prefill: budgets of prefill.
+    """
 
     budgets: tuple[str, ...]
-    few: tuple[str, ...]
+    few: tuple[str, ...] = ()
+    compared: tuple[str, ...] = ()
+    prefill: tuple[str, ...] = ()
     batches: tuple[int, ...] = (1,)
     routings: tuple[str, ...] = ("v4-like",)
     policies: tuple[str, ...] = ("lfru",)
-    prefill: bool = True
     json_file: Path | None = None
+
+    @property
+    def every_budget(self) -> tuple[str, ...]:
+        """Each that is named anywhere."""
+        return self.budgets + self.few + self.compared + self.prefill
 
     def workloads(self, layers: int, config: ModelConfig) -> list[Workload]:
         """The first routing at every batch, the others at the first two."""
@@ -74,16 +86,13 @@ def run_experts(config: ModelConfig, plan: ExpertPlan, *, layers: int, say: Say,
     with ThreadPoolExecutor(len(workloads), thread_name_prefix="routing") as pool:
         # Drawn while the bank's pages are locked, which takes longer.
         drawn = [pool.submit(_draw, workload) for workload in workloads]
-        plain = budgets_of([text for text in plan.budgets + plan.few if not text.endswith("t")], config, 0)
+        plain = budgets_of([text for text in plan.every_budget if not text.endswith("t")], config, 0)
         most = min(max(budget.slots for budget in plain), layers * config.n_routed_experts)
         scene = ExpertScene(config, layers=layers, batches=plan.batches, most_slots=most, say=say, **options)
         for future in drawn:
             future.result()
     run = _Run(scene, workloads, plan, say)
-    run.decode()
-    if plan.prefill:
-        run.prefill()
-    run.write()
+    run.all()
     return run.results
 
 
@@ -99,12 +108,13 @@ class _Run:
         self._scene, self._workloads, self._plan, self._say = scene, workloads, plan, say
         self._expected: dict[Workload, torch.Tensor] = {}
         self._resident_ms: dict[Workload, float] = {}
-        self._memory = {"beside the slab, GB": 0.0}
-        for workload in workloads:
-            self._measure_resident(workload)
+        self._routed: Workload | None = None
+        self._route(workloads[0])
         beside = _device_bytes(scene)
-        self.budgets = budgets_of(plan.budgets, scene.config, beside)
-        self.few = budgets_of(plan.few, scene.config, beside)
+        named = (plan.budgets, plan.few, plan.compared, plan.prefill)
+        self._budgets, self._few, self._compared, self._prefilled = (
+            budgets_of(texts, scene.config, beside) for texts in named
+        )
         setup = {
             "layers": scene.config.num_hidden_layers,
             "absent experts": "through scratch" if scene.memory.places.scratch else "read in place",
@@ -115,28 +125,33 @@ class _Run:
         }
         self.results = ExpertResults(_about(), setup, _memory(scene, beside))
 
-    def _measure_resident(self, workload: Workload) -> None:
-        """The same steps with a slot for everyone; also compiles and captures."""
-        self._scene.route_as(workload)
+    def _route(self, workload: Workload) -> None:
+        """The next steps are the workload's. At its first turn also times it with a slot for everyone, which compiles
+        and captures."""
+        if workload is not self._routed:
+            self._scene.route_as(workload)
+            self._routed = workload
+        if workload in self._resident_ms:
+            return
         self._scene.all_resident()
         timed = _Timed(self._scene, workload, None)
         self._resident_ms[workload] = timed.measure().ms
         self._say(f"{workload.routing} batch {workload.batch}: all resident {self._resident_ms[workload]:.2f} ms")
 
-    def decode(self) -> None:
-        """All cells. Belady's figures are computed beside the device's work."""
-        routed: Workload | None = None
+    def all(self) -> None:
+        """Every cell, the most wanted first. Belady's figures are computed beside the device's work."""
+        first, others = self._workloads[0], self._workloads[1:]
+        usual, policies = self._plan.policies[0], self._plan.policies[1:]
         with ThreadPoolExecutor(1, thread_name_prefix="belady") as pool:
-            best = {
-                budget.slots: pool.submit(_optimum, self._workloads[0], budget.slots)
-                for budget in {*self.budgets, *self.few}
-            }
-            for cell in cells_of(self._workloads, self.budgets, self.few, self._plan.policies):
-                if cell.workload is not routed:
-                    self._scene.route_as(cell.workload)
-                    routed = cell.workload
+            slots = {budget.slots for budget in (*self._budgets, *self._compared)}
+            best = {count: pool.submit(_optimum, first, count) for count in sorted(slots)}
+            for cell in first_cells(first, self._budgets, usual):
                 self._cell(cell, best)
-                self.write()
+            self.prefill()
+            for cell in batch_cells(others, self._few, usual):
+                self._cell(cell, best)
+            for cell in policy_cells(first, self._compared, policies):
+                self._cell(cell, best)
 
     def _cache(self, cell: Cell) -> tuple[ExpertCache | None, float]:
         """The cell's cache with its first residents, and the seconds that bringing them in took."""
@@ -155,6 +170,7 @@ class _Run:
     def _cell(self, cell: Cell, best: dict[int, Future[float]]) -> None:
         """One row."""
         scene, workload = self._scene, cell.workload
+        self._route(workload)
         cache, fill_s = self._cache(cell)
         timed = _Timed(scene, workload, cache)
         found = timed.measure()
@@ -183,6 +199,7 @@ class _Run:
             identical=None if expected is timed.checked else bool(torch.equal(expected, timed.checked)),
         )
         self.results.rows.append(row)
+        self.write()
         self._say(
             f"{row.routing} batch {row.batch} {row.budget} {row.policy}: {row.ms:.2f} ms, {row.tokens_s:.1f} tokens/s, "
             f"hit {row.hit_rate:.1%}, {row.misses:.1f} misses, {row.moved:.2f} moves, host {row.host_ms:.2f} ms, "
@@ -190,8 +207,10 @@ class _Run:
         )
 
     def prefill(self) -> None:
-        """One chunk at each budget; each layer holds an equal share, as on a worker without a profile."""
+        """One chunk at each of its budgets; a layer holds an equal share, as on a worker without a profile."""
         scene = self._scene
+        if not self._prefilled:
+            return
         batch = scene.scene.prompt_batch(scene.chunk)
         try:
             scene.scene.model.forward(batch)  # compiles, and makes the buffers
@@ -200,7 +219,7 @@ class _Run:
                 f"prefill is left out: no room for its buffers beside {scene.memory.places.total} experts ({exc})"
             )
             return
-        for budget in sorted({*self.budgets, *self.few}, key=lambda b: -b.slots):
+        for budget in sorted(set(self._prefilled), key=lambda b: -b.slots):
             cache = scene.cache(budget.slots, POLICIES["static"], None)
             scene.fill(cache, cache.residency.first_residents(budget.slots))
             scene.codes = cache.slots.codes
@@ -214,6 +233,7 @@ class _Run:
             copied = scene.stream.copied_bytes - before
             row = PrefillCell(budget.name, budget.slots, scene.chunk, 1e3 * seconds, copied, same)
             self.results.prefill.append(row)
+            self.write()
             self._say(f"prefill of {scene.chunk}, {row.budget}: {row.ms:.0f} ms, {row.tokens_s:,.0f} tokens/s, "
                       f"{copied / 1e9:.1f} GB, same {same}")  # fmt: skip
 

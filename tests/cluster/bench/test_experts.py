@@ -21,7 +21,7 @@ from cluster.bench.expert_results import (
     tables,
 )
 from cluster.bench.expert_scene import ExpertScene, routed_by_token
-from cluster.bench.expert_sweep import Budget, Workload, budgets_of, cells_of
+from cluster.bench.expert_sweep import Budget, Workload, batch_cells, budgets_of, first_cells, policy_cells
 from cluster.bench.results import BadResults
 from kvstore.errors import IntegrityError
 from workers.checkpoint.synth import cut_layers
@@ -103,11 +103,12 @@ def test_a_measurement_begins_with_what_the_past_made_of_the_policy() -> None:
 def test_every_cell_is_planned_once_and_large_budgets_come_first() -> None:
     first, other = Workload("v4-like", 1, 1, 8, 2), Workload("uniform", 1, 1, 8, 2)
     large, small = Budget("large", 6), Budget("small", 2)
-    found = list(cells_of([first, other], [small, large], [small], ["lfru", "lru"]))
+    found = [*first_cells(first, [small, large], "lfru"), *batch_cells([other], [small, large], "lfru")]
+    found += policy_cells(first, [small], ["lru"])
     names = [(c.workload.routing, c.budget and c.budget.name, c.policy, c.same_text) for c in found]
-    assert len(set(names)) == len(names) == 6
-    assert [c.budget and c.budget.name for c in found] == [None, "large", *["small"] * 4]
-    assert ("v4-like", "small", "static", True) in names and ("uniform", "small", "lfru", False) in names
+    assert len(set(names)) == len(names) == 7
+    assert [name for _, name, _, _ in names] == [None, "large", "small", "large", "small", "small", "small"]
+    assert names[-2:] == [("v4-like", "small", "static", True), ("v4-like", "small", "lru", False)]
 
 
 def test_a_budget_buys_whole_experts_and_never_less_than_one_token_needs() -> None:

@@ -25,6 +25,8 @@ def test_every_cell_of_a_small_run_has_the_same_bits(tmp_path: Path) -> None:
     plan = ExpertPlan(
         budgets=budgets,
         few=budgets[1:],
+        compared=budgets[1:],
+        prefill=budgets,
         batches=(1, 3),
         routings=("v4-like", "uniform"),
         policies=("lfru", "static"),
@@ -32,7 +34,7 @@ def test_every_cell_of_a_small_run_has_the_same_bits(tmp_path: Path) -> None:
     )
     layers = NANO.num_hidden_layers
     results = run_experts(NANO, plan, layers=layers, say=print, context=1024, chunk=256)
-    # off, 80; at 30: the usual policy, its own text, the other policy, three more workloads
+    # off, 80, 30; at 30: three more workloads, its own text, the other policy
     assert len(results.rows) == 8 and all(row.identical in (None, True) for row in results.rows)
     assert results.rows[0].hit_rate == 0 and all(0 < row.hit_rate < 1 for row in results.rows[1:])
     assert len(results.prefill) == 2 and all(cell.identical for cell in results.prefill)
