@@ -209,38 +209,31 @@ class _Run:
     def prefill(self) -> None:
         """One chunk at each of its budgets; a layer holds an equal share, as on a worker without a profile."""
         scene = self._scene
-        if not self._prefilled:
-            return
         batch = scene.scene.prompt_batch(scene.chunk)
-        try:
-            scene.scene.model.forward(batch)  # compiles, and makes the buffers
-        except torch.OutOfMemoryError as exc:
-            self._say(
-                f"prefill is left out: no room for its buffers beside {scene.memory.places.total} experts ({exc})"
-            )
-            return
+        expected: torch.Tensor | None = None
         for budget in sorted(set(self._prefilled), key=lambda b: -b.slots):
             cache = scene.cache(budget.slots, POLICIES["static"], None)
             scene.fill(cache, cache.residency.first_residents(budget.slots))
             scene.codes = cache.slots.codes
+            if expected is None:
+                try:
+                    expected = scene.scene.model.forward(batch)  # compiles, and makes the buffers
+                except torch.OutOfMemoryError as exc:
+                    beside = scene.memory.places.total
+                    self._say(f"prefill is left out: no room for its buffers beside {beside} experts ({exc})")
+                    return
             scene.synchronize()
             before, began = scene.stream.copied_bytes, time.perf_counter()
             logits = scene.scene.model.forward(batch)
             scene.synchronize()
-            seconds = time.perf_counter() - began
-            same = bool(torch.equal(self._expected_prefill(logits), logits))
+            seconds, copied = time.perf_counter() - began, scene.stream.copied_bytes - before
             scene.keep_slots(cache)
-            copied = scene.stream.copied_bytes - before
+            same = bool(torch.equal(expected, logits))
             row = PrefillCell(budget.name, budget.slots, scene.chunk, 1e3 * seconds, copied, same)
             self.results.prefill.append(row)
             self.write()
             self._say(f"prefill of {scene.chunk}, {row.budget}: {row.ms:.0f} ms, {row.tokens_s:,.0f} tokens/s, "
                       f"{copied / 1e9:.1f} GB, same {same}")  # fmt: skip
-
-    def _expected_prefill(self, logits: torch.Tensor) -> torch.Tensor:
-        if not hasattr(self, "_prefill_logits"):
-            self._prefill_logits = logits.clone()
-        return self._prefill_logits
 
     def write(self) -> None:
         """To the plan's file, if it names one."""
