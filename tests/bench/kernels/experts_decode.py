@@ -4,8 +4,22 @@
 
 Floor: bytes of the distinct experts of the step (13.37 MB each) and the shared expert's w2 (8.39 MB) over the measured
 copy bandwidth. Prediction: 75 % at one token; unpacking takes about 2.7 instructions per weight, 80 % of what the
-multiprocessors can issue at full bandwidth. Result (H200, 2026-11-21, copy 4,224 GB/s): 75 % at 16 tokens (3,177 GB/s),
-53 % at one (2,220 GB/s, 25.4 + 14.4 us); at one token waits for memory dominate, see RESULTS.md for the whole model.
+multiprocessors can issue at full bandwidth. Result (H200, 2026-11-21, copy 4,200 GB/s), both launches: 2,120 to 2,140
+GB/s at one token (41.5 us: 25.7 + 16.7), 2,640 at 4, 2,690 at 8, 2,860 to 3,180 at 16.
+
+Why one token stays at half of the bandwidth, measured the same day. The same programs that only read their weights take
+34.6 us (3,750 GB/s at 4 tokens): launches of 35 and 53 MB begin and end slowly. Of the form with two warps a program
+the profiler says: the schedulers issue in every second cycle, a fifth of a warp's time goes into waiting for scale
+bytes and inputs that are not in L1, and a multiprocessor is at work for 85 % of the launch. w2 of the shared expert,
+whose programs read twice as much as the others, costs 3.6 us. What was tried instead, us for both launches at 1, 4 and
+16 tokens, where the form in the tree takes 41.5, 125 and 361:
+    weights through asynchronous copies, unpacking with fewer moves         43.0  113  327   (equal bits)
+    the same, successor let in before the products                          42.3  112
+    two warps share the columns of 16 rows, 24 warps on a multiprocessor    41.1  124
+    four warps                                                              51.6  157
+Scales through asynchronous copies too, inputs sent to L1 a turn ahead, and w2 of the shared expert in the first launch:
+54.5 (40.9 + 13.8) at one token, 212 at 8 (the tree 217); the shared expert's programs, which wait for its hidden state
+to be rounded, then outlast all others.
 """
 
 from __future__ import annotations

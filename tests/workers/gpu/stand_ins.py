@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tests.support.expert_bytes import matrix_of
 from workers.experts.layout import ExpertShape, ExpertSlab
 from workers.gpu.buffers import CompressorTensors, Groups, StepMeta
 from workers.gpu.kernel_set import KernelSet, StepSizes
@@ -20,7 +21,7 @@ from workers.reference.indexer import hadamard, index_scores, select_topk
 from workers.reference.linear import grouped_linear as grouped
 from workers.reference.moe import swiglu
 from workers.reference.norm_rope import apply_rope, rms_norm
-from workers.reference.quant import fp4_dequant, fp8_block_dequant, fp8_fake_quant, indexer_fp8_fake_quant
+from workers.reference.quant import fp8_block_dequant, fp8_fake_quant, indexer_fp8_fake_quant
 from workers.reference.sparse_attention import sparse_attention as attend
 
 PAGE, WINDOW, ROPE = 256, 128, 64
@@ -250,12 +251,9 @@ def route(logits, chooser, token_ids, scaling, ids, weights, groups: Groups, *, 
 
 
 def _expert(slab: ExpertSlab, shape: ExpertShape, expert: int, name: str) -> Tensor:
-    codes, scales = shape.offsets()[name]
     code = int(slab.table[expert])
     base, at = (slab.base, slab.host, slab.peer)[code >> 24], (code & 0xFFFFFF) * shape.expert_bytes
-    rows, columns = (shape.hidden, shape.inner) if name == "w2" else (shape.inner, shape.hidden)
-    packed = base[at + codes : at + codes + shape.codes_bytes].view(torch.int8).view(rows, columns // 2)
-    return fp4_dequant(packed, base[at + scales : at + scales + shape.scales_bytes].view(rows, columns // 32))
+    return matrix_of(shape, base[at : at + shape.expert_bytes], name)
 
 
 def _members(groups: Groups) -> list[tuple[int, list[int]]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.expert_bytes import matrix_of
 from workers.checkpoint.load import load_named
 from workers.checkpoint.synth import synthesise
 from workers.errors import InexactWeights
@@ -18,7 +19,7 @@ from workers.model.config import LayerKind, ModelConfig
 from workers.model.presets import NANO, PRESETS
 from workers.model.weights import ModelWeights, random_named_weights
 from workers.model_bundle import ModelBundle, identity_of_heads
-from workers.reference.quant import fp4_dequant, fp8_block_dequant
+from workers.reference.quant import fp8_block_dequant
 
 BUNDLED = Path(__file__).resolve().parents[3] / "deploy" / "demo" / "dsv4-nano"
 
@@ -29,13 +30,8 @@ def _fp8(weight: Fp8Weight) -> Tensor:
 
 def _expert(weights: GpuWeights, config: ModelConfig, layer: int, expert: int, name: str) -> Tensor:
     shape = ExpertShape(config.hidden_size, config.moe_intermediate_size)
-    codes, scales = shape.offsets()[name]
     slab = weights.layers[layer].experts
-    at = int(slab.table[expert]) * shape.expert_bytes
-    rows, columns = (shape.hidden, shape.inner) if name == "w2" else (shape.inner, shape.hidden)
-    packed = slab.base[at + codes : at + codes + shape.codes_bytes].view(torch.int8).view(rows, columns // 2)
-    factors = slab.base[at + scales : at + scales + shape.scales_bytes].view(rows, columns // 32)
-    return fp4_dequant(packed, factors)
+    return matrix_of(shape, slab.base.view(-1, shape.expert_bytes)[int(slab.table[expert])], name)
 
 
 def _check_against(weights: GpuWeights, config: ModelConfig, named: dict[str, Tensor]) -> None:
