@@ -164,12 +164,15 @@ class ExpertScene:
     def fill(self, cache: ExpertCache, pairs: Ids) -> float:
         """Brings in `pairs`, the most valuable first; seconds. Slots are given out in order: who is there stays."""
         began, slots = time.perf_counter(), cache.slots.num_slots
-        wanted = set(pairs.tolist())
-        order = [pair if pair in wanted else -1 for pair in self._inside[:slots].tolist()]
-        stays = {pair for pair in order if pair >= 0}
-        rest = iter([pair for pair in pairs.tolist() if pair not in stays])
+        left = set(pairs.tolist())
+        order = []
+        for pair in self._inside[:slots].tolist():
+            # A pair may lie in two slots: one from a larger cache, one from a smaller cache after it.
+            order.append(pair if pair in left else -1)
+            left.discard(pair)
+        there = {pair: slot for slot, pair in enumerate(order) if pair >= 0}
+        rest = iter([pair for pair in pairs.tolist() if pair not in there])
         order = [pair if pair >= 0 else next(rest, -1) for pair in order]
-        there = {pair: slot for slot, pair in enumerate(self._inside[:slots].tolist()) if pair in stays}
         slab = self.memory.slab
 
         def bring(some: Sequence[int]) -> list[Tensor]:

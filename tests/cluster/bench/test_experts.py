@@ -78,6 +78,16 @@ def test_a_new_cache_takes_over_whoever_is_where_it_wants_him() -> None:
     cache.check_integrity()
 
 
+def test_a_larger_cache_after_a_smaller_one_finds_each_pair_once() -> None:
+    stand = Stand(5)
+    for pairs in ([9, 3, 7, 1, 5], [5, 2], [1, 5, 9, 3, 7]):
+        cache = stand.cache(len(pairs), LFRU, None)
+        stand.fill(cache, np.array(pairs))
+        stand.keep_slots(cache)
+        assert sorted(held_bytes(stand)[: len(pairs)]) == sorted(pairs)
+        cache.check_integrity()
+
+
 def test_a_slot_with_other_bytes_ends_the_run() -> None:
     stand = Stand(3)
     cache = stand.cache(3, LFRU, None)
