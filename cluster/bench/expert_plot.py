@@ -20,11 +20,13 @@ def draw_experts(file: Path, image: Path) -> None:
     rows = [row for row in every if row["routing"] == routing and row["policy"] in ("", policy)]
     others = [row for row in every if row["routing"] != routing and row["batch"] == rows[0]["batch"]]
     pyplot = pyplot_module()
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(18, 5), layout="constrained")
-    _speed(left, rows, others)
-    _hits(middle, rows, others)
-    _prefill(right, sorted(results.prefill, key=lambda cell: cell.slots))
-    for axes in (left, middle, right):
+    count = 3 if results.prefill else 2
+    figure, panels = pyplot.subplots(1, count, figsize=(6 * count, 5), layout="constrained")
+    _speed(panels[0], rows, others)
+    _hits(panels[1], rows, others)
+    if results.prefill:
+        _prefill(panels[2], sorted(results.prefill, key=lambda cell: cell.slots))
+    for axes in panels:
         axes.grid(alpha=0.3)
     what = f"expert cache, {results.setup['layers']} layers, generated {routing} routing, {policy}"
     figure.suptitle(f"{what}, one {results.machine['gpu']}, {results.machine['date']}")
@@ -76,5 +78,5 @@ def _hits(axes: Any, rows: list[dict[str, Any]], others: list[dict[str, Any]]) -
 
 def _prefill(axes: Any, cells: list[PrefillCell]) -> None:
     axes.plot([cell.slots for cell in cells], [cell.tokens_s for cell in cells], marker="o")
-    tokens = f" of {cells[0].tokens:,} tokens" if cells else ""
-    axes.set(xlabel="slots", ylabel="tokens per second", title=f"prefill, one chunk{tokens}", ylim=(0, None))
+    title = f"prefill, one chunk of {cells[0].tokens:,} tokens"
+    axes.set(xlabel="slots", ylabel="tokens per second", title=title, ylim=(0, None))

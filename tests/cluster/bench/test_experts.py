@@ -163,6 +163,9 @@ def test_a_finished_run_is_drawn_and_another_file_is_refused(tmp_path: Path) -> 
     pytest.importorskip("matplotlib")
     draw_experts(file, tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
+    results.prefill.clear()
+    results.write(file)
+    draw_experts(file, tmp_path / "without.png")
     file.write_text(json.dumps({"rows": 3}))
     with pytest.raises(BadResults, match="run.json"):
         draw_experts(file, tmp_path / "run.png")
