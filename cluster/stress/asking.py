@@ -6,6 +6,7 @@ are streamed, so that a retract shows as the silence that a client would see.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -83,22 +84,23 @@ class Questions:
                 thread.join(END_S)
 
     def _work(self) -> None:
-        streamer = self._connect()
-        self._streamers.append(streamer)
         try:
-            while not self._stopped.is_set():
-                try:
-                    sample = self._todo.get_nowait()
-                except queue.Empty:
-                    return
-                answer = self._ask(streamer, sample)
-                if not self._stopped.is_set():
-                    self._done.put(answer)
+            with contextlib.closing(self._connect()) as streamer:
+                self._streamers.append(streamer)
+                self._ask_all(streamer)
         except Exception as exc:
             # Outermost frame of the thread: the main thread raises it.
             self._done.put(exc)
-        finally:
-            streamer.close()
+
+    def _ask_all(self, streamer: Streamer) -> None:
+        while not self._stopped.is_set():
+            try:
+                sample = self._todo.get_nowait()
+            except queue.Empty:
+                return
+            answer = self._ask(streamer, sample)
+            if not self._stopped.is_set():
+                self._done.put(answer)
 
     def _ask(self, streamer: Streamer, sample: StressSample) -> Answer:
         began = time.perf_counter()
