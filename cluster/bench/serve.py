@@ -68,7 +68,6 @@ class Prompts:
 
     def __init__(self, per_word: float, fixed: float, load: Load) -> None:
         self._num_words = max(1, round((load.input_tokens - fixed) / per_word))
-        self._load = load
 
     @classmethod
     def measured(cls, client: Client, load: Load) -> Prompts:
@@ -84,9 +83,9 @@ class Prompts:
             raise CannotMeasure(f"prompts of {PROBE_WORDS} words count as {counts} tokens")
         return cls(per_word, counts[0] - per_word * PROBE_WORDS[0], load)
 
-    def text(self, level: int, index: int) -> str:
+    def text(self, seed: int, level: int, index: int) -> str:
         """The prompt of one request of a level."""
-        return _text(random.Random(f"{self._load.seed}:{level}:{index}"), self._num_words)
+        return _text(random.Random(f"{seed}:{level}:{index}"), self._num_words)
 
 
 def _text(draw: random.Random, num_words: int) -> str:
@@ -185,7 +184,8 @@ class Clients:
                 self._changed.notify()
 
     def _ask(self, client: Client, index: int) -> Served:
-        body = body_of(self._load, self._prompts.text(self.concurrency, index), self._load.output_tokens)
+        prompt = self._prompts.text(self._load.seed, self.concurrency, index)
+        body = body_of(self._load, prompt, self._load.output_tokens)
         began = time.perf_counter()
         arrivals: list[float] = []
         usage: dict[str, Any] = {}
@@ -258,7 +258,10 @@ def counted(before: dict[str, dict[str, object]], after: dict[str, dict[str, obj
 
 
 def warm_up(prompts: Prompts, load: Load, concurrency: int, connect: Callable[[], Client]) -> float:
-    """One short round at a level, so that nothing is compiled while a level is timed; seconds."""
+    """One short round at a level, so that nothing is compiled while a level is timed; seconds.
+
+    Its prompts are not those of the level: a prefix that the server knows already would shorten the level's prefill.
+    """
     short = Load(load.model, load.input_tokens, 2, 1, load.seed + 1)
     began = time.perf_counter()
     failed = [served.error for served in Clients(prompts, short, concurrency, connect) if served.error]

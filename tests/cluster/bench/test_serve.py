@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.bench.serve import CannotMeasure, Clients, Load, Prompts, counted, counters_of
+from cluster.bench.serve import CannotMeasure, Clients, Load, Prompts, counted, counters_of, warm_up
 from cluster.bench.serve_results import (
     Machine,
     Served,
@@ -60,10 +60,10 @@ class FakeClient:
 def test_prompts_have_the_wanted_length_and_differ() -> None:
     client = FakeClient()
     prompts = Prompts.measured(client, LOAD)
-    texts = [prompts.text(8, index) for index in range(4)]
+    texts = [prompts.text(0, 8, index) for index in range(4)]
     assert {9 + 2 * len(text.split()) for text in texts} <= {299, 300, 301}
     assert len({text.split()[0] for text in texts}) > 1
-    assert prompts.text(8, 0) == texts[0]
+    assert prompts.text(0, 8, 0) == texts[0]
 
 
 def test_a_server_that_does_not_count_is_refused() -> None:
@@ -90,9 +90,26 @@ def test_every_client_is_always_busy_and_asks_for_full_answers() -> None:
     assert all(body["ignore_eos"] and body["temperature"] == 0 for body in bodies)
 
 
+def test_the_first_round_leaves_no_prefix_of_a_level_behind() -> None:
+    made: list[FakeClient] = []
+
+    def connect() -> FakeClient:
+        made.append(FakeClient())
+        return made[-1]
+
+    prompts = Prompts.measured(FakeClient(), LOAD)
+    warm_up(prompts, LOAD, 2, connect)
+    count = len(made)
+    assert len(list(Clients(prompts, LOAD, 2, connect))) == 6
+    asked = [[body["messages"][0]["content"] for client in part for body in client.bodies]
+             for part in (made[:count], made[count:])]  # fmt: skip
+    assert len(asked[0]) == 2 and len(asked[1]) == 6
+    assert not {text[:12] for text in asked[0]} & {text[:12] for text in asked[1]}
+
+
 def test_failed_requests_are_counted_and_do_not_count() -> None:
     prompts = Prompts.measured(FakeClient(), LOAD)
-    bad = frozenset({prompts.text(2, 1)})
+    bad = frozenset({prompts.text(LOAD.seed, 2, 1)})
     served = list(Clients(prompts, LOAD, 2, lambda: FakeClient(fails=bad)))
     level = level_of(2, served, Machine(0), {})
     assert (level.requests, level.errors, level.first_error) == (6, 1, "no room")
