@@ -24,6 +24,7 @@ from cluster.errors import ClusterError
 from workers.errors import WorkerError
 from workers.experts.generator import ROUTINGS
 from workers.experts.policy import POLICIES
+from workers.model.config import ModelConfig
 from workers.model.presets import PRESETS
 
 app = typer.Typer(
@@ -175,6 +176,7 @@ def expert_cache(
     _known(_texts(policies), tuple(POLICIES), "--policies")
     _known(_texts(routings), tuple(ROUTINGS), "--routings")
     config = PRESETS[preset]
+    _budgets({"--budgets": budgets, "--few": few, "--compared": compared, "--prefill": prefill}, config)
     with _user_errors():
         from cluster.bench.expert_results import tables
         from cluster.bench.experts import ExpertPlan, run_experts
@@ -261,6 +263,19 @@ def _parts(text: str) -> set[Part]:
 def _known(given: tuple[str, ...], known: tuple[str, ...], option: str) -> None:
     if not given or set(given) - set(known):
         raise typer.BadParameter(f"any of {', '.join(known)}, not {','.join(given)!r}", param_hint=option)
+
+
+def _budgets(texts: dict[str, str], config: ModelConfig) -> None:
+    """Refuses what does not read as a budget, by option, and a run in which none sizes the slab."""
+    from cluster.bench.expert_sweep import budgets_of
+
+    for option, text in texts.items():
+        try:
+            budgets_of(_texts(text), config, 0)
+        except ValueError as exc:
+            raise typer.BadParameter(str(exc), param_hint=option) from exc
+    if all(text.endswith("t") for given in texts.values() for text in _texts(given)):
+        raise typer.BadParameter("needs one budget without t, which the slab is made for", param_hint="--budgets")
 
 
 def _texts(text: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ and counters with which the measurement begins.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,8 @@ MOST_STEPS = 136
 
 UNITS = {"gib": 1 << 30, "": 10**9}
 
+_BUDGET = re.compile(r"([0-9]+(?:\.[0-9]+)?)(gib)?(t)?")
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -47,9 +50,10 @@ def budgets_of(texts: Sequence[str], config: ModelConfig, beside_bytes: int) -> 
     size = ExpertShape(config.hidden_size, config.moe_intermediate_size).expert_bytes
     most, found = config.num_hidden_layers * config.n_routed_experts, []
     for text in texts:
-        number, total = text.removesuffix("t"), text.endswith("t")
-        unit = "gib" if number.endswith("gib") else ""
-        number = number.removesuffix("gib")
+        match = _BUDGET.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{text!r} is not a budget like 64, 118gib or 24t")
+        number, unit, total = match[1], match[2] or "", bool(match[3])
         amount = float(number) * UNITS[unit] - (beside_bytes if total else 0)
         slots = max(config.num_experts_per_tok, min(most, int(amount // size)))
         found.append(Budget(f"{number} {'GiB' if unit else 'GB'}{' total' if total else ''}", slots))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
 from cluster.bench.expert_plot import draw_experts
 from cluster.bench.expert_results import (
@@ -23,6 +24,7 @@ from cluster.bench.expert_results import (
 from cluster.bench.expert_scene import ExpertScene, routed_by_token
 from cluster.bench.expert_sweep import Budget, Workload, batch_cells, budgets_of, first_cells, policy_cells
 from cluster.bench.results import BadResults
+from cluster.cli_bench import app
 from kvstore.errors import IntegrityError
 from workers.checkpoint.synth import cut_layers
 from workers.experts.bank import HostBank
@@ -128,6 +130,25 @@ def test_a_budget_buys_whole_experts_and_never_less_than_one_token_needs() -> No
     assert total.slots == 15_000_000_000 // size and total.name == "24 GB total"
     assert large.slots == 43 * 256
     assert binary.slots == 118 * 2**30 // size and binary.name == "118 GiB"
+
+
+@pytest.mark.parametrize("text", ["", "64 GB", "24tt", "t", "gib", "-8"])
+def test_what_is_no_budget_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match="like 64, 118gib or 24t"):
+        budgets_of(["8", text], V4_FLASH, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--budgets", "8,many"), "'many' is not a budget"),
+        (("--few", "8g"), "'8g' is not a budget"),
+        (("--budgets", "24t", "--few", "", "--compared", "24t", "--prefill", ""), "one budget without t"),
+    ],
+)
+def test_budgets_are_read_before_anything_is_made(options: tuple[str, ...], said: str) -> None:
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["experts", *options])
+    assert done.exit_code == 2 and said in done.output
 
 
 def test_every_layer_of_the_benchmark_takes_its_experts_from_a_table() -> None:
