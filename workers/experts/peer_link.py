@@ -120,9 +120,8 @@ class PeerLink:
             if offer is None:
                 self._closing.wait(RETRY_S)
                 continue
-            problem = self._problem(offer)
             try:
-                if problem:
+                if problem := self._problem(offer):
                     raise WorkerError(problem)
                 self._call(functools.partial(self._meet, offer)).result()
                 self._stay(offer)
@@ -139,7 +138,7 @@ class PeerLink:
 
     def _problem(self, offer: Offer) -> str:
         """Why the offer must not be used, or nothing: another model's bytes would be wrong tokens."""
-        found = (offer.facts["key"], offer.facts["expert_bytes"])
+        found = (offer.facts.get("key"), offer.facts.get("expert_bytes"))
         if found == (self._key, self._expert_bytes):
             return ""
         return f"it holds experts of {found[0]}, {found[1]} bytes each, not of {self._key}, {self._expert_bytes}"

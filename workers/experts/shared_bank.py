@@ -60,6 +60,7 @@ def open_bank(
         bank = _made(lock, choose(), num_pairs, expert_bytes, fill, tell) if offer is None else _taken(offer)
         if bank.expert_bytes != expert_bytes or bank.num_pairs != num_pairs:
             found = f"{bank.num_pairs} experts of {bank.expert_bytes} bytes in this host's bank"
+            bank.close()
             raise BadConfig("experts", found, f"{num_pairs} of {expert_bytes} bytes", "worker config")
         facts = {"places": bank.place.tolist(), "expert_bytes": bank.expert_bytes}
         share.offer(what, bank.fd, facts)

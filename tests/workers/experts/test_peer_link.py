@@ -145,6 +145,22 @@ def test_experts_of_another_model_are_never_used(
     friend.close()
 
 
+def test_an_offer_that_does_not_say_what_it_holds_is_not_used(
+    folder: Path, link: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = Worker()
+    peers = link(worker)
+    stranger, fd = Share(folder, "prefill-0"), os.memfd_create("slab")
+    stranger.offer("slab", fd, {"block_bytes": BYTES})
+    os.close(fd)
+    until(lambda: "is not used" in caplog.text)
+    stranger.close()
+    friend = other(folder, 5)
+    until(peers.is_met.is_set)
+    assert worker.events == ["open", "came"]
+    friend.close()
+
+
 def test_a_window_that_cannot_be_opened_is_tried_again(folder: Path, link: Callable) -> None:
     worker = Worker()
     good, worker.open = worker.open, lambda fd, block_bytes: (_ for _ in ()).throw(WorkerError("no addresses"))  # type: ignore[method-assign]

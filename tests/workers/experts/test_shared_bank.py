@@ -63,6 +63,12 @@ def owner(folder: str, gate: multiprocessing.connection.Connection, dies_after: 
     time.sleep(60)
 
 
+def num_open_banks() -> int:
+    """Descriptors of banks in this process."""
+    links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+    return sum("dsv4-experts" in os.readlink(link) for link in links if link.is_symlink())
+
+
 def start_owner(folder: Path, dies_after: int | None = None) -> tuple[multiprocessing.process.BaseProcess, str]:
     here, there = CONTEXT.Pipe()
     process = CONTEXT.Process(target=owner, args=(str(folder), there, dies_after), daemon=True)
@@ -121,8 +127,10 @@ def test_whoever_makes_the_bank_chooses_its_experts_and_other_models_have_their_
     bank = open_bank(first, "m", lambda: range(6), PAIRS, BYTES, fill)
     found = open_bank(second, "m", everything, PAIRS, BYTES, never)
     assert np.array_equal(found.place, bank.place) and found.capacity == 6
+    before = num_open_banks()
     with pytest.raises(BadConfig, match="24 experts of 52224 bytes"):
         open_bank(second, "m", everything, PAIRS + 1, BYTES, never)
+    assert num_open_banks() == before >= 2, "what was refused is not kept"
     other = open_bank(second, "another model", everything, PAIRS, BYTES, fill)
     assert other.capacity == PAIRS
     for share in (first, second):
