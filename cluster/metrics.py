@@ -8,7 +8,7 @@ checks, so that a new counter cannot be forgotten.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from workers.messages import SpaceStats, WorkerRole, WorkerStats
@@ -36,6 +36,9 @@ METRICS = (
     Metric("dsv4_worker_ready", "ready", "1 while the worker serves, 0 while it loads, drains or has stopped"),
     Metric("dsv4_worker_uptime_seconds", "uptime_s", "Seconds since the worker started"),
     Metric("dsv4_worker_rss_bytes", "rss_bytes", "Resident memory of the worker process"),
+    Metric(
+        "dsv4_worker_page_cache_bytes", "page_cache_bytes", "Files in memory, of the worker's control group or host"
+    ),
     Metric("dsv4_max_context_tokens", "max_context", "Most prompt and output tokens of one request"),
     Metric("dsv4_max_running_requests", "max_running", "Largest batch"),
     Metric("dsv4_running_requests", "running", "Requests being computed"),
@@ -109,8 +112,16 @@ LABELLED = (
     ("dsv4_expert_layer_lookups_total", "expert_layer_lookups", ("layer",), "Experts that steps needed of a layer"),
     ("dsv4_expert_layer_hits_total", "expert_layer_hits", ("layer",), "Of those, in fast memory before their step"),
     ("dsv4_expert_layer_resident", "expert_layer_resident", ("layer",), "Experts of a layer in fast memory"),
+    ("dsv4_expert_phase_lookups_total", "expert_phase_lookups", ("phase",), "Experts that steps of a phase needed"),
+    ("dsv4_expert_phase_hits_total", "expert_phase_hits", ("phase",), "Of those, in fast memory before their step"),
 )
 """Mappings of `WorkerStats`: series name, field, labels that a key holds (joined by `/`), help."""
+
+HISTOGRAMS = (
+    ("dsv4_expert_distinct_per_layer", "expert_distinct", "phase", "Experts that one step needed of one layer"),
+    ("dsv4_expert_load_seconds", "expert_load_s", "path", "Seconds that a step waited for one absent expert"),
+)
+"""Mappings of `WorkerStats` from `label/bound` to how many lay up to it: series name, field, label, help."""
 
 SPACES = {"full": "full_pages", "window": "window_pages", "slot": "slots"}
 """Value of the `space` label of `dsv4_kv_units{space,state}` -> field of `WorkerStats`."""
@@ -150,6 +161,10 @@ def render(workers: Iterable[WorkerStats], members: Iterable[Member] = ()) -> st
             for key, value in sorted(getattr(stats, field).items()):
                 extra = dict(zip(labels, key.split("/"), strict=True))
                 lines.append(f"{name}{_labels(stats, **extra)} {float(value):.17g}")
+    for name, field, label, text in HISTOGRAMS:
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} histogram"]
+        for stats in workers:
+            lines += _histogram(stats, name, getattr(stats, field), label)
     lines += [
         "# HELP dsv4_kv_units KV pages and request slots by space and state",
         "# TYPE dsv4_kv_units gauge",
@@ -181,6 +196,21 @@ def render(workers: Iterable[WorkerStats], members: Iterable[Member] = ()) -> st
         lines += ["# HELP dsv4_worker_up 1 when the worker answered just now", "# TYPE dsv4_worker_up gauge"]
         lines += [f"dsv4_worker_up{_labels(member)} {int(member.name in answered)}" for member in members]
     return "\n".join(lines) + "\n"
+
+
+def _histogram(stats: WorkerStats, name: str, values: Mapping[str, float], label: str) -> list[str]:
+    """Lines of one worker's histogram; buckets in the order of `values`, which ascends."""
+    lines = []
+    for key, value in values.items():
+        which, bound = key.split("/")
+        labels = {label: which}
+        if bound == "sum":
+            lines.append(f"{name}_sum{_labels(stats, **labels)} {value:.17g}")
+        else:
+            lines.append(f"{name}_bucket{_labels(stats, **labels, le=bound)} {value:.17g}")
+        if bound == "+Inf":
+            lines.append(f"{name}_count{_labels(stats, **labels)} {value:.17g}")
+    return lines
 
 
 def _labels(worker: WorkerStats | Member, **extra: str) -> str:

@@ -471,7 +471,15 @@ class WorkerStats:
     expert_layer_hits: Mapping[str, int] = field(default_factory=dict)
     expert_layer_resident: Mapping[str, int] = field(default_factory=dict)
     """Gauge by layer: experts in slots."""
+    expert_phase_lookups: Mapping[str, int] = field(default_factory=dict)
+    """Counter by phase of the step, `prefill` or `decode`, where that is known; likewise hits."""
+    expert_phase_hits: Mapping[str, int] = field(default_factory=dict)
+    expert_distinct: Mapping[str, float] = field(default_factory=dict)
+    """Histogram by `phase/bound`: experts that one step needed of one layer."""
+    expert_load_s: Mapping[str, float] = field(default_factory=dict)
+    """Histogram by `path/bound`: seconds that a step waited for one absent expert."""
     rss_bytes: int = 0
+    page_cache_bytes: int = 0
     kv_bytes_total: int = 0
     """Bytes of all KV pools."""
     failure: str = ""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from cluster.metrics import LABELLED, METRICS, NOT_EXPORTED, SPACES, Member, parse, render, worker_rows
+from cluster.metrics import HISTOGRAMS, LABELLED, METRICS, NOT_EXPORTED, SPACES, Member, parse, render, worker_rows
+from workers.experts.histogram import Histogram
 from workers.messages import SpaceStats, WorkerRole, WorkerStats
 
 
@@ -28,10 +29,29 @@ def test_every_number_of_the_statistics_is_exported() -> None:
 
 def test_every_mapping_of_the_statistics_is_exported_with_labels() -> None:
     mappings = {item.name for item in dataclasses.fields(WorkerStats) if str(item.type).startswith("Mapping")}
-    assert {field for _, field, _, _ in LABELLED} == mappings
+    assert {field for _, field, _, _ in (*LABELLED, *HISTOGRAMS)} == mappings
     text = render([stats(WorkerRole.DECODE, retracts={"forced": 3}, retract_bytes={"out/disk": 10, "in/pinned": 7})])
     assert 'dsv4_retracts_total{role="decode",worker="decode-0",cause="forced"} 3\n' in text
     assert 'dsv4_retract_bytes_total{role="decode",worker="decode-0",direction="out",tier="disk"} 10\n' in text
+
+
+def test_histograms_are_cumulative_and_read_back() -> None:
+    loads = Histogram((0.001, 0.5))
+    loads.add([0.001, 0.25, 0.25, 2.0])
+    text = render([stats(WorkerRole.DECODE, expert_load_s=loads.fields("disk"))])
+    assert "# TYPE dsv4_expert_load_seconds histogram\n" in text
+    found = [
+        (sample.name.removeprefix("dsv4_expert_load_seconds_"), sample.labels.get("le"), sample.value)
+        for sample in parse(text)
+        if sample.labels.get("path") == "disk"
+    ]
+    assert found == [
+        ("bucket", "0.001", 1.0),
+        ("bucket", "0.5", 3.0),
+        ("bucket", "+Inf", 4.0),
+        ("count", None, 4.0),
+        ("sum", None, 2.501),
+    ]
 
 
 def test_metric_names_are_unique_and_have_help() -> None:

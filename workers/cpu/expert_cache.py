@@ -22,6 +22,7 @@ from workers.cpu.arena import aligned_zeros
 from workers.cpu.expert_panels import ExpertPanels
 from workers.errors import WorkerError
 from workers.experts.config import PRELOADS, SlotPlan, pays_little, plan_slots
+from workers.experts.histogram import Histogram
 from workers.experts.layout import Tier, code_of
 from workers.experts.policy import POLICIES, Ids, highest
 from workers.experts.profile import read_profile
@@ -36,6 +37,13 @@ logger = logging.getLogger(__name__)
 INTERVAL, MOVES = 4, 16
 """Steps between two decisions, and experts that one decision may bring in: each costs a read that no step waits for
 in vain only if it is used again."""
+
+LOAD_BOUNDS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1.0)
+"""From a small expert out of memory to a slow disk's worst."""
+
+DISTINCT_BOUNDS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
+
+PHASES, PATHS = ("prefill", "decode"), ("host", "disk")
 
 _FETCH = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
@@ -63,6 +71,15 @@ class ExpertCounters:
     move_s: float = 0.0
     step_s: dict[str, float] = field(default_factory=lambda: {"0": 0.0, "1+": 0.0})
     """Seconds of steps without and with a miss."""
+    phase_lookups: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    """Of `lookups`, those of steps that prefilled and of others; likewise `phase_hits`."""
+    phase_hits: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    distinct: dict[str, Histogram] = field(
+        default_factory=lambda: {phase: Histogram(DISTINCT_BOUNDS) for phase in PHASES}
+    )
+    """By phase: experts that one step needed of one layer."""
+    load_s: dict[str, Histogram] = field(default_factory=lambda: {path: Histogram(LOAD_BOUNDS_S) for path in PATHS})
+    """By path: seconds of one of `loads`, reading and unpacking."""
 
 
 class CpuExperts:
@@ -149,8 +166,10 @@ class CpuExperts:
         except BaseException as exc:  # noqa: BLE001  (nothing may cross the kernels; `end_step` raises it)
             self._failure = exc
             return 0
+        seconds = time.perf_counter() - began
         self.counters.loads += 1
-        self.counters.stall_s += time.perf_counter() - began
+        self.counters.stall_s += seconds
+        self.counters.load_s[self._supply.path_of(pair)].add([seconds])
         return int(place.ctypes.data)
 
     def end_step(self, uses: np.ndarray, seconds: float, *, prefills: bool) -> None:
@@ -185,7 +204,12 @@ class CpuExperts:
         shape = (self._config.num_hidden_layers, self._config.n_routed_experts)
         needed, resident = counts > 0, self.homes != 0
         hit, missed = needed & resident, needed & ~resident
-        self.counters.lookups += needed.reshape(shape).sum(axis=1)
+        distinct = needed.reshape(shape).sum(axis=1)
+        phase = "prefill" if prefills else "decode"
+        self.counters.distinct[phase].add(distinct.tolist())
+        self.counters.phase_lookups[phase] += int(distinct.sum())
+        self.counters.phase_hits[phase] += int(hit.sum())
+        self.counters.lookups += distinct
         self.counters.hits += hit.reshape(shape).sum(axis=1)
         misses, cold = int(missed.sum()), int((missed & ~self._seen).sum())
         if prefills:
@@ -302,4 +326,13 @@ class CpuExperts:
             "expert_layer_lookups": {str(layer): int(n) for layer, n in enumerate(counters.lookups)},
             "expert_layer_hits": {str(layer): int(n) for layer, n in enumerate(counters.hits)},
             "expert_layer_resident": {str(layer): int(n) for layer, n in enumerate(resident)},
+            "expert_phase_lookups": dict(counters.phase_lookups),
+            "expert_phase_hits": dict(counters.phase_hits),
+            "expert_distinct": _joined(counters.distinct),
+            "expert_load_s": _joined(counters.load_s),
         }
+
+
+def _joined(histograms: dict[str, Histogram]) -> dict[str, float]:
+    """One field of `WorkerStats` from a histogram for each label."""
+    return {key: value for label, one in histograms.items() for key, value in one.fields(label).items()}

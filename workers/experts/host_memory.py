@@ -1,4 +1,4 @@
-"""How much host memory may still be taken, by the machine and by the control group we live in. Torch-free."""
+"""How much host memory may still be taken, and how much is page cache, by machine and control group. Torch-free."""
 
 from __future__ import annotations
 
@@ -28,6 +28,20 @@ def available_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int:
             left = max(0, most - now + cached)
             free = left if whole < most < NO_LIMIT else min(free, left)
     return free
+
+
+def page_cache_bytes(meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> int:
+    """Bytes of files that the control group's processes keep in memory; the machine's without a group.
+
+    All files count, not only those of experts. Shared memory does not: the kernel reports it inside the same sum.
+    """
+    for stat, files, shared in (
+        (cgroup / "memory.stat", "file", "shmem"),
+        (cgroup / "memory/memory.stat", "total_cache", "total_shmem"),
+    ):
+        if stat.exists():
+            return max(0, _field(stat, files) - _field(stat, shared))
+    return max(0, _field(meminfo, "Cached:") - _field(meminfo, "Shmem:")) * 1024
 
 
 def _number(path: Path) -> int | None:

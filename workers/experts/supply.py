@@ -91,6 +91,10 @@ class ExpertSupply:
         self.bank = bank
         return capacity
 
+    def path_of(self, pair: int) -> str:
+        """Where a read of the pair goes: `host` (the bank) or `disk`."""
+        return "host" if self.bank is not None and self.bank.holds(pair) else "disk"
+
     def read(self, pair: int, out: Bytes, *, stream: bool = False) -> None:
         """Fills `out` uint8 [record_bytes] with the pair's record. Raises `ExpertUnavailable`."""
         began = time.perf_counter()

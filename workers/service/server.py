@@ -28,6 +28,7 @@ from kvstore.transfer.wire import channel_options
 from workers.config import WorkerConfig
 from workers.decode import DecodeWorker
 from workers.engine import Engine, SharedExperts
+from workers.experts.host_memory import page_cache_bytes
 from workers.messages import SpaceStats, WorkerRole, WorkerStats
 from workers.prefill import PrefillWorker
 from workers.service import codec
@@ -175,6 +176,7 @@ class RunningWorker(ABC):
             "step_ms_last": times.last_s * 1e3,
             "step_ms_mean": times.mean_s * 1e3,
             "rss_bytes": _rss_bytes(),
+            "page_cache_bytes": page_cache_bytes(),
             "kv_bytes_total": engine.pools.nbytes,
             **({} if engine.experts is None else engine.experts.stats_fields()),
         }

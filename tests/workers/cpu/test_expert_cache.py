@@ -141,6 +141,23 @@ def test_counters_follow_the_definition(small: Path) -> None:
     assert found["expert_bytes"]["disk"] == (found["expert_loads"] + found["expert_moves"]) * 52224
 
 
+def test_phases_and_single_loads_are_told_apart(small: Path) -> None:
+    run = running(limited(small, slots=24))
+    logits(run)
+    found = run.model.experts.stats_fields()
+    lookups, hits, distinct = (found[f"expert_{name}"] for name in ("phase_lookups", "phase_hits", "distinct"))
+    assert lookups["decode"] == 30 * 3 * 3 and sum(lookups.values()) == found["expert_lookups"]
+    assert sum(hits.values()) == found["expert_hits"]
+    assert lookups["prefill"] - hits["prefill"] == found["expert_misses"]["prefill"]
+    # A token of this model chooses three experts in each of three layers; 150 tokens choose all eight.
+    assert (distinct["decode/2"], distinct["decode/4"], distinct["decode/+Inf"]) == (0, 90, 90)
+    assert (distinct["prefill/6"], distinct["prefill/8"], distinct["prefill/+Inf"]) == (0, 3, 3)
+    assert {phase: distinct[f"{phase}/sum"] for phase in lookups} == lookups
+    loads = found["expert_load_s"]
+    assert (loads["disk/+Inf"], loads["host/+Inf"]) == (found["expert_loads"], 0)
+    assert loads["disk/sum"] == pytest.approx(found["expert_stall_s_total"])
+
+
 def test_prefill_takes_free_slots_and_no_others(small: Path) -> None:
     run = running(limited(small, slots=9), prompts=2)
     experts = run.model.experts
@@ -257,3 +274,4 @@ def test_the_bank_takes_reads_from_the_disk(small: Path) -> None:
     found = run.model.experts.stats_fields()
     assert found["expert_bytes"]["host"] > 0 and found["expert_host_bytes"]["bank"] == 24 * 53248
     assert found["expert_bytes"]["disk"] == 24 * 52224
+    assert (found["expert_load_s"]["host/+Inf"], found["expert_load_s"]["disk/+Inf"]) == (found["expert_loads"], 0)

@@ -8,7 +8,7 @@ import pytest
 
 from workers.errors import BadConfig
 from workers.experts.config import ExpertConfig
-from workers.experts.host_memory import available_bytes
+from workers.experts.host_memory import available_bytes, page_cache_bytes
 from workers.experts.places import SHARED_BYTES, ExpertSizes, Places, plan_places
 
 FLASH = 13_369_344
@@ -84,3 +84,14 @@ def test_free_host_memory_is_what_machine_and_group_leave(tmp_path: Path) -> Non
     assert available_bytes(meminfo, group) == 8192000 - 1024000 + 1024
     (group / "memory.max").write_text(f"{2**63 - 4096}\n")
     assert available_bytes(meminfo, group) == 3000 * 1024
+
+
+def test_page_cache_is_the_groups_without_shared_memory(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 4000 kB\nCached: 900 kB\nSwapCached: 7 kB\nShmem: 100 kB\n")
+    assert page_cache_bytes(meminfo, tmp_path) == 800 * 1024
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory/memory.stat").write_text("cache 5\nshmem 1\ntotal_cache 5000\ntotal_shmem 1000\n")
+    assert page_cache_bytes(meminfo, tmp_path) == 4000
+    (tmp_path / "memory.stat").write_text("anon 5\nfile 700\nfile_mapped 3\nshmem 200\n")
+    assert page_cache_bytes(meminfo, tmp_path) == 500
