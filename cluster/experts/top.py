@@ -53,7 +53,7 @@ def experts_of(text: str) -> list[WorkerExperts]:
         if worker is None or not sample.name.startswith(PREFIX):
             continue
         row = found.setdefault(worker, WorkerExperts(worker, sample.labels.get("role", "")))
-        label = next((value for key, value in sample.labels.items() if key not in ("worker", "role")), "")
+        label = "/".join(value for key, value in sample.labels.items() if key not in ("worker", "role"))
         row.series[sample.name.removeprefix(PREFIX)][label] = sample.value
     return [found[name] for name in sorted(found)]
 
@@ -71,6 +71,7 @@ def _workers(now: list[WorkerExperts], earlier: dict[str, WorkerExperts]) -> Tab
     heads = (
         "slots used",
         "hit",
+        "in decode",
         "best fixed set",
         "cold",
         "capacity",
@@ -78,6 +79,7 @@ def _workers(now: list[WorkerExperts], earlier: dict[str, WorkerExperts]) -> Tab
         "moved in",
         "unused",
         "stall",
+        "one load",
         "disk",
         "host",
         "errors",
@@ -96,6 +98,7 @@ def _workers(now: list[WorkerExperts], earlier: dict[str, WorkerExperts]) -> Tab
             worker.name,
             f"{used:.0f} of {sum(slots.values()):.0f}",
             ratio(worker, old, "hits_total", "lookups_total"),
+            ratio(worker, old, "phase_hits_total", "phase_lookups_total", "decode"),
             f"{worker.value('oracle_hit_ratio'):.1%}",
             f"{_since(worker, old, 'misses_total', 'cold'):,.0f}",
             f"{_since(worker, old, 'misses_total', 'capacity'):,.0f}",
@@ -103,6 +106,7 @@ def _workers(now: list[WorkerExperts], earlier: dict[str, WorkerExperts]) -> Tab
             f"{_since(worker, old, 'moves_total'):,.0f}",
             f"{_since(worker, old, 'prefetch_total', 'wasted'):,.0f}",
             _stall(worker, old),
+            _load(worker, old),
             bytes_text(_since(worker, old, "bytes_total", "disk")),
             bytes_text(_since(worker, old, "bytes_total", "host")),
             f"{worker.value('io_errors_total'):.0f}",
@@ -124,16 +128,24 @@ def _layers(worker: WorkerExperts, old: WorkerExperts | None) -> Table:
     return made
 
 
-def ratio(worker: WorkerExperts, old: WorkerExperts | None, part: str, whole: str) -> str:
+def ratio(worker: WorkerExperts, old: WorkerExperts | None, part: str, whole: str, label: str = "") -> str:
     """Percentage of two counters since `old`; empty while nothing happened."""
-    total = _since(worker, old, whole)
-    return f"{_since(worker, old, part) / total:.1%}" if total else ""
+    total = _since(worker, old, whole, label)
+    return f"{_since(worker, old, part, label) / total:.1%}" if total else ""
 
 
 def _stall(worker: WorkerExperts, old: WorkerExperts | None) -> str:
     """Part of the steps' time that absent experts took."""
     steps = sum(_since(worker, old, "step_seconds_total", miss) for miss in ("0", "1+"))
     return f"{_since(worker, old, 'stall_seconds_total') / steps:.0%}" if steps else ""
+
+
+def _load(worker: WorkerExperts, old: WorkerExperts | None) -> str:
+    """Mean time that a step waited for one absent expert; empty where no host thread waits."""
+    count, seconds = (
+        sum(_since(worker, old, f"load_seconds_{what}", path) for path in ("host", "disk")) for what in ("count", "sum")
+    )
+    return f"{1e3 * seconds / count:.2f} ms" if count else ""
 
 
 def _since(worker: WorkerExperts, old: WorkerExperts | None, name: str, label: str = "") -> float:

@@ -62,6 +62,16 @@ def test_a_restarted_worker_counts_from_its_own_start() -> None:
     assert ratio(now[0], before[0], "hits_total", "lookups_total") == "80.0%"
 
 
+def test_decode_and_single_loads_are_shown_where_they_are_known() -> None:
+    loads = {"disk/0.1": 2, "disk/+Inf": 4, "disk/sum": 0.5, "host/0.1": 1, "host/+Inf": 1, "host/sum": 0.125}
+    known = {"expert_phase_lookups": {"decode": 40, "prefill": 60}, "expert_phase_hits": {"decode": 38, "prefill": 2}}
+    text = text_of(page(100, 40, expert_load_s=loads, **known))
+    assert "40.0%" in text and "95.0%" in text and "125.00 ms" in text
+    before = page(100, 40, expert_load_s={**loads, "disk/+Inf": 2, "disk/sum": 0.3}, **known)
+    assert "100.00 ms" in text_of(page(100, 40, expert_load_s=loads, **known), before)
+    assert " ms" not in text_of(page(100, 40))
+
+
 def test_gauges_and_counters_have_their_types() -> None:
     text = page(10, 5)
     assert "# TYPE dsv4_expert_slots gauge" in text and "# TYPE dsv4_expert_misses_total counter" in text
