@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import re
 import string
@@ -22,6 +23,7 @@ from typing import Any
 
 from cluster.errors import ClusterError
 from cluster.state import state_folder
+from workers.checkpoint.recipe import RECIPE_NAME
 
 PREFIX = "synthetic:"
 
@@ -142,7 +144,7 @@ def tokenizer(vocab_size: int) -> dict[str, Any]:
 
 def vocabulary_of(folder: Path) -> int | None:
     """Tokens of a synthetic model's vocabulary; None for any other folder."""
-    if not (folder / "synthetic.json").is_file():
+    if not (folder / RECIPE_NAME).is_file():
         return None
     return int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
 
@@ -174,10 +176,10 @@ def _words() -> Iterator[str]:
 
 
 def _write(path: Path, data: object) -> None:
-    """Whole or not at all: another command may be reading."""
+    """Whole or not at all: another command may be reading, or writing the same."""
     text = json.dumps(data, ensure_ascii=False)
-    if path.exists() and path.read_text(encoding="utf-8") == text:
+    if path.is_file() and path.read_bytes() == text.encode():
         return
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)

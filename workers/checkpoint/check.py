@@ -74,6 +74,10 @@ def check_directory(directory: str | Path) -> CheckedCheckpoint:
 
 def _recipe_index(directory: Path, recipe: Recipe, config: ModelConfig) -> CheckpointIndex:
     """Every tensor of the config in its official form, back to back in one file that nobody wrote."""
+    ids, layers = recipe.layer_ids, config.num_hidden_layers
+    if ids is not None and len(ids) != layers:
+        expected = f"{layers} layer_ids, one for each layer of config.json"
+        raise BadCheckpoint(str(directory / RECIPE_NAME), None, expected, str(list(ids)))
     tensors: dict[str, StoredTensor] = {}
     at = 0
     for spec in tensor_table(config).values():

@@ -169,10 +169,14 @@ def _replace_checkpoint(
 
 
 def write_json(path: Path, data: object) -> None:
-    """Replaces `path` as a whole, synced to disk."""
-    part = path.with_name(f".{path.name}.part")
+    """Replaces `path` as a whole, synced to disk; a file that is right already is left alone."""
+    text = json.dumps(data, indent=2) + "\n"
+    if path.is_file() and path.read_bytes() == text.encode():
+        return
+    # Named by process: two that write the same folder would move each other's half-written file.
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(data, indent=2) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)

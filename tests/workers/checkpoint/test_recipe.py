@@ -94,3 +94,10 @@ def test_unreadable_recipe_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / RECIPE_NAME).write_text(text)
     with pytest.raises(BadCheckpoint, match="seed and layer_ids"):
         load_named(tmp_path)
+
+
+def test_a_recipe_of_other_layers_than_the_config_is_refused(tmp_path: Path) -> None:
+    write_recipe(tmp_path, TINY, layer_ids=LAYERS)
+    (tmp_path / RECIPE_NAME).write_text('{"seed": 0, "layer_ids": [2]}')
+    with pytest.raises(BadCheckpoint, match=r"synthetic\.json.*2 layer_ids.*\[2\]"):
+        load_named(tmp_path)
