@@ -69,6 +69,11 @@ class Cluster:
         return Path(self._share) if self._share else None
 
     @property
+    def reads_peers(self) -> bool:
+        """Whether there are workers that read experts from each other's GPUs."""
+        return any(worker.peer for worker in self._workers.values())
+
+    @property
     def local_processes(self) -> tuple[ProcessRef, ...]:
         """Every process on this machine that this one started, now."""
         return descendants(os.getpid())
@@ -216,18 +221,18 @@ class _RayWorker:
     def __init__(self, handle: Any, name: str, peer: str, gpus: dict[str, tuple[str, ...]]) -> None:
         """`peer`: name of the worker whose memory it maps, or nothing; `gpus`: shared notes of who has which."""
         self.handle = handle
-        self._name, self._peer, self._gpus = name, peer, gpus
+        self._name, self.peer, self._gpus = name, peer, gpus
 
     @property
     def beside(self) -> tuple[str, ...]:
         """GPUs of its peer, as last heard."""
-        return self._gpus.get(self._peer, ())
+        return self._gpus.get(self.peer, ())
 
     def note_gpus(self, timeout_s: float) -> None:
         """Asks a worker that has a peer which GPUs are its own: another worker must see them too."""
         import ray
 
-        if self._peer:
+        if self.peer:
             self._gpus[self._name] = ray.get(self.handle.gpus.remote(), timeout=timeout_s)
 
     def address(self) -> WorkerAddress | None:

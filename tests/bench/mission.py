@@ -165,7 +165,7 @@ def load_test(cluster: Cluster, mission: Mission, levels: list[Wanted], clock: C
             mission.failed.append(f"{wanted}: {exc}")
             out.print(mission.failed[-1], style="red")
             continue
-        results.setup["peer"] = "off" if wanted.apart or not mission.gpus or cluster.share is None else "on"
+        results.setup["peer"] = "on" if cluster.reads_peers and not wanted.apart else "off"
         mission.levels.append(results)
         out.print(f"[{clock.now_s:.0f} s] {wanted} done", style="dim")
 

@@ -45,6 +45,7 @@ def test_mission_in_small(tmp_path: Path) -> None:
     assert (second["requests"], second["errors"], second["completion_tokens"]) == (1, 0, 8)
     assert abs(first["prompt_tokens"] / 6 - 96) < 24
     assert first["workers"]["decode-0"]["expert_lookups"] > first["workers"]["decode-0"]["expert_hits"] > 0
+    assert first["peer"] == second["peer"] == "off", "CPU workers have none"
     assert not found["left_out"] and not found["failed"]
     plain, retracted = found["stress"]["runs"]
     assert (retracted["identical"], retracted["leaked"]) == (4, 0)
