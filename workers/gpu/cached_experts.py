@@ -125,8 +125,12 @@ class ExpertMemory:
             pinned: pairs that take the first slots, in this order, and never leave. Who has no home must be among them.
             filled: bring the best of `profile` into the other slots now.
             bring: where bytes come from at the start; by default the bank.
+
+        Raises ValueError for more slots than the slab has: what lies behind them is overwritten by steps.
         """
         num_slots = num_slots or self.places.slots
+        if num_slots > self.places.slots:
+            raise ValueError(f"{num_slots} slots wanted, the slab has {self.places.slots} before scratch and staging")
         homes = self.homes()
         self.table.copy_(torch.from_numpy(homes))
         self.heat.zero_()

@@ -43,6 +43,15 @@ def resident(pairs: list[int], slab: torch.Tensor) -> np.ndarray:
     return codes
 
 
+def test_no_cache_has_slots_in_scratch_or_staging() -> None:
+    bank = filled_bank()
+    memory = memory_of(bank, 2)
+    assert memory.cache(filled=False).slots.num_slots == SLOTS
+    with pytest.raises(ValueError, match=f"{SLOTS + 1} slots wanted, the slab has {SLOTS}"):
+        memory.cache(num_slots=SLOTS + 1, filled=False)
+    bank.close()
+
+
 @pytest.mark.parametrize("num_tokens", [1, 2, 100])
 @pytest.mark.parametrize("half", [1, 3, EXPERTS])
 @pytest.mark.parametrize("inside", [[], [0, 1, 2, 3, 4, 5], [2, 9, 10, 29]])
