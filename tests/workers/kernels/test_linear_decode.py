@@ -212,4 +212,6 @@ def test_rounding_beforehand_gives_the_same_bits(T: int, device: torch.device) -
 
 def test_no_tokens_is_no_work(device: torch.device) -> None:
     weight = fp8_weight(128, 256, device)
-    kernels.linear(tokens(0, 256, device=device), weight, torch.empty(0, 128, dtype=torch.bfloat16, device=device))
+    behind = torch.full((4, 128), 7.0, dtype=torch.bfloat16, device=device)
+    kernels.linear(tokens(0, 256, device=device), weight, behind[:0])
+    assert (behind == 7.0).all(), "what lies behind an output of no rows was written"
