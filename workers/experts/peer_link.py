@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.errors import IntegrityError
 from workers.errors import WorkerError, WorkerStopping
 from workers.experts.share import Offer, Share
 
@@ -66,8 +67,8 @@ class Holder(Protocol):
         """Place i of the window holds `pairs[i]` from now on."""
 
     def peer_left(self) -> None:
-        """No table points into the window any more, and nothing launched before is under way. Raises `WorkerError`
-        when a pair then has no home."""
+        """No table points into the window any more, and nothing launched before is under way. Raises `IntegrityError`,
+        with every table as before, when a pair then has no home."""
 
 
 def offer_slab(share: Share, slab: Slab, pairs: Sequence[int], *, key: str, expert_bytes: int) -> None:
@@ -170,8 +171,8 @@ class PeerLink:
         self.num_partings += 1
         try:
             self._holder.peer_left()
-        except WorkerError as exc:
-            # The dead owner's pages stay readable as long as they are mapped: rather those than a wrong token.
+        except IntegrityError as exc:
+            # Our own fault, but no reason to stop: the dead owner's pages stay readable as long as they are mapped.
             logger.critical("peer=%s is gone, and its memory is kept: %s", self._peer, exc)
             self._closing.set()
             return

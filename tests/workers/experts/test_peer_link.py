@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from kvstore.errors import IntegrityError
 from workers.errors import WorkerError, WorkerStopping
 from workers.experts.peer_link import PeerLink, offer_slab
 from workers.experts.share import Share
@@ -73,7 +74,7 @@ class Worker:
     def peer_left(self) -> None:
         self.events.append("left")
         if not self._has_homes:
-            raise WorkerError("pair 3 has no home")
+            raise IntegrityError("pair 3 has no home")
 
 
 def until(condition: Callable[[], bool]) -> None:

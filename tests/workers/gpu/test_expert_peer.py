@@ -186,6 +186,29 @@ def test_a_peer_that_never_turns_up_costs_nothing_but_the_wait(
     worker.experts.close()
 
 
+def test_memory_of_a_dead_peer_is_kept_for_experts_that_have_no_other_home(
+    model: Path, share: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        prefill, decode = pool.map(lambda name: Worker(model, share, name), SLOTS)
+    decode.until(Tier.SLAB, Tier.PEER)
+    expected = decode.logits()
+    with decode.engine:
+        # Our own fault, of a kind that planning rules out: a pair that only the other slab holds.
+        memory = decode.experts._memory
+        assert memory is not None and memory.bank is not None
+        codes = decode.experts.cache.slots.codes
+        memory.bank.place[np.flatnonzero(codes >> TIER_SHIFT == Tier.PEER)[0]] = -1
+    prefill.experts.close()
+    limit = time.monotonic() + 20
+    while "its memory is kept" not in caplog.text:
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    assert decode.tiers() == {Tier.SLAB, Tier.PEER}
+    assert torch.equal(decode.logits(), expected)
+    decode.experts.close()
+
+
 def test_a_stranger_in_the_folder_is_refused(model: Path, share: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another model under the peer's name: its experts are never read."""
     other = model.parent / "other"
