@@ -1,7 +1,8 @@
 """A small blocking client of the router's own HTTP interface, for the commands that talk to a running cluster.
 
 Owns: JSON requests, server-sent events, timing of the first token, errors as one exception. Standard library only, so
-that `dsv4 chat` and `dsv4 status` start at once. One instance holds one connection and belongs to one thread.
+that `dsv4 chat` and `dsv4 status` start at once. One instance holds one connection and belongs to one thread, except
+`interrupt`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ class RouterClient:
         self._prefix = parts.path.rstrip("/").removesuffix("/v1")
         self._api_key, self._timeout_s = api_key, timeout_s
         self._connection: http.client.HTTPConnection | None = None
+        self._socket: socket.socket | None = None
+        """Of the last connection: http.client lets go of it when the server will close it after this answer."""
+        self._is_interrupted = False
 
     @property
     def address(self) -> str:
@@ -75,11 +79,12 @@ class RouterClient:
             self._connection = None
 
     def interrupt(self) -> None:
-        """Ends a read that another thread is in; that thread gets `ApiFailure`."""
-        connection = self._connection
-        if connection is not None and connection.sock is not None:
+        """Ends, from any thread, the request that the client's own thread is in, and every later one: `ApiFailure`."""
+        # The flag first: a request that looks at it before has a socket by then, and finds that shut.
+        self._is_interrupted = True
+        if self._socket is not None:
             with contextlib.suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> RouterClient:
         return self
@@ -160,6 +165,9 @@ class RouterClient:
         data = None if body is None else json.dumps(body).encode()
         for is_fresh in (self._connection is None, True):
             connection = self._connect()
+            if self._is_interrupted:
+                self.close()
+                raise ApiFailure(0, "interrupted")
             try:
                 connection.request(method, self._prefix + path, body=data, headers=headers)
                 response = connection.getresponse()
@@ -181,7 +189,8 @@ class RouterClient:
             except OSError as exc:
                 self._connection = None
                 raise ApiFailure(0, f"{self.address} does not answer: {exc}") from exc
-            self._connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket = self._connection.sock
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return self._connection
 
 

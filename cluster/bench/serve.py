@@ -30,7 +30,12 @@ WORD_LETTERS = 3
 """Short words: one token each for `synthetic:` models, one to three for others."""
 
 JOIN_S = 5.0
-"""Wait for a client's thread to notice that the run was stopped."""
+"""Wait for the clients' threads to notice that the run was stopped."""
+
+IDLE_S = 10.0
+"""Longest wait for workers to forget requests that were cut: a step or two, unless somebody else asks them, too."""
+
+IDLE_POLL_S = 0.1
 
 
 class CannotMeasure(ClusterError):
@@ -44,7 +49,8 @@ class Client(Protocol):
 
     def get_text(self, path: str) -> str: ...
 
-    def interrupt(self) -> None: ...
+    def interrupt(self) -> None:
+        """Ends the request under way and every later one with `ApiFailure`."""
 
     def close(self) -> None: ...
 
@@ -136,7 +142,8 @@ class Clients:
                         raise self._failure
                     ready = self._done[seen:]
                 if not ready:
-                    self.stop()
+                    if not self.stop():
+                        raise CannotMeasure(f"requests of {self.concurrency} clients ran on for {JOIN_S:g} s when cut")
                     yield from self._done[seen:]
                     return
                 for served in ready:
@@ -145,17 +152,19 @@ class Clients:
         finally:
             self.stop()
 
-    def stop(self) -> None:
-        """Cuts what is in flight and waits for the threads."""
+    def stop(self) -> bool:
+        """Cuts what is in flight and waits for the threads; whether all have ended."""
         with self._lock:
             self._stopped = True
             clients = tuple(self._open)
         if len(self._done) < self._total:
             for client in clients:
                 client.interrupt()
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(JOIN_S)
+        until = time.monotonic() + JOIN_S
+        started = [thread for thread in self._threads if thread.ident is not None]
+        for thread in started:
+            thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in started)
 
     def _is_over(self, began_s: float) -> bool:
         return self._load.limit_s is not None and time.monotonic() - began_s > self._load.limit_s
@@ -222,7 +231,11 @@ def measure_level(
     connect: Callable[[], Client],
     on_served: Callable[[Served], None],
 ) -> Level:
-    """One level: its figures from the clients' side, and what the workers' counters say they did for it."""
+    """One level: its figures from the clients' side, and what the workers' counters say they did for it.
+
+    Begins once the workers are idle, so that nothing of a level that was cut runs into this one.
+    """
+    _wait_idle(client)
     before = counters_of(client.get_text("/metrics"))
     served: list[Served] = []
     for item in Clients(prompts, load, concurrency, connect):
@@ -230,6 +243,18 @@ def measure_level(
         on_served(item)
     after = counters_of(client.get_text("/metrics"))
     return level_of(concurrency, served, machine, counted(before, after))
+
+
+def _wait_idle(client: Client) -> None:
+    until = time.monotonic() + IDLE_S
+    while _num_requests(client.get_text("/metrics")) and time.monotonic() < until:
+        time.sleep(IDLE_POLL_S)
+
+
+def _num_requests(metrics: str) -> int:
+    """Requests that workers compute or keep waiting."""
+    rows = worker_rows(metrics).values()
+    return sum(int(str(row.get(key, 0))) for row in rows for key in ("running", "waiting"))
 
 
 def counters_of(metrics: str) -> dict[str, dict[str, object]]:

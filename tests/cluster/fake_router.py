@@ -26,6 +26,10 @@ class FakeRouter:
         self.stream_error: dict[str, str] | None = None
         self.required_key: str | None = None
         self.ready = True
+        self.gate: threading.Event | None = None
+        """Chat answers begin when this is set."""
+        self.between: threading.Event | None = None
+        """They go on after their first piece when this is set."""
         self.workers = [
             WorkerStats("prefill-0", WorkerRole.PREFILL, "a", "127.0.0.1:1", 1.0, True, prefill_tokens=12),
             WorkerStats("decode-0", WorkerRole.DECODE, "b", "127.0.0.1:2", 1.0, True, kv_bytes_received=4096),
@@ -51,6 +55,8 @@ class FakeRouter:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        # Clients that go away in the middle of an answer are part of the tests.
+        self._server.handle_error = lambda request, address: None  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self._thread.start()
 
@@ -79,6 +85,8 @@ class FakeRouter:
     def answer_post(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         self.bodies.append(body)
+        if self.gate is not None:
+            self.gate.wait(20.0)
         if self.required_key and handler.headers.get("Authorization") != f"Bearer {self.required_key}":
             send_json(handler, 401, {"error": {"message": "wrong key", "code": "invalid_api_key"}})
             return
@@ -91,6 +99,8 @@ class FakeRouter:
         handler.end_headers()
         for piece in self.pieces:
             event(handler, {"choices": [{"delta": piece, "finish_reason": None}], "usage": None})
+            if self.between is not None:
+                self.between.wait(20.0)
         if self.stream_error:
             handler.wfile.write(b"event: error\n")
             event(handler, {"error": self.stream_error})

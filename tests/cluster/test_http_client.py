@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from cluster.http_client import ApiFailure, RouterClient
@@ -61,6 +65,33 @@ def test_the_key_is_sent(router: FakeRouter) -> None:
         assert client.chat(BODY).content
     with RouterClient(router.url, "k2") as client, pytest.raises(ApiFailure, match="wrong key"):
         client.chat(BODY)
+
+
+def test_an_interrupted_request_is_not_asked_again(client: RouterClient, router: FakeRouter) -> None:
+    """Not on another connection either, although the one that was shut had been idle before."""
+    assert client.model() == "fake-model"
+    router.gate = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(client.chat, BODY)
+        while not router.bodies:
+            time.sleep(0.01)
+        client.interrupt()
+        with pytest.raises(ApiFailure):
+            asking.result(10.0)
+    router.gate.set()
+    with pytest.raises(ApiFailure, match="interrupted"):
+        client.chat(BODY)
+    assert len(router.bodies) == 1
+
+
+def test_a_stream_after_which_the_server_closes_is_interrupted_too(client: RouterClient, router: FakeRouter) -> None:
+    router.between = threading.Event()
+    stream = client.stream_chat(BODY)
+    next(stream)
+    client.interrupt()
+    with pytest.raises(ApiFailure, match="broke off"):
+        next(stream)
+    router.between.set()
 
 
 @pytest.mark.parametrize("url", ["https://x", "ftp://x", "http://"])

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.bench.serve import CannotMeasure, Clients, Load, Prompts, counted, counters_of, warm_up
+from cluster.bench import serve
+from cluster.bench.serve import CannotMeasure, Clients, Load, Prompts, counted, counters_of, measure_level, warm_up
 from cluster.bench.serve_results import (
     Machine,
     Served,
@@ -145,6 +146,41 @@ def test_a_level_ends_at_its_limit_and_counts_what_had_come() -> None:
     level = level_of(2, found, Machine(1), {})
     assert (level.requests, level.errors, level.cut) == (2, 0, 2)
     assert (level.prompt_tokens, level.completion_tokens) == (600, 4)
+
+
+def test_a_request_that_cannot_be_cut_ends_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "JOIN_S", 0.1)
+    gate = threading.Event()
+
+    class Deaf(FakeClient):
+        def stream_chat(self, body: dict[str, Any]) -> Iterator[ChatDelta]:
+            yield ChatDelta(content="x")
+            gate.wait(20.0)
+
+    prompts = Prompts.measured(FakeClient(), LOAD)
+    with pytest.raises(CannotMeasure, match="2 clients ran on"):
+        list(Clients(prompts, dataclasses.replace(LOAD, limit_s=0.1), 2, Deaf))
+    gate.set()
+
+
+def test_a_level_begins_when_the_one_before_it_has_left_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "IDLE_POLL_S", 0.0)
+    left, asked_at = [(2, 1), (0, 1), (0, 0)], []
+
+    class Watching(FakeClient):
+        def get_text(self, path: str) -> str:
+            running, waiting = left.pop(0) if len(left) > 1 else left[0]
+            stats = WorkerStats("decode-0", WorkerRole.DECODE, "i", "a", 1.0, True, running=running, waiting=waiting)
+            return render([stats])
+
+        def stream_chat(self, body: dict[str, Any]) -> Iterator[ChatDelta]:
+            asked_at.append(len(left))
+            return super().stream_chat(body)
+
+    level = measure_level(
+        Watching(), Prompts.measured(FakeClient(), LOAD), LOAD, Machine(0), 2, Watching, lambda served: None
+    )
+    assert asked_at == [1] * 6 and level.requests == 6
 
 
 def served(began: float, first: float, tokens: int, each: float) -> Served:
