@@ -24,7 +24,7 @@ from cluster.errors import ClusterError
 from workers.errors import WorkerError
 from workers.experts.generator import ROUTINGS
 from workers.experts.policy import POLICIES
-from workers.model.config import ModelConfig
+from workers.model.config import PAGE_TOKENS, ModelConfig
 from workers.model.presets import PRESETS
 
 app = typer.Typer(
@@ -98,6 +98,8 @@ def model(
         raise typer.BadParameter(f"{preset} has {config.num_hidden_layers} layers", param_hint="--layers")
     if experts_held is not None and experts is not Experts.FOLDED:
         raise typer.BadParameter("is for --experts folded", param_hint="--experts-held")
+    if long_prompt % PAGE_TOKENS:
+        raise typer.BadParameter(f"takes a multiple of {PAGE_TOKENS}", param_hint="--long-prompt")
     chosen = _parts(parts)
     with _user_errors():
         from cluster.bench.run import Plan, run

@@ -19,7 +19,7 @@ import torch
 from cluster.bench import floors
 from cluster.bench.costs import TOP, Cost, CostModel, operands
 from cluster.bench.floors import Rates
-from cluster.bench.results import DecodeRow, KernelRow, LongPrompt, Machine, PrefillRow, Start
+from cluster.bench.results import DecodeRow, KernelRow, Machine, PrefillRow, Start
 from cluster.bench.scene import Scene
 from cluster.bench.timing import cold_ms, graph_ms
 from workers.gpu.kernel_set import Launch
@@ -177,25 +177,6 @@ def prefill_rows(scene: Scene, rates: Rates, say: Say) -> Iterable[PrefillRow]:
         row = PrefillRow(tokens, sequences, start, ms, done, full, floor, peak)
         say(f"prefill {tokens} tokens, {sequences} prompts: {ms:.1f} ms, {row.tflop_s:.0f} TFLOP/s")
         yield row
-
-
-def long_prompt(scene: Scene, tokens: int, new_tokens: int, chunk: int) -> LongPrompt:
-    """A prompt of `tokens` in chunks, then decode steps, and the memory that took."""
-    torch.cuda.reset_peak_memory_stats()
-    prefill = 0.0
-    for start in range(0, tokens, chunk):
-        batch = scene.prompt_batch(min(chunk, tokens - start), start=start)
-        prefill += _wall_ms(partial(scene.model.forward, batch))
-    first = scene.decode_batch(1, tokens + PAGE_TOKENS, tokens)
-
-    def decode() -> None:
-        scene.model.start(first)
-        for _ in range(new_tokens - 1):
-            scene.model.start_next()
-
-    decode_ms = _wall_ms(decode)
-    peak = torch.cuda.max_memory_allocated()
-    return LongPrompt(tokens, chunk, prefill / 1e3, new_tokens, decode_ms / 1e3, peak)
 
 
 def _wall_ms(action: Callable[[], Any]) -> float:

@@ -169,7 +169,7 @@ class PrefillRow:
 
 @dataclass(frozen=True, slots=True)
 class LongPrompt:
-    """A prompt in chunks, then decode tokens, on the measured layers."""
+    """A prompt in chunks, its KV to other pages by way of host memory, then decode tokens, on the measured layers."""
 
     tokens: int
     chunk_tokens: int
@@ -177,6 +177,15 @@ class LongPrompt:
     new_tokens: int
     decode_s: float
     peak_bytes: int
+    """Most device bytes while it ran."""
+    reserved_bytes: int = 0
+    """Device bytes before the first chunk: weights, pools, buffers of steps, staging of copies."""
+    handoff_bytes: int = 0
+    out_s: float = 0.0
+    """From the pools to host memory; `in_s`: from there to other pages and another slot."""
+    in_s: float = 0.0
+    same_logits: bool = False
+    """The first decode step gives the same bits in the old pages and the new."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,9 @@ def _parts(scene: Scene, results: Results, plan: Plan, say: Say) -> list[tuple[s
             results.invariance += invariance_rows(scene, batch, context, say)
 
     def long() -> None:
-        results.long_prompt = measure.long_prompt(scene, wanted.long_prompt, 256, min(8192, wanted.chunk_tokens))
+        from cluster.bench.long_prompt import long_prompt
+
+        results.long_prompt = long_prompt(scene, wanted.long_prompt, min(8192, wanted.chunk_tokens), say)
 
     return [
         ("start", lambda: start(measure.start_decode)),

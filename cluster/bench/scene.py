@@ -15,7 +15,9 @@ import torch
 from cluster.bench import floors
 from cluster.bench.results import Memory, Setup
 from cluster.errors import ClusterError
+from kvstore.ids import PageId, SlotId
 from kvstore.pools.aggregate import KVPools, PoolSizes
+from kvstore.sequence_kv import SequenceIndices
 from kvstore.spec import IndexSpace, PoolName
 from workers.batch import ForwardBatch
 from workers.checkpoint.names import Organ, total_by_organ
@@ -72,7 +74,8 @@ class Wanted:
         """Pages for the largest batch at the longest context that goes with it, or the largest prompt."""
         batch = max((*self.batches, 1))
         full = batch * _pages(max((*self.contexts, 1)))
-        prompt = _pages(max(self.chunk_tokens, self.long_prompt + PAGE_TOKENS))
+        # A long prompt lies there twice: where it was computed, and where decode gets it.
+        prompt = max(_pages(self.chunk_tokens), 2 * _pages(self.long_prompt + PAGE_TOKENS))
         window = max(batch * WINDOW_PAGES, _pages(self.chunk_tokens) + MAX_PROMPTS)
         return PoolSizes(max(full, prompt), window, max(batch, MAX_PROMPTS))
 
@@ -82,7 +85,7 @@ class _Tables:
     """Page tables of one made-up sequence."""
 
     full_pages: tuple[int, ...]
-    window_pages: tuple[int | None, ...]
+    window_pages: tuple[int, ...]
     slot: int
 
 
@@ -144,12 +147,23 @@ class Scene:
         """The next steps draw the same token ids as the first ones did."""
         self._generator.manual_seed(self.wanted.seed)
 
-    def decode_batch(self, batch: int, context: int, position: int) -> ForwardBatch:
-        """One token at `position` for each of `batch` sequences that have pages for `context` tokens."""
+    def decode_batch(self, batch: int, context: int, position: int, *, first: int = 0) -> ForwardBatch:
+        """One token at `position` for each of `batch` sequences, from number `first` on, with pages for `context`."""
         if not 0 <= position < context:
             raise ValueError(f"position {position} of {context}")
-        ids = self._ids(batch, 1)
-        return ForwardBatch.build([(self._tables(b, context, WINDOW_PAGES), position, ids[b]) for b in range(batch)])
+        tables = [self._tables(first + b, context, WINDOW_PAGES) for b in range(batch)]
+        return ForwardBatch.build([(t, position, ids) for t, ids in zip(tables, self._ids(batch, 1), strict=True)])
+
+    def indices(self, number: int, context: int, committed: int) -> SequenceIndices:
+        """Where `committed` tokens of sequence `number` lie, which has pages for `context`: live rows only."""
+        tables, pages = self._tables(number, context, WINDOW_PAGES), _pages(committed)
+        dead = max(0, committed - self.config.sliding_window) // PAGE_TOKENS
+        return SequenceIndices(
+            tuple(PageId(page) for page in tables.full_pages[:pages]),
+            tuple(None if i < dead else PageId(tables.window_pages[i]) for i in range(pages)),
+            SlotId(tables.slot),
+            committed,
+        )
 
     def prompt_batch(self, tokens: int, *, sequences: int = 1, start: int = 0) -> ForwardBatch:
         """`tokens` prompt tokens in `sequences` prompts of equal length, each after `start` others."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from cluster.bench.results import DecodeRow, InvarianceRow, KernelRow, PrefillRow, Results
+from cluster.bench.results import DecodeRow, InvarianceRow, KernelRow, LongPrompt, PrefillRow, Results
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -43,11 +43,18 @@ def conditions(results: Results) -> Table:
         found = f"{start.compiled} of {start.kernels} kernels compiled in {start.compile_s:.1f} s, others in the cache"
         table.add_row("start", f"{start.seconds:.1f} s to all graphs; {found}")
     if (long := results.long_prompt) is not None:
-        took = f"prefill {long.prefill_s:.2f} s in chunks of {long.chunk_tokens:,}, {long.new_tokens} tokens more in"
-        peak = f"{long.decode_s:.2f} s; peak {long.peak_bytes / GIB:.2f} GiB"
-        table.add_row(f"{long.tokens:,}-token prompt", f"{took} {peak}")
+        table.add_row(f"{long.tokens:,}-token prompt", _long_line(long))
     table.add_row("peer", _peer_line(results))
     return table
+
+
+def _long_line(long: LongPrompt) -> str:
+    prefill = f"prefill {long.prefill_s:.2f} s in chunks of {long.chunk_tokens:,}"
+    moved = f"hand-off of {long.handoff_bytes / 1e6:.0f} MB {1e3 * long.out_s:.1f} + {1e3 * long.in_s:.1f} ms"
+    bits = "the same logits" if long.same_logits else "OTHER LOGITS"
+    decode = f"{long.new_tokens} tokens more in {long.decode_s:.2f} s"
+    memory = f"reserved {long.reserved_bytes / GIB:.2f} GiB, peak {long.peak_bytes / GIB:.2f}"
+    return f"{prefill}, {moved} ({bits}), {decode}; {memory}"
 
 
 def kernel_table(rows: list[KernelRow]) -> Table:

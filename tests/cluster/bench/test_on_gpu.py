@@ -32,7 +32,9 @@ def test_a_run_of_nano_has_every_figure(tmp_path: Path) -> None:
     assert {row.tokens for row in results.prefill} == {256, 512}
     assert all(0 < row.ms < 1e3 for row in (*results.kernels, *results.decode, *results.prefill))
     assert {row.phase for row in results.kernels} == {"decode", "prefill"}
-    assert results.long_prompt is not None and results.long_prompt.decode_s > 0
+    long = results.long_prompt
+    assert long is not None and long.decode_s > 0 and long.same_logits
+    assert long.peak_bytes < long.reserved_bytes + (8 << 20), "what was not reserved"
     assert read_results(tmp_path / "r.json").decode == results.decode
 
 

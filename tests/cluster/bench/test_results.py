@@ -47,7 +47,7 @@ def results() -> Results:
         kernels=kernels,
         decode=[DecodeRow(1, 4096, 2.0, 1.5, 2.7, 6.0), DecodeRow(16, 4096, 9.0, 7.0, 12.6)],
         prefill=[PrefillRow(4096, 1, 0, 150.0, 6e13, 1.1e14, 80.0, 95 << 30)],
-        long_prompt=LongPrompt(65536, 8192, 4.0, 256, 0.9, 96 << 30),
+        long_prompt=LongPrompt(65536, 8192, 4.0, 256, 0.9, 96 << 30, 95 << 30, 260_000_000, 0.005, 0.006, True),
         peer=Peer("5.17.0", [128, 4], 4096, {"eager": 10.1, "batched_mm": 3.9}, 4096, {"eager": 24.0}, 60 << 30),
     )
 
