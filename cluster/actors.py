@@ -8,6 +8,7 @@ the caller as the exception it was. No method is ever retried by Ray: a silent s
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import logging
@@ -114,6 +115,7 @@ class WorkerActor:
         self._address: WorkerAddress | None = None
         self._service: Any = None
         self._progress: Progress | None = None
+        self._starting = asyncio.Lock()
 
     async def gpus(self) -> tuple[str, ...]:
         """The GPUs that Ray gave to this process, as `CUDA_VISIBLE_DEVICES` names them."""
@@ -122,31 +124,35 @@ class WorkerActor:
         return tuple(str(gpu) for gpu in ray.get_gpu_ids())
 
     async def start(self, beside: tuple[str, ...] = ()) -> WorkerAddress:
-        """Loads the model and listens; a second call returns the same address.
+        """Loads the model and listens; a second call, also a concurrent one, returns the same address.
 
         `beside`: GPUs of other workers whose memory this one maps. Its own comes first, so that it stays the default.
         """
-        if self._address is None:
-            if beside:
-                own = await self.gpus()
-                # CUDA reads this when it starts, in the import below.
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys((*own, *beside)))
-            from cluster.assembly import serve_worker_of
+        async with self._starting:
+            if self._address is None:
+                self._address = await self._load(beside)
+            return self._address
 
-            began = time.perf_counter()
-            with _as_part_failure():
-                self._service = await serve_worker_of(self._spec, self._note_progress)
-            self._address = WorkerAddress(
-                name=self._spec.name,
-                role=self._spec.role,
-                address=self._service.address,
-                incarnation=self._service.incarnation,
-                pid=os.getpid(),
-                node=_node_id(),
-                start_s=time.perf_counter() - began,
-                note="" if (experts := self._service.engine.experts) is None else experts.note,
-            )
-        return self._address
+    async def _load(self, beside: tuple[str, ...]) -> WorkerAddress:
+        if beside:
+            own = await self.gpus()
+            # CUDA reads this when it starts, in the import below.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(dict.fromkeys((*own, *beside)))
+        from cluster.assembly import serve_worker_of
+
+        began = time.perf_counter()
+        with _as_part_failure():
+            self._service = await serve_worker_of(self._spec, self._note_progress)
+        return WorkerAddress(
+            name=self._spec.name,
+            role=self._spec.role,
+            address=self._service.address,
+            incarnation=self._service.incarnation,
+            pid=os.getpid(),
+            node=_node_id(),
+            start_s=time.perf_counter() - began,
+            note="" if (experts := self._service.engine.experts) is None else experts.note,
+        )
 
     async def address(self) -> WorkerAddress | None:
         """Where it listens; None until `start` has returned. A worker that has stopped by itself ends its process."""

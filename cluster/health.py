@@ -33,8 +33,9 @@ class Supervised(Protocol):
         """Where it listens; None when the process is new and its worker not started. Raises the two errors above."""
         ...
 
-    def start(self) -> WorkerAddress:
-        """Starts the worker in a new process. Raises the two errors above."""
+    def start(self) -> WorkerAddress | None:
+        """Starts the worker in a new process, or looks how far that has come: None while it loads. Raises the two
+        errors above."""
         ...
 
 
@@ -97,7 +98,8 @@ class HealthWatch:
             address = watched.worker.address()
             if address is None:
                 self._mark_down(name, watched, "its process was replaced")
-                address = watched.worker.start()
+                if (address := watched.worker.start()) is None:
+                    return
         except WorkerDown as exc:
             self._mark_down(name, watched, str(exc))
             return

@@ -24,15 +24,13 @@ from cluster.actors import PartFailed, RouterActor, RouterSpec, WorkerActor, Wor
 from cluster.backends import WorkerAddress
 from cluster.config import DEFAULT_MAX_CONTEXT, ClusterConfig
 from cluster.errors import ClusterError
-from cluster.health import HealthWatch, WorkerDown, WorkerLost
+from cluster.health import HealthWatch
 from cluster.placement import ActorPlan, NodeResources, plan
 from cluster.processes import ProcessRef, adopt_orphans, descendants, end_descendants
+from cluster.ray_worker import PROBE_S, RayWorker, first_line
 from workers.messages import WorkerRole
 
 logger = logging.getLogger(__name__)
-
-PROBE_S = 5.0
-"""Wait for one answer of an actor that should be idle on its control path."""
 
 PROGRESS_S = 2.0
 """Time between two lines about a checkpoint that is being read."""
@@ -53,9 +51,7 @@ class Cluster:
     def __init__(self, config: ClusterConfig, report: Report) -> None:
         self._config = dataclasses.replace(config, max_context=context_limit(config))
         self._report = report
-        self._workers: dict[str, _RayWorker] = {}
-        self._gpus: dict[str, tuple[str, ...]] = {}
-        """GPUs of the workers that have a peer, as last heard from each."""
+        self._workers: dict[str, RayWorker] = {}
         self._share = ""
         """Folder in which workers of one node find each other's experts; empty where none is absent."""
         self._router: Any = None
@@ -71,7 +67,7 @@ class Cluster:
     @property
     def reads_peers(self) -> bool:
         """Whether there are workers that read experts from each other's GPUs."""
-        return any(worker.peer for worker in self._workers.values())
+        return any(worker.peer is not None for worker in self._workers.values())
 
     @property
     def local_processes(self) -> tuple[ProcessRef, ...]:
@@ -92,7 +88,10 @@ class Cluster:
             self._share = tempfile.mkdtemp(prefix="dsv4-")
         for item in plans:
             handle = _create_worker(item, self._config, self._share)
-            self._workers[item.name] = _RayWorker(handle, item.name, item.peer.name if item.peer else "", self._gpus)
+            self._workers[item.name] = RayWorker(handle, item.name, self._config.ray.start_deadline)
+        for item in plans:
+            if item.peer is not None:
+                self._workers[item.name].peer = self._workers[item.peer.name]
         self._router = _create_router(self._config)
         self._report("workers     loading the model")
         self._start_workers(deadline)
@@ -169,7 +168,7 @@ class Cluster:
         except (RayActorError, GetTimeoutError):
             return False
         except RayTaskError as exc:
-            self._report(f"router does not start again: {_first_line(exc.cause or exc)}")
+            self._report(f"router does not start again: {first_line(exc.cause or exc)}")
             return False
         return True
 
@@ -215,51 +214,6 @@ def start_cluster(config: ClusterConfig, report: Report) -> Iterator[Cluster]:
             logger.error("survivors pids=%s", [ref.pid for ref in survivors])
 
 
-class _RayWorker:
-    """`health.Supervised` over one actor handle."""
-
-    def __init__(self, handle: Any, name: str, peer: str, gpus: dict[str, tuple[str, ...]]) -> None:
-        """`peer`: name of the worker whose memory it maps, or nothing; `gpus`: shared notes of who has which."""
-        self.handle = handle
-        self._name, self.peer, self._gpus = name, peer, gpus
-
-    @property
-    def beside(self) -> tuple[str, ...]:
-        """GPUs of its peer, as last heard."""
-        return self._gpus.get(self.peer, ())
-
-    def note_gpus(self, timeout_s: float) -> None:
-        """Asks a worker that has a peer which GPUs are its own: another worker must see them too."""
-        import ray
-
-        if self.peer:
-            self._gpus[self._name] = ray.get(self.handle.gpus.remote(), timeout=timeout_s)
-
-    def address(self) -> WorkerAddress | None:
-        return self._get("address", PROBE_S)
-
-    def start(self) -> WorkerAddress:
-        address = self._get("start", 300.0, self.beside)
-        assert address is not None
-        return address
-
-    def _get(self, method: str, timeout_s: float, *arguments: Any) -> WorkerAddress | None:
-        import ray
-        from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayTaskError
-
-        try:
-            found: WorkerAddress | None = ray.get(getattr(self.handle, method).remote(*arguments), timeout=timeout_s)
-            return found
-        except ActorDiedError as exc:
-            raise WorkerLost(_first_line(exc)) from exc
-        except RayActorError as exc:
-            raise WorkerDown(_first_line(exc)) from exc
-        except GetTimeoutError as exc:
-            raise WorkerDown(f"no answer within {timeout_s:g} s") from exc
-        except RayTaskError as exc:
-            raise WorkerLost(_first_line(exc.cause or exc)) from exc
-
-
 def _connect_ray(config: ClusterConfig) -> None:
     """Starts a local Ray without dashboard, bound to this machine, or joins the one at `config.ray.address`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -293,7 +247,7 @@ def _connect_ray(config: ClusterConfig) -> None:
             )
     except (ConnectionError, ValueError, RuntimeError) as exc:
         where = f"Ray at {config.ray.address}" if config.ray.address else "a local Ray"
-        raise StartFailed(f"{where}: {_first_line(exc)}") from exc
+        raise StartFailed(f"{where}: {first_line(exc)}") from exc
 
 
 def _log_folder() -> str:
@@ -417,9 +371,9 @@ def _actor_errors(name: str) -> Iterator[None]:
         cause = exc.cause or exc
         logger.debug("start_failed name=%s", name, exc_info=exc)
         kind = "" if isinstance(cause, PartFailed) else f"{type(cause).__name__}: "
-        raise StartFailed(f"{name}: {kind}{_first_line(cause)}") from exc
+        raise StartFailed(f"{name}: {kind}{first_line(cause)}") from exc
     except RayActorError as exc:
-        raise StartFailed(f"{name}: its process died: {_first_line(exc)}") from exc
+        raise StartFailed(f"{name}: its process died: {first_line(exc)}") from exc
     except GetTimeoutError as exc:
         raise StartFailed(f"{name}: not ready in time") from exc
 
@@ -430,8 +384,3 @@ def _stop(actor: Any, timeout_s: float) -> None:
 
     with contextlib.suppress(RayError, GetTimeoutError):
         ray.get(actor.stop.remote(), timeout=timeout_s)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,6 +66,21 @@ async def test_a_start_that_fails_carries_only_text(tmp_path: Path, monkeypatch:
         await actor(tmp_path, monkeypatch, device="cpu").start()
     assert failure.value.args == (str(failure.value),)
     assert "config.json" in str(failure.value)
+
+
+async def test_two_starts_at_once_load_the_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+
+    async def serve(spec: object, on_progress: object) -> SimpleNamespace:
+        loads.append(spec)
+        await asyncio.sleep(0)
+        return SimpleNamespace(address="127.0.0.1:1", incarnation="i", engine=SimpleNamespace(experts=None))
+
+    monkeypatch.setattr("cluster.assembly.serve_worker_of", serve)
+    monkeypatch.setattr("cluster.actors._node_id", lambda: "n")
+    shell = actor(tmp_path, monkeypatch, device="cpu")
+    first, second = await asyncio.gather(shell.start(), shell.start())
+    assert first is second and len(loads) == 1
 
 
 async def test_a_worker_sees_its_own_gpu_first_and_its_peers_beside(

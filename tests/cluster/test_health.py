@@ -14,9 +14,11 @@ def address(incarnation: str) -> WorkerAddress:
 class ScriptedWorker:
     """Answers `address` from a script; exceptions are raised."""
 
-    def __init__(self, *script: WorkerAddress | Exception | None) -> None:
+    def __init__(self, *script: WorkerAddress | Exception | None, looks: int = 0) -> None:
         self.script = list(script)
         self.starts = 0
+        self.looks = looks
+        """Looks at a start that find it under way."""
 
     def address(self) -> WorkerAddress | None:
         answer = self.script.pop(0) if len(self.script) > 1 else self.script[0]
@@ -24,7 +26,10 @@ class ScriptedWorker:
             raise answer
         return answer
 
-    def start(self) -> WorkerAddress:
+    def start(self) -> WorkerAddress | None:
+        if self.looks:
+            self.looks -= 1
+            return None
         self.starts += 1
         return address(f"restart-{self.starts}")
 
@@ -65,6 +70,19 @@ def test_a_restarted_worker_is_started_and_registered_again() -> None:
     assert worker.starts == 1
     assert health.health == {"decode-0": Health.UP}
     assert len(reports) == 2
+
+
+def test_others_are_watched_while_a_worker_loads() -> None:
+    loading, other = ScriptedWorker(None, looks=2), ScriptedWorker(address("first"), WorkerDown("killed"))
+    registry = RecordingRegistry()
+    addresses = {"decode-0": address("first"), "decode-1": address("first")}
+    health = HealthWatch({"decode-0": loading, "decode-1": other}, addresses, registry, lambda text: None)
+    for _ in range(2):
+        health.check()
+    assert registry.calls == ["unbind decode-0", "unbind decode-1"]
+    health.check()
+    assert registry.calls[2:] == ["bind restart-1"] and loading.starts == 1
+    assert health.health == {"decode-0": Health.UP, "decode-1": Health.DOWN}
 
 
 def test_a_replacement_that_was_never_seen_down_is_noticed() -> None:
