@@ -110,6 +110,7 @@ def _compile(case: Case) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     fn = case.fn
     while not hasattr(fn, "arg_names"):
@@ -123,7 +124,8 @@ def _compile(case: Case) -> Any:
     }  # in the kernel's order
     aligned = [["tt.divisibility", 16]]
     attrs = {(i,): aligned for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(fn=fn, signature=signature, constexprs=dict(case.constexprs), attrs=attrs)
+    language = GluonASTSource if fn.is_gluon() else ASTSource
+    source = language(fn=fn, signature=signature, constexprs=dict(case.constexprs), attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=dict(case.options))
 
 
