@@ -6,9 +6,11 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
+    from tests.support.quick_interpreter import quicken_interpreter
     from tests.support.triton_interpreter import allow_loaded_bounds
 
     allow_loaded_bounds()
+    quicken_interpreter()
 
 
 @pytest.fixture
