@@ -85,6 +85,9 @@ class SharedExperts(Protocol):
     def stop_sharing(self) -> None:
         """Ends it, while the engine thread still runs. Waits up to seconds. Safe to call again."""
 
+    def close(self) -> None:
+        """Gives memory and files back; no step may run any more. Safe to call again."""
+
 
 class BrokenLogits(RequestError):
     """The model's output for one request is not finite."""

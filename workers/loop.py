@@ -71,6 +71,11 @@ class EngineLoop:
         """Whether commands are still served."""
         return not (self._stopped or self._closing)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the thread runs no more."""
+        return not self._thread.is_alive()
+
     def call(self, command: Callable[[], T]) -> Future[T]:
         """Runs `command` on the thread between steps. Once stopped, the future fails with `WorkerStopping`."""
         future: Future[T] = Future()

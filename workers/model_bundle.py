@@ -226,9 +226,14 @@ def make_engine(
     if on_gpu is not None:
         assert model.ahead is not None
         spare = None if total is None else total.left_beside(model.ahead, role)
-        on_gpu.begin(spare_bytes=spare, on_progress=on_progress)
-        model.ahead.compile(decode=role is not WorkerRole.PREFILL, prefill=role is not WorkerRole.DECODE)
-        on_gpu.finish(on_progress=on_progress)
+        try:
+            on_gpu.begin(spare_bytes=spare, on_progress=on_progress)
+            model.ahead.compile(decode=role is not WorkerRole.PREFILL, prefill=role is not WorkerRole.DECODE)
+            on_gpu.finish(on_progress=on_progress)
+        except BaseException:
+            # Or the bank is filled on beside a start that has failed.
+            on_gpu.close()
+            raise
     return Engine(model, pools, facts)
 
 

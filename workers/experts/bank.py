@@ -104,7 +104,10 @@ class HostBank:
         return self.memory[index * self.expert_bytes : (index + 1) * self.expert_bytes]
 
     def lock(self, on_progress: Progress | None = None) -> None:
-        """Locks all pages for the current CUDA device. Raises RuntimeError when the driver refuses."""
+        """Locks all pages for the current CUDA device. Raises RuntimeError when the driver refuses.
+
+        What `on_progress` raises ends it; `close` unlocks what was locked until then.
+        """
         runtime, device = torch.cuda.cudart(), torch.cuda.current_device()
         unit = math.lcm(self.expert_bytes, mmap.PAGESIZE)
         step = max(1, PIECE_BYTES // unit) * unit

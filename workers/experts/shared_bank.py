@@ -44,14 +44,12 @@ def open_bank(
     """A bank of the model `key`, filled; whoever makes it chooses which pairs it holds. Raises what `choose` and `fill`
     raise, and `BadConfig` when another worker's bank is of another model.
 
-    Without a `share` the bank is this process's alone. The bytes of one model are the same whoever fills, so the key
-    names the weights, not the worker.
+    What `on_progress` raises ends the wait or the filling. Without a `share` the bank is this process's alone. The
+    bytes of one model are the same whoever fills, so the key names the weights, not the worker.
     """
     tell = on_progress or _nowhere
     if share is None:
-        bank = HostBank(choose(), num_pairs, expert_bytes)
-        fill(bank, tell)
-        return bank
+        return _filled(HostBank(choose(), num_pairs, expert_bytes), fill, tell)
     what = f"bank-{key}"
     lock = os.open(share.folder / f"{what}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -94,10 +92,14 @@ def _made(lock: int, pairs: Sequence[int], num_pairs: int, expert_bytes: int, fi
         tell(done, total)
 
     os.truncate(lock, 0)
+    return _filled(HostBank(pairs, num_pairs, expert_bytes), fill, note)
+
+
+def _filled(bank: HostBank, fill: Fill, tell: Progress) -> HostBank:
+    """The bank, which is closed when it cannot be filled."""
     began = time.monotonic()
-    bank = HostBank(pairs, num_pairs, expert_bytes)
     try:
-        fill(bank, note)
+        fill(bank, tell)
     except BaseException:
         bank.close()
         raise

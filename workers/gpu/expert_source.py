@@ -60,6 +60,7 @@ class ExpertSource:
         self.num_readers = min(num_readers, MOST_READERS)
         self._own = threading.local()
         """A reader's buffer: fresh memory for each expert would cost as much as the copy out of it."""
+        self._pool: concurrent.futures.ThreadPoolExecutor | None = None
 
     def read(self, pair: int, out: Bytes) -> None:
         """Fills `out` uint8 [expert_bytes]. Raises `ExpertUnavailable`."""
@@ -71,16 +72,28 @@ class ExpertSource:
             out[target] = record[source]
 
     def read_all(self, pairs: Sequence[int], outs: Callable[[int], Bytes], done: Callable[[], None]) -> None:
-        """Reads pairs on all threads, the i-th into `outs(i)`; `done` after each, on the caller's thread."""
-        with concurrent.futures.ThreadPoolExecutor(self.num_readers, thread_name_prefix="read-experts") as pool:
-            waiting = [pool.submit(self.read, pair, outs(index)) for index, pair in enumerate(pairs)]
-            try:
-                for future in concurrent.futures.as_completed(waiting):
-                    future.result()
-                    done()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        """Reads pairs on all threads, the i-th into `outs(i)`; `done` after each, on the caller's thread.
+
+        One caller at a time. What `done` or a read raises ends it, once nobody writes into `outs` any more.
+        """
+        if self._pool is None:
+            self._pool = concurrent.futures.ThreadPoolExecutor(self.num_readers, thread_name_prefix="read-experts")
+        waiting = [self._pool.submit(self.read, pair, outs(index)) for index, pair in enumerate(pairs)]
+        try:
+            for future in concurrent.futures.as_completed(waiting):
+                future.result()
+                done()
+        except BaseException:
+            for future in waiting:
+                future.cancel()
+            concurrent.futures.wait(waiting)
+            raise
+
+    def rest(self) -> None:
+        """Ends the threads of bulk reads and frees their buffers; the next bulk read starts others."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
 
     def fill(self, bank: HostBank, on_progress: OnProgress | None = None) -> None:
         """Every pair that has a place in the bank, in order of pairs.

@@ -9,8 +9,10 @@ Engine thread, except `stats_fields`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from workers.checkpoint.progress import OnProgress, Progress
-from workers.errors import BadConfig
+from workers.errors import BadConfig, WorkerStopping
 from workers.experts.bank import HostBank
 from workers.experts.cache import ExpertCache
 from workers.experts.config import PRELOADS, SOURCE, pays_little
@@ -82,7 +84,7 @@ class _Later:
 
 class GpuExperts:
     """Residency of one model's experts. `attach` before the model is made, `begin` and `finish` before its first
-    step."""
+    step, `close` after its last or when the start fails."""
 
     def __init__(
         self,
@@ -123,6 +125,7 @@ class GpuExperts:
         self._profile: Values | None = None
         self._beside: ThreadPoolExecutor | None = None
         self._coming: Future[HostBank | None] | None = None
+        self._closing = threading.Event()
         self._kept: Ids = np.empty(0, np.int64)
         """Pairs in the first slots, in order, for good."""
         self._told = np.zeros(self.sizes.pairs, np.int32)
@@ -209,14 +212,25 @@ class GpuExperts:
         self._stream = ExpertStream(self._memory, lambda: cache.slots.codes) if self.places.half else None
         in_place = ExpertsInPlace(self._memory)
         self._decode.inner, self._prefill.inner = in_place, self._stream or in_place
+        self._source.rest()
         if stand_in is not None:
             stand_in.close()
         self._say(len(self._kept), time.monotonic() - began)
 
     def _lock(self, bank: HostBank) -> None:
+        """Raises `WorkerStopping` once `close` is called; the bank is closed then."""
         if self._device.type == "cuda":
-            with torch.cuda.device(self._device):
-                bank.lock()
+            try:
+                with torch.cuda.device(self._device):
+                    bank.lock(lambda done, total: self._go_on())
+            except BaseException:
+                bank.close()
+                raise
+
+    def _go_on(self) -> None:
+        """Raises `WorkerStopping` once `close` is called."""
+        if self._closing.is_set():
+            raise WorkerStopping("experts are not wanted any more")
 
     def _say(self, num_pinned: int, seconds: float) -> None:
         sizes, places = self.sizes, self.places
@@ -246,6 +260,7 @@ class GpuExperts:
 
         def fill(bank: HostBank, note: Callable[[int, int], None]) -> None:
             def tell(progress: Progress) -> None:
+                self._go_on()
                 note(progress.done_bytes, progress.total_bytes)
                 if on_progress is not None:
                     on_progress(progress)
@@ -255,6 +270,7 @@ class GpuExperts:
         began = time.monotonic()
 
         def waited(done: int, total: int) -> None:
+            self._go_on()
             if on_progress is not None:
                 on_progress(Progress(done, total, time.monotonic() - began, "experts, by another worker"))
 
@@ -433,13 +449,28 @@ class GpuExperts:
         return self._supply.config.hbm_bytes or self._spare_bytes or self.effective_bytes
 
     def close(self) -> None:
-        """Gives the bank and files back; no step may run any more."""
+        """Ends what `begin` started, gives banks, slab and files back; no step may run any more. Safe to call again."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        if self._peer is not None:
+            self._peer.stop()
+        banks = [None if self._memory is None else self._memory.bank]
+        if self._beside is not None and self._coming is not None:
+            self._beside.shutdown()
+            banks.append(None if self._coming.exception() else self._coming.result())
+        self._source.rest()
+        if self._device.type == "cuda":
+            # A step that was launched last may still read. A device that is lost reads no more.
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize(self._device)
+        for bank in banks:
+            if bank is not None:
+                bank.close()
         if self._peer is not None:
             self._peer.close()
         if self._share is not None:
             self._share.close()
-        if self._memory is not None and self._memory.bank is not None:
-            self._memory.bank.close()
         self._supply.close()
 
 

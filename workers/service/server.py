@@ -106,7 +106,10 @@ class RunningWorker(ABC):
         logger.info("worker=%s role=%s address=%s", self.config.name, self.config.role.value, self.address)
 
     async def stop(self) -> None:
-        """Ends every request with an error event, frees all, closes the port and every thread. Safe to call again."""
+        """Ends every request with an error event, frees all, closes the port and every thread. Safe to call again.
+
+        A step that does not come back keeps its experts' memory.
+        """
         if self._stopping:
             return
         self._stopping = True
@@ -116,6 +119,8 @@ class RunningWorker(ABC):
         await self._end_streams()
         await self._server.stop(self.config.drain_s)
         await self._close_transfer()
+        if sharing is not None and self.worker.loop.has_ended:
+            await asyncio.to_thread(sharing.close)
 
     close = stop
 

@@ -159,6 +159,21 @@ def test_a_failed_fill_reaches_the_caller_and_frees_the_lock(folder: Path) -> No
     share.close()
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_caller_that_wants_no_bank_any_more_gets_its_memory_back(folder: Path, is_shared: bool) -> None:
+    share = Share(folder, "only") if is_shared else None
+
+    def stop(done: int, total: int) -> None:
+        raise InterruptedError(f"{done} of {total}")
+
+    before = num_open_banks()
+    with pytest.raises(InterruptedError, match=f"{BYTES} of {PAIRS * BYTES}"):
+        open_bank(share, "m", everything, PAIRS, BYTES, fill, stop)
+    assert num_open_banks() == before
+    if share is not None:
+        share.close()
+
+
 def test_a_damaged_descriptor_is_not_read_beyond_its_end(folder: Path) -> None:
     fd = os.memfd_create("short")
     os.ftruncate(fd, BYTES)

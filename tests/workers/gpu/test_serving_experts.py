@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from tests.workers.gpu.models import NATIVE, TINY
 from tests.workers.gpu.stand_ins import stand_ins
 from workers.batch import ForwardBatch
 from workers.checkpoint.save import save_official
-from workers.errors import BadConfig
+from workers.errors import BadConfig, WorkerStopping
 from workers.experts.config import ExpertConfig
 from workers.experts.supply import ExpertUnavailable
 from workers.gpu import expert_source, serving_experts
@@ -80,8 +82,6 @@ class Run:
 
 @pytest.fixture(scope="module")
 def expected(folder: Path) -> torch.Tensor:
-    whole = Run(ModelBundle.load_for(folder, "cpu", NATIVE), None) if False else None
-    del whole
     bundle = limited(folder, slots=PAIRS)
     return Run(bundle, experts_of(bundle)).logits(10)
 
@@ -125,6 +125,49 @@ def test_kernels_are_compiled_while_the_bank_is_filled(folder: Path, expected: t
     may_read.set()
     experts.finish()
     assert torch.equal(run.logits(10), expected)
+
+
+def test_a_start_that_fails_stops_filling_the_bank(folder: Path) -> None:
+    """As when a kernel does not compile: most of the bank is still to be read then."""
+    bundle = limited(folder, slots=5)
+    assert bundle.supply is not None
+    experts = GpuExperts(CONFIG, bundle.supply, BOTH, torch.device("cpu"), num_readers=2)
+    honest, read_pairs, may_read = bundle.supply.disk.read, [], threading.Event()
+
+    def read(pair: int, out: np.ndarray, *, stream: bool = False) -> None:
+        read_pairs.append(pair)
+        assert may_read.wait(60)
+        honest(pair, out, stream=stream)
+
+    bundle.supply.disk.read = read  # type: ignore[method-assign]
+    experts.begin()
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(experts.close)
+        while not experts._closing.is_set():
+            time.sleep(0.001)
+        may_read.set()
+        closing.result(60)
+    assert len(read_pairs) <= 4 < PAIRS
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("read-experts", "expert-bank"))]
+    with pytest.raises(WorkerStopping):
+        experts.finish()
+
+
+def test_readers_rest_once_all_slots_are_filled(folder: Path) -> None:
+    names = []
+    bundle = limited(folder, slots=10, host_bytes=11 * BYTES)
+    assert bundle.supply is not None
+    honest = bundle.supply.disk.read
+
+    def read(pair: int, out: np.ndarray, *, stream: bool = False) -> None:
+        names.append(threading.current_thread().name)
+        honest(pair, out, stream=stream)
+
+    bundle.supply.disk.read = read  # type: ignore[method-assign]
+    experts = experts_of(bundle)
+    assert len(names) == PAIRS and len(set(names)) <= 2, "the same threads for the bank and for all slots"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-experts")]
+    experts.close()
 
 
 def test_residents_change_while_steps_run(folder: Path) -> None:

@@ -12,6 +12,7 @@ from tests.workers.runtime.fake_model import VOCAB, FakeModel, fake_engine, orac
 from tests.workers.runtime.pair import make_request, tokens_of
 from tests.workers.service.cluster import WAIT_S, Router, running_cluster
 from workers.errors import RequestAborted, RequestError, RequestTooLong, WorkerFull, WorkerUnavailable
+from workers.loop import EngineLoop
 from workers.messages import FinishReason, WorkerRole
 from workers.service.client import WorkerClient
 
@@ -283,6 +284,37 @@ async def test_a_stopping_decode_worker_ends_every_request_and_then_the_stream()
             await cluster.decode_client.admit(make_request("b", prompt(5)))
         with pytest.raises(WorkerUnavailable):
             await cluster.decode_client.stats()
+
+
+async def test_experts_are_given_back_after_the_last_step_of_a_stopping_worker() -> None:
+    """What is shared ends while the engine can still leave a peer; memory goes when nothing reads it any more."""
+
+    class Experts:
+        note = ""
+
+        def __init__(self) -> None:
+            self.events: list[str] = []
+            self.loop: EngineLoop | None = None
+
+        def stats_fields(self) -> dict[str, object]:
+            return {}
+
+        def start_sharing(self, call: object) -> None:
+            self.events.append("shared")
+
+        def stop_sharing(self) -> None:
+            assert self.loop is not None and self.loop.alive
+            self.events.append("apart")
+
+        def close(self) -> None:
+            assert self.loop is not None and self.loop.has_ended
+            self.events.append("closed")
+
+    engine, experts = fake_engine(), Experts()
+    engine.experts = experts
+    async with running_cluster(decode_engine=engine) as cluster:
+        experts.loop = cluster.decode.worker.loop
+    assert experts.events == ["shared", "apart", "closed"]
 
 
 async def test_closing_a_client_ends_its_stream_and_calls_as_unavailable() -> None:
