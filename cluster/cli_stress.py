@@ -113,12 +113,7 @@ def retract(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")] = None,
 ) -> None:
     """Ask questions plain and again under retracts; fails unless every token and log-probability is the same."""
-    if pressure and (url or mutate):
-        raise typer.BadParameter(
-            "sizes pools, so it starts its own deployment and forces nothing", param_hint="--pressure"
-        )
-    if (victim is Victim.NAMED) != bool(names):
-        raise typer.BadParameter("--victim named and --names need each other", param_hint="--names")
+    _check_combination(pressure=pressure, forces=bool(url or mutate), victim=victim, names=names)
     with _user_errors():
         base = _base(config, model)
         options = StressOptions(
@@ -145,6 +140,16 @@ def retract(
         figures = table.as_json(proof.options, proof.rows, proof.caught, passed=status == 0)
         json_file.write_text(json.dumps(figures, indent=2) + "\n")
     raise typer.Exit(status)
+
+
+def _check_combination(*, pressure: bool, forces: bool, victim: Victim, names: str) -> None:
+    """Raises `typer.BadParameter` for options that exclude or need each other."""
+    if pressure and forces:
+        raise typer.BadParameter(
+            "sizes pools, so it starts its own deployment and forces nothing", param_hint="--pressure"
+        )
+    if (victim is Victim.NAMED) != bool(names):
+        raise typer.BadParameter("--victim named and --names need each other", param_hint="--names")
 
 
 def _carry_out(proof: Proof, *, pressure: bool, mutate: str | None, batched: bool) -> int:

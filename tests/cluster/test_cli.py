@@ -35,6 +35,16 @@ def test_every_command_explains_itself(command: str) -> None:
     assert "Usage:" in result.output
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("--pressure", "--mutate", "all"), ("--pressure", "--url", "http://x"), ("--victim", "named"), ("--names", "a")],
+)
+def test_a_stress_run_refuses_options_that_do_not_go_together(arguments: tuple[str, ...]) -> None:
+    result = run("stress", "retract", *arguments)
+    assert result.exit_code == 2
+    assert "Invalid value for" in result.output
+
+
 def test_checkpoint_commands_are_reachable() -> None:
     assert "inspect" in run("checkpoint", "--help").output
 
