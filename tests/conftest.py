@@ -6,14 +6,17 @@ import hashlib
 import os
 
 import pytest
-import torch
+
+# Before torch, which reads it once: its threads spin while they wait, and a machine with other work stands still.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
 
 # Triton reads this when it is first imported, whoever does that first: parts of its own library become interpreted
 # functions then, or never. Without it kernels cannot run on a machine that has no GPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture
