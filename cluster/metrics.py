@@ -118,7 +118,12 @@ LABELLED = (
 """Mappings of `WorkerStats`: series name, field, labels that a key holds (joined by `/`), help."""
 
 HISTOGRAMS = (
-    ("dsv4_expert_distinct_per_layer", "expert_distinct", "phase", "Experts that one step needed of one layer"),
+    (
+        "dsv4_expert_distinct_per_layer",
+        "expert_distinct",
+        "phase",
+        "Experts that a step needed of one layer (GPU: a mean of some)",
+    ),
     ("dsv4_expert_load_seconds", "expert_load_s", "path", "Seconds that a step waited for one absent expert"),
 )
 """Mappings of `WorkerStats` from `label/bound` to how many lay up to it: series name, field, label, help."""

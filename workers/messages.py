@@ -475,7 +475,7 @@ class WorkerStats:
     """Counter by phase of the step, `prefill` or `decode`, where that is known; likewise hits."""
     expert_phase_hits: Mapping[str, int] = field(default_factory=dict)
     expert_distinct: Mapping[str, float] = field(default_factory=dict)
-    """Histogram by `phase/bound`: experts that one step needed of one layer."""
+    """Histogram by `phase/bound`: experts that one step needed of one layer; on a GPU the mean of a few steps."""
     expert_load_s: Mapping[str, float] = field(default_factory=dict)
     """Histogram by `path/bound`: seconds that a step waited for one absent expert."""
     rss_bytes: int = 0

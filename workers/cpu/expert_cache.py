@@ -22,7 +22,7 @@ from workers.cpu.arena import aligned_zeros
 from workers.cpu.expert_panels import ExpertPanels
 from workers.errors import WorkerError
 from workers.experts.config import PRELOADS, SlotPlan, pays_little, plan_slots
-from workers.experts.histogram import Histogram
+from workers.experts.histogram import DISTINCT_BOUNDS, Histogram
 from workers.experts.layout import Tier, code_of
 from workers.experts.policy import POLICIES, Ids, highest
 from workers.experts.profile import read_profile
@@ -40,8 +40,6 @@ in vain only if it is used again."""
 
 LOAD_BOUNDS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 1.0)
 """From a small expert out of memory to a slow disk's worst."""
-
-DISTINCT_BOUNDS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 
 PHASES, PATHS = ("prefill", "decode"), ("host", "disk")
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kvstore.errors import IntegrityError
+from workers.experts.histogram import DISTINCT_BOUNDS, Histogram
 from workers.experts.layout import TIER_SHIFT, Tier
 from workers.experts.policy import Values
 from workers.experts.residency import PROMPT_MOVES, Residency
@@ -92,6 +93,8 @@ class CacheCounters:
     evicted: int = 0
     moved_bytes: int = 0
     io_errors: int = 0
+    distinct: Histogram = field(default_factory=lambda: Histogram(DISTINCT_BOUNDS))
+    """Pairs that a step needed of a layer: a layer's mean over the steps between two looks."""
 
 
 @dataclass(slots=True)
@@ -163,6 +166,7 @@ class ExpertCache:
         self._prompts = False
         """Whether a prompt came whose experts have not been chosen yet."""
         self._steps_since = 0
+        """Steps launched since the counters were last copied."""
 
     def fill(self, pairs: Sequence[int], bring: Bring | None = None) -> None:
         """Brings pairs in before the first step, in order, waiting for the bytes. Raises ValueError beyond the slots.
@@ -197,9 +201,9 @@ class ExpertCache:
     def before_step(self) -> None:
         """Call right before each step is launched, on the thread that launches."""
         self.counters.steps += 1
-        self._steps_since += 1
         if self._steps_since >= self._interval:
             self._advance()
+        self._steps_since += 1
 
     def _advance(self) -> None:
         """Takes one look at everything under way; starts what follows."""
@@ -258,8 +262,10 @@ class ExpertCache:
         counts = self._counts.numpy().astype(np.int64)
         uses = counts - self._last
         self._last = counts
+        steps = max(1, self._snapshot_steps)
         self._count(uses)
-        self.residency.note(uses, max(1, self._snapshot_steps))
+        self.counters.distinct.add((self.residency.by_layer(uses).sum(axis=1) / steps).tolist())
+        self.residency.note(uses, steps)
         if self._work.filling or self._work.leaving:
             return []
         most, self._prompts = PROMPT_MOVES if self._prompts else self._moves, False

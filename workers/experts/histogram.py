@@ -6,6 +6,9 @@ import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
+DISTINCT_BOUNDS = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
+"""Experts that a step needs of a layer: from one token's of a small model to all of V4-Pro."""
+
 SUM = "sum"
 """Key of the sum of all values beside the bounds."""
 

@@ -70,6 +70,10 @@ class Residency:
         """What a prompt used whose decode steps are about to come: share of its tokens [L * E]."""
         self.usage.note_prompt(shares, PROMPT_STEPS, self.policy.half_life_steps)
 
+    def by_layer(self, values: Ids) -> Ids:
+        """[L * E] as [L, E]."""
+        return values.reshape(self._num_layers, self._num_experts)
+
     def heat_share(self, inside: npt.NDArray[np.bool_]) -> float:
         """Part of all recent uses that the pairs of a mask [L * E] have; 0 before the first use."""
         heat = self.usage.heat

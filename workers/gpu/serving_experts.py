@@ -433,9 +433,21 @@ class GpuExperts:
             },
             "expert_host_bytes": {"bank": self.bank_bytes},
             "expert_oracle_hit_ratio": float(best / max(1.0, used.sum())),
+            **self._decode_fields(),
             "expert_layer_lookups": _by_layer(cache.pair_lookups.reshape(shape)),
             "expert_layer_hits": _by_layer(cache.pair_hits.reshape(shape)),
             "expert_layer_resident": _by_layer(resident.reshape(shape)),
+        }
+
+    def _decode_fields(self) -> dict[str, object]:
+        """By phase, where all that the routers count is decode's: one counter serves both kinds of steps."""
+        if self._duties.prefills:
+            return {}
+        counters = self.cache.counters
+        return {
+            "expert_phase_lookups": {"decode": counters.lookups},
+            "expert_phase_hits": {"decode": counters.hits},
+            "expert_distinct": counters.distinct.fields("decode"),
         }
 
     @property

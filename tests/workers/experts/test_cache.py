@@ -148,6 +148,19 @@ def test_residents_follow_a_change_of_topic() -> None:
     assert rig.cache.residency.heat_share(np.isin(np.arange(PAIRS), second)) > 0.99
 
 
+def test_experts_that_a_step_needs_of_a_layer_are_counted() -> None:
+    rig = Rig(12, 5, interval=4)
+    for _ in range(200):
+        rig.step(np.array([0, 1, 2, 3, EXPERTS, EXPERTS + 1]))
+        rig.lanes.run(100)
+    found = rig.cache.counters.distinct.fields("decode")
+    looks = found["decode/+Inf"] // LAYERS
+    assert looks >= 40
+    # Four of the first layer, two of the second, none of the third.
+    assert (found["decode/2"], found["decode/4"], found["decode/+Inf"]) == (2 * looks, 3 * looks, 3 * looks)
+    assert found["decode/sum"] == 6 * looks
+
+
 def test_who_leaves_unused_was_brought_in_for_nothing() -> None:
     rig = Rig(2, 12, interval=2, moves=2)
     for topic in ([1, 2], [21, 22]):

@@ -180,6 +180,19 @@ def test_residents_change_while_steps_run(folder: Path) -> None:
     assert counters.moved_in and counters.evicted
     # Two tokens a step and the prompts choose two experts a layer; the last few steps are not counted yet.
     assert 0 < counters.lookups == counters.hits + counters.cold_misses + counters.capacity_misses
+    assert "expert_phase_lookups" not in experts.stats_fields(), "its prompts are counted, too"
+
+
+def test_a_worker_that_only_decodes_tells_its_phase(folder: Path) -> None:
+    experts = experts_of(limited(folder, slots=6), ExpertDuties(prefills=False, max_running=2))
+    for _ in range(9):
+        experts.before_decode()
+        experts._heat[:2] += 1
+    found = experts.stats_fields()
+    assert found["expert_phase_lookups"] == {"decode": found["expert_lookups"]} == {"decode": 8}
+    assert found["expert_phase_hits"] == {"decode": found["expert_hits"]}
+    assert (found["expert_distinct"]["decode/2"], found["expert_distinct"]["decode/sum"]) == (3, 2)  # type: ignore[index]
+    experts.close()
 
 
 def test_who_has_no_place_in_the_bank_never_leaves(folder: Path) -> None:
