@@ -1,9 +1,10 @@
 """Absent experts on their way to a prefill step's products.
 
-`ExpertStream` brings a prefill step's absent experts to the device layer by layer, one layer ahead of the products. A
-chunk of thousands of tokens uses nearly every expert, several times over, so absent ones are copied once into one of
-two staging halves while the layer before computes, and never enter the slots of decode. What does not fit a half, and
-what a step of few tokens would find in host memory, is read in place.
+`ExpertStream` brings a prefill step's absent experts to the device, to staging places that decode's slots know nothing
+of. A chunk of thousands of tokens uses nearly every expert, several times over: absent ones are copied once into one of
+two halves while the layer before computes, whoever was chosen. A step of fewer tokens uses few of them, because a cache
+keeps those that are used most: what its routing has chosen is copied by a launch between routing and products, into
+both halves (`workers/kernels/experts_bring.py`). What finds no place is read in place.
 
 `ExpertsInPlace` enqueues nothing: the products of a decode step bring absent experts to scratch themselves
 (`workers/kernels/experts_stage.py`).
@@ -23,13 +24,14 @@ import torch
 from torch import Tensor
 
 from workers.experts.layout import TIER_SHIFT, ExpertSlab, Tier, code_of
+from workers.gpu.buffers import Groups
 from workers.gpu.cached_experts import ExpertMemory
 
 HALVES = 2
 
-FEW_USES = 0.75
-"""Tokens' choices for each expert of a layer up to which absent experts are read in place: half of the experts are used
-then, and streaming would bring all. 32 tokens of V4-Flash."""
+FEW_USES = 6.0
+"""Tokens' choices for each expert of a layer up to which a step brings what it has chosen, and beyond which all that is
+absent comes while the layer before computes: 256 tokens of V4-Flash."""
 
 
 class ExpertsInPlace:
@@ -71,21 +73,41 @@ class ExpertStream:
         self._read: list[torch.cuda.Event | None] = [None] * HALVES
         self._table_read: list[torch.cuda.Event | None] = [None] * HALVES
         self._streamed: list[list[Tensor]] = []
-        self.copied_bytes = 0
-        """Bytes brought in since the start; likewise the experts, and the steps."""
-        self.copied_experts = 0
+        self._few = False
+        self._lacking: list[bool] = []
+        """Layers of a step of few tokens that have absent experts."""
+        self._chosen = torch.zeros(self._num_experts, dtype=torch.int32, device=self._device)
+        """Table of one layer of such a step: who was chosen."""
+        self._brought = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self._brought_then = torch.zeros(1, dtype=torch.int64, pin_memory=cuda)
+        """Experts that such steps have copied, and the same as the host knew it one step ago."""
+        self._copied = 0
         self.steps = 0
+        """Steps since the start."""
+        if cuda:
+            self._compile()
+
+    @property
+    def copied_experts(self) -> int:
+        """Experts copied since the start; those of the last step of few tokens may be missing."""
+        brought = self._brought_then if self._side is not None else self._brought
+        return self._copied + int(brought)
+
+    @property
+    def copied_bytes(self) -> int:
+        """The same in bytes."""
+        return self.copied_experts * self._memory.expert_bytes
 
     def begin(self, num_tokens: int) -> None:
         """A step begins: fixes its tables and starts the first layer's copies."""
         config = self._memory.config
-        few = num_tokens * config.num_experts_per_tok <= FEW_USES * config.n_routed_experts
+        self._few = num_tokens * config.num_experts_per_tok <= FEW_USES * config.n_routed_experts
         codes = self._codes().reshape(self._num_layers, self._num_experts).copy()
-        self._streamed = []
+        self._streamed, self._lacking = [], []
         for layer, row in enumerate(codes):
-            # NVLink is too fast for its copies to matter, and too far for reads in place.
-            wanted = row >> TIER_SHIFT == Tier.PEER if few else row >> TIER_SHIFT != Tier.SLAB
-            absent = np.flatnonzero(wanted)[: self._half]
+            absent = np.flatnonzero(row >> TIER_SHIFT != Tier.SLAB)
+            self._lacking.append(len(absent) > 0)
+            absent = absent[: 0 if self._few else self._half]
             self._streamed.append([self._memory.bytes_at(*run) for run in _runs(row[absent])])
             row[absent] = code_of(Tier.SLAB, self._first[layer % HALVES]) + np.arange(len(absent))
         self.steps += 1
@@ -94,27 +116,44 @@ class ExpertStream:
             event.synchronize()
         self._pinned[turn].numpy()[:] = codes.reshape(-1)
         self._table.copy_(self._pinned[turn], non_blocking=True)
+        self._brought_then.copy_(self._brought, non_blocking=True)
         self._table_read[turn] = self._mark()
-        self._fetch(0)
+        if not self._few:
+            self._fetch(0)
 
-    def layer(self, index: int, groups: Any = None) -> ExpertSlab:
-        """Where the kernels of this layer find its experts. Starts the next layer's copies. `groups` is not used."""
+    def layer(self, index: int, groups: Any) -> ExpertSlab:
+        """Where the kernels of this layer find its experts. Copies those that a step of few tokens has chosen, else
+        starts the next layer's copies."""
+        slab = self._memory.layer(index, self._table[index * self._num_experts : (index + 1) * self._num_experts])
+        if self._few:
+            return self._bring(index, slab, groups) if self._lacking[index] else slab
         if index + 1 < self._num_layers:
             self._fetch(index + 1)
         if (event := self._arrived[index]) is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
-        part = slice(index * self._num_experts, (index + 1) * self._num_experts)
-        return self._memory.layer(index, self._table[part])
+        return slab
 
     def done(self, index: int) -> None:
-        """The layer's products have been launched: its half may be written behind them."""
-        self._read[index % HALVES] = self._mark()
+        """The layer's products have been launched: what it has used of staging may be written behind them."""
+        mark = self._mark()
+        for half in range(HALVES) if self._few else (index % HALVES,):
+            self._read[half] = mark
+
+    def _bring(self, index: int, slab: ExpertSlab, groups: Any) -> ExpertSlab:
+        from workers.kernels.experts_bring import bring
+
+        room = HALVES * self._half
+        bring(groups, slab, self._memory.expert_bytes, self._first[0], room, self._chosen, self._brought)
+        return self._memory.layer(index, self._chosen)
+
+    def _compile(self) -> None:
+        """Launch `bring` for a step that has chosen nobody."""
+        nobody = self._chosen
+        self._bring(0, self._memory.layer(0), Groups(nobody[:1], nobody, nobody, nobody))
 
     def _fetch(self, layer: int) -> None:
         half, sources = layer % HALVES, self._streamed[layer]
-        num_bytes = sum(source.numel() for source in sources)
-        self.copied_experts += num_bytes // self._memory.expert_bytes
-        self.copied_bytes += num_bytes
+        self._copied += sum(source.numel() for source in sources) // self._memory.expert_bytes
         if self._side is None:
             self._copy(half, sources)
             return

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from workers.experts.bank import HostBank
-from workers.experts.layout import ExpertShape, Tier, code_of
+from workers.experts.layout import ExpertShape, ExpertSlab, Tier, code_of
 from workers.experts.places import Places
+from workers.gpu.buffers import Groups
 from workers.gpu.cached_experts import ExpertMemory
-from workers.gpu.expert_stream import ExpertStream, _runs
+from workers.gpu.expert_stream import FEW_USES, HALVES, ExpertStream, _runs
 from workers.model.presets import NANO
 
 LAYERS, EXPERTS, SLOTS = 5, 6, 8
@@ -52,7 +53,24 @@ def test_no_cache_has_slots_in_scratch_or_staging() -> None:
     bank.close()
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 100])
+MANY = int(FEW_USES * EXPERTS) // CONFIG.num_experts_per_tok + 1
+"""Tokens of the smallest step that brings what it may not use."""
+
+
+def chosen(*experts: int) -> Groups:
+    """What routing tells."""
+    active = torch.tensor([*experts, *[EXPERTS] * (EXPERTS - len(experts))], dtype=torch.int32)
+    return Groups(torch.tensor([len(experts)], dtype=torch.int32), active, active, active)
+
+
+def read_by(slab: ExpertSlab, expert: int) -> torch.Tensor:
+    """The bytes that a product finds."""
+    code = int(slab.table[expert])
+    home = {Tier.SLAB: slab.base, Tier.HOST: slab.host, Tier.PEER: slab.peer}[Tier(code >> 24)]
+    return home[(code & 0xFFFFFF) * BYTES :][:BYTES]
+
+
+@pytest.mark.parametrize("num_tokens", [1, MANY - 1, MANY])
 @pytest.mark.parametrize("half", [1, 3, EXPERTS])
 @pytest.mark.parametrize("inside", [[], [0, 1, 2, 3, 4, 5], [2, 9, 10, 29]])
 def test_every_layer_reads_its_own_experts(half: int, inside: list[int], num_tokens: int) -> None:
@@ -60,24 +78,23 @@ def test_every_layer_reads_its_own_experts(half: int, inside: list[int], num_tok
     memory = memory_of(bank, half)
     codes = resident(inside, memory.slab)
     stream = ExpertStream(memory, lambda: codes)
-    for _ in range(3):
+    used = (1, 3, 4, 5) if num_tokens < MANY else tuple(range(EXPERTS))
+    for _ in range(2):
         stream.begin(num_tokens)
         for layer in range(LAYERS):
-            experts = stream.layer(layer)
-            homes = {Tier.SLAB: experts.base, Tier.HOST: experts.host}
-            for expert in range(EXPERTS):
-                code = int(experts.table[expert])
-                index = code & 0xFFFFFF
-                found = homes[Tier(code >> 24)][index * BYTES : (index + 1) * BYTES]
-                assert bool((found == layer * EXPERTS + expert + 1).all())
+            experts = stream.layer(layer, chosen(*used))
+            for expert in used:
+                assert bool((read_by(experts, expert) == layer * EXPERTS + expert + 1).all())
             stream.done(layer)
-    absent = [min(half, sum(layer * EXPERTS + e not in inside for e in range(EXPERTS))) for layer in range(LAYERS)]
-    # One token chooses 3 of 6 experts: too few to bring in what it does not need.
-    assert stream.copied_bytes == (0 if num_tokens == 1 else 3 * sum(absent) * BYTES)
+    absent = [sum(layer * EXPERTS + e not in inside for e in used) for layer in range(LAYERS)]
+    room = half if num_tokens == MANY else HALVES * half
+    assert stream.copied_experts == 2 * sum(min(room, count) for count in absent)
+    assert stream.copied_bytes == stream.copied_experts * BYTES
     bank.close()
 
 
-def test_experts_of_the_other_gpu_are_brought_in_whatever_the_step() -> None:
+@pytest.mark.parametrize("num_tokens", [1, MANY])
+def test_experts_of_the_other_gpu_are_brought_in_whatever_the_step(num_tokens: int) -> None:
     bank, peer = filled_bank(), torch.zeros(PAIRS * BYTES, dtype=torch.uint8)
     peer.view(PAIRS, BYTES)[5] = 11
     places = Places(SLOTS, scratch=1, half=EXPERTS)
@@ -85,15 +102,14 @@ def test_experts_of_the_other_gpu_are_brought_in_whatever_the_step() -> None:
     codes = resident([0, 1], memory.slab)
     codes[10] = code_of(Tier.PEER, 5)
     stream = ExpertStream(memory, lambda: codes)
-    stream.begin(1)
+    stream.begin(num_tokens)
     for layer in range(LAYERS):
-        found = stream.layer(layer).table
-        assert [int(code) >> 24 for code in found].count(Tier.PEER) == 0
+        slab = stream.layer(layer, chosen(10 - EXPERTS))
         if layer == 1:
-            at = int(found[10 - EXPERTS])
-            assert at >> 24 == Tier.SLAB and bool((memory.slab[at] == 11).all())
+            assert int(slab.table[10 - EXPERTS]) >> 24 == Tier.SLAB
+            assert bool((read_by(slab, 10 - EXPERTS) == 11).all())
         stream.done(layer)
-    assert stream.copied_experts == 1
+    assert stream.copied_experts == (LAYERS if num_tokens == 1 else PAIRS - 2)
     bank.close()
 
 
@@ -124,12 +140,9 @@ def test_a_layer_comes_from_both_tiers(half: int) -> None:
     stream = ExpertStream(memory, lambda: codes)
     stream.begin(100)
     for layer in range(LAYERS):
-        slab = stream.layer(layer)
-        homes = {Tier.SLAB: slab.base, Tier.HOST: slab.host, Tier.PEER: slab.peer}
+        slab = stream.layer(layer, None)
         for expert in range(EXPERTS):
-            code = int(slab.table[expert])
-            found = homes[Tier(code >> 24)][(code & 0xFFFFFF) * BYTES :][:BYTES]
-            assert bool((found == layer * EXPERTS + expert + 1).all())
+            assert bool((read_by(slab, expert) == layer * EXPERTS + expert + 1).all())
         stream.done(layer)
     assert stream.copied_experts == LAYERS * half and stream.copied_bytes == LAYERS * half * BYTES
     bank.close()
@@ -142,7 +155,10 @@ def test_a_step_keeps_the_table_it_began_with() -> None:
     stream = ExpertStream(memory, lambda: codes)
     stream.begin(100)
     codes[3] = code_of(Tier.HOST, 3)
-    assert int(stream.layer(0).table[3]) >> 24 == Tier.SLAB
+    assert int(stream.layer(0, None).table[3]) >> 24 == Tier.SLAB
+    stream.begin(1)
+    codes[4] = code_of(Tier.SLAB, 1)
+    assert bool((read_by(stream.layer(0, chosen(4)), 4) == 5).all())
     with pytest.raises(ValueError, match="at least one"):
         ExpertStream(memory_of(bank, 0), lambda: codes)
     bank.close()
