@@ -141,7 +141,7 @@ def chat(
 def logits(
     model: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
     ids: Annotated[Path, typer.Option(help="File with a JSON list of token ids.")],
-    output: Annotated[Path, typer.Option("--out", help="File to write: float32 [positions, vocabulary] as .npy.")],
+    output: Annotated[Path, typer.Option("--out", help="File to write: float32 \\[positions, vocabulary] as .npy.")],
     precision: Annotated[PrecisionMode, typer.Option(help="native, or fp32 without any cast.")] = PrecisionMode.NATIVE,
     prefill_chunk: Annotated[
         int | None, typer.Option(min=1, help="Prompt tokens per step; all when not given.")
