@@ -141,14 +141,20 @@ class ExpertScene:
         )
 
     def route_as(self, workload: Workload) -> None:
-        """Every layer's table follows the workload's measured steps."""
+        """Every layer's table follows the workload's measured steps.
+
+        As many rows are written as for the largest batch: of a small vocabulary other token ids are drawn, too, and
+        must not be routed as by the workload before.
+        """
         trace = workload.trace.part(workload.past, workload.past + MOST_STEPS)
         steps, _, batch, chosen = trace.experts.shape
-        assert steps * batch <= self.config.vocab_size
+        count = steps * self.most_running
+        assert steps * batch <= count <= self.config.vocab_size
         rows = torch.from_numpy(trace.experts.astype(np.int32))
+        token = torch.arange(count) % (steps * batch)
         for index, layer in enumerate(self.scene.weights.layers):
             assert layer.tid2eid is not None
-            layer.tid2eid[: steps * batch].copy_(rows[:, index].reshape(-1, chosen))
+            layer.tid2eid[:count].copy_(rows[:, index].reshape(-1, chosen)[token])
 
     def restart(self, batch: int) -> None:
         """The same KV and positions for every cell of a batch; nothing has run yet."""

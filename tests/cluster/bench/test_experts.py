@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,6 +98,23 @@ def test_a_slot_with_other_bytes_ends_the_run() -> None:
     stand.memory.slab[1, 7] += 1
     with pytest.raises(IntegrityError, match="expert pair 6"):
         stand.keep_slots(cache)
+
+
+def test_what_a_larger_batch_left_in_the_tables_routes_no_token_of_a_smaller_one() -> None:
+    tables = [torch.full((1024, 6), -1, dtype=torch.int32) for _ in range(LAYERS)]
+    stand = Stand(1)
+    stand.config, stand.most_running = cut_layers(NANO, range(LAYERS)), 3
+    layers = [SimpleNamespace(tid2eid=table) for table in tables]
+    stand.scene = SimpleNamespace(weights=SimpleNamespace(layers=layers))  # type: ignore[assignment]
+    small, large = (Workload("v4-like", batch, LAYERS, 64, 6) for batch in (1, 3))
+    stand.route_as(small)
+    expected = [table.clone() for table in tables]
+    first = small.trace.experts[small.past, :, 0]
+    assert all(torch.equal(table[0], torch.from_numpy(first[i]).int()) for i, table in enumerate(tables))
+    stand.route_as(large)
+    assert not torch.equal(tables[0], expected[0])
+    stand.route_as(small)
+    assert all(torch.equal(*pair) for pair in zip(tables, expected, strict=True))
 
 
 def test_a_measurement_begins_with_what_the_past_made_of_the_policy() -> None:
