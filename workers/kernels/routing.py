@@ -19,7 +19,7 @@ from torch import Tensor
 from workers.kernels.launch import pdl_options
 from workers.kernels.mhc import HyperConnection
 from workers.kernels.mhc_gates import COMB_TOKENS, finish_comb, finish_comb_kernel
-from workers.kernels.routing_choice import choose, pairs_of, sort_pairs
+from workers.kernels.routing_choice import choose, load_logits, pairs_of, sort_pairs
 
 DECODE_TOKENS = 64
 """Most tokens of the one-program form."""
@@ -57,7 +57,7 @@ def work_words(num_tokens: int, num_experts: int) -> int:
 # -- kernels ------------------------------------------------------------------------------------------------------
 
 
-PER_STEP, PER_TOKEN = 1, tl.constexpr(2)
+PER_STEP, PER_TOKEN = tl.constexpr(1), tl.constexpr(2)
 """What `heat` counts of an expert: steps that need it, or tokens that choose it."""
 
 
@@ -116,7 +116,9 @@ def route_decode_kernel(
             finish_comb(comb, (tl.program_id(0) - 1) * COMB_TOKENS, num_tokens, COMB_TOKENS, ITERS, EPS)
         return
     token = tl.arange(0, TILE)
-    choose(logits, chooser, token_ids, ids, weights, token, num_tokens, vocab, scaling, E, EP, K, KP, HASH)
+    inside = token < num_tokens
+    z = load_logits(logits, token, inside, 0, E, 1)
+    choose(z, chooser, token_ids, ids, weights, token, inside, vocab, scaling, E, K, KP, HASH)
     tl.debug_barrier()
     PAIRS: tl.constexpr = TILE * KP
     experts, counted = pairs_of(ids, token_ids, tl.zeros((), tl.int32), num_tokens, K, PAIRS)
@@ -160,7 +162,9 @@ def choose_kernel(
         tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
     token = tile * TILE + tl.arange(0, TILE)
-    choose(logits, chooser, token_ids, ids, weights, token, num_tokens, vocab, scaling, E, EP, K, KP, HASH)
+    inside = token < num_tokens
+    z = load_logits(logits, token, inside, 0, E, 1)
+    choose(z, chooser, token_ids, ids, weights, token, inside, vocab, scaling, E, K, KP, HASH)
     tl.debug_barrier()
     experts, counted = pairs_of(ids, token_ids, tile * TILE, tl.minimum(num_tokens, (tile + 1) * TILE), K, TILE * KP)
     counts = tl.histogram(experts, EP, mask=counted)
@@ -283,7 +287,7 @@ def route(
     pow2, num_chosen = triton.next_power_of_2, ids.shape[1]
     shape: dict[str, Any] = {"E": num_experts, "EP": pow2(num_experts), "K": num_chosen, "KP": pow2(num_chosen)}
     tensors = (logits, chooser, token_ids, ids, weights)
-    counter = (ids, 0) if heat is None else (heat, PER_TOKEN.value if per_token else PER_STEP)
+    counter = (ids, 0) if heat is None else (heat, (PER_TOKEN if per_token else PER_STEP).value)
     if num_tokens <= DECODE_TOKENS:
         _route_decode(tensors, (num_tokens, vocab, scaling), groups, counter, comb, shape, pdl)
         return
@@ -385,12 +389,12 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     scan = {"TILES": SCAN_TILES, "EXPERTS": SCAN_EXPERTS}
     return [
         *(
-            case(f"decode {t}", route_decode_kernel, _warps(w, t * 8), TILE=t, HEAT=PER_STEP, **comb)
+            case(f"decode {t}", route_decode_kernel, _warps(w, t * 8), TILE=t, HEAT=PER_STEP.value, **comb)
             for t, w in DECODE_TILES
         ),
         case("decode hash", route_decode_kernel, 16, hashed=True, TILE=DECODE_TOKENS, HEAT=0, **comb),
         case("choose", choose_kernel, 8, TILE=TILE_TOKENS),
-        case("scan_tiles", scan_tiles_kernel, 8, HEAT=PER_STEP, **scan),
+        case("scan_tiles", scan_tiles_kernel, 8, HEAT=PER_STEP.value, **scan),
         case("order", order_kernel, 8, TILE=TILE_TOKENS),
         case("finish_comb", finish_comb_kernel, 1, ITERS=20, EPS=1e-6),
     ]

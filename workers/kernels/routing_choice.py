@@ -1,7 +1,8 @@
 """Device code of routing: the experts of a block of tokens, and the (token, choice) pairs in expert order.
 
 Owns: scores, choice and weights of tokens, and the order of pairs inside one program. Does not own: launches and the
-lists over all tokens (`routing.py`). Definitions: `workers/reference/moe.py`. Ties go to the lower expert id.
+lists over all tokens (`routing.py`, `routing_gate.py`). Definitions: `workers/reference/moe.py`. Ties go to the lower
+expert id.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import triton.language as tl
 
 TAKEN = tl.constexpr(-0x80000000)
 """Order key of an expert that is none, or was picked."""
+
+WIDTH = tl.constexpr(128)
+"""Experts of a block: a row then fits one warp, and a round of the search is two warp instructions."""
 
 
 @triton.jit
@@ -32,42 +36,53 @@ def _order_key(x):
 
 
 @triton.jit
-def _chosen(logits, chooser, token_ids, token, inside, vocab, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, HASH):
-    """K blocks `[tokens]` of expert ids."""
+def _largest(blocks):
+    """Largest number of each row of several blocks, `[tokens]`."""
+    best = blocks[0]
+    for b in tl.static_range(1, len(blocks)):
+        best = tl.maximum(best, blocks[b])
+    return tl.max(best, 1)
+
+
+@triton.jit
+def load_logits(logits, token, inside, part_stride, E: tl.constexpr, PARTS: tl.constexpr):
+    """Logits of a block of tokens, a tuple of blocks `[tokens, WIDTH]`: the sum of PARTS rows, `part_stride` apart, in
+    order. Read past L1: other programs of the launch may have written them."""
+    lane = tl.arange(0, WIDTH)[None, :]
+    row = logits + token.to(tl.int64)[:, None] * E
+    blocks = ()
+    for b in tl.static_range((E + WIDTH - 1) // WIDTH):
+        real = inside[:, None] & (lane < E - b * WIDTH)
+        at = row + (b * WIDTH + lane)
+        z = tl.load(at, mask=real, other=0.0, cache_modifier=".cg")
+        for part in tl.static_range(1, PARTS):
+            z += tl.load(at + part * part_stride, mask=real, other=0.0, cache_modifier=".cg")
+        blocks = blocks + (z,)
+    return blocks
+
+
+@triton.jit
+def _picked(scores, chooser, E: tl.constexpr, K: tl.constexpr):
+    """The K best by score plus bias: blocks `[tokens]` of expert ids, best first. scores: int32 bits of fp32."""
+    lane = tl.arange(0, WIDTH)[None, :]
+    keys = ()
+    for b in tl.static_range(len(scores)):
+        real = lane < E - b * WIDTH
+        biased = scores[b].to(tl.float32, bitcast=True) + tl.load(chooser + b * WIDTH + lane, mask=real, other=0.0)
+        # NaN becomes a finite floor: every pick is a real expert.
+        keys = keys + (tl.where(real, _order_key(tl.maximum(biased, -3.0e38)), TAKEN),)
     chosen = ()
-    if HASH:
-        token_id = tl.load(token_ids + token, mask=inside, other=0)
-        known = tl.minimum(tl.maximum(token_id, 0), vocab - 1).to(tl.int64)
-        for c in tl.static_range(K):
-            expert = tl.load(chooser + known * K + c, mask=inside, other=0)
-            chosen = chosen + (tl.minimum(tl.maximum(expert, 0), E - 1),)
-    else:
-        # Blocks of 128 experts: a row then fits one warp, and a round of the search is two warp instructions.
-        WIDTH: tl.constexpr = min(EP, 128)
-        lane = tl.arange(0, WIDTH)[None, :]
-        row = logits + token.to(tl.int64)[:, None] * E
-        keys = ()
-        for b in tl.static_range((E + WIDTH - 1) // WIDTH):
-            expert = lane + b * WIDTH
-            real = expert < E
-            z = tl.load(row + expert, mask=inside[:, None] & real, other=0.0)
-            biased = router_score(z) + tl.load(chooser + expert, mask=real, other=0.0)
-            # NaN becomes a finite floor: every pick is a real expert.
-            keys = keys + (tl.where(real, _order_key(tl.maximum(biased, -3.0e38)), TAKEN),)
-        for _ in tl.static_range(K):
-            best = keys[0]
-            for b in tl.static_range(1, len(keys)):
-                best = tl.maximum(best, keys[b])
-            top = tl.max(best, 1)[:, None]
-            expert = tl.where(keys[0] == top, lane, E)
-            for b in tl.static_range(1, len(keys)):
-                expert = tl.minimum(expert, tl.where(keys[b] == top, lane + b * WIDTH, E))
-            pick = tl.min(expert, 1)
-            left = ()
-            for b in tl.static_range(len(keys)):
-                left = left + (tl.where(lane + b * WIDTH == pick[:, None], TAKEN, keys[b]),)
-            keys = left
-            chosen = chosen + (pick,)
+    for _ in tl.static_range(K):
+        top = _largest(keys)[:, None]
+        expert = tl.where(keys[0] == top, lane, E)
+        for b in tl.static_range(1, len(keys)):
+            expert = tl.minimum(expert, tl.where(keys[b] == top, lane + b * WIDTH, E))
+        pick = tl.min(expert, 1)
+        left = ()
+        for b in tl.static_range(len(keys)):
+            left = left + (tl.where(lane + b * WIDTH == pick[:, None], TAKEN, keys[b]),)
+        keys = left
+        chosen = chosen + (pick,)
     return chosen
 
 
@@ -79,44 +94,61 @@ def choose(
     ids,
     weights,
     token,
-    num_tokens,
+    inside,
     vocab,
     scaling,
     E: tl.constexpr,
-    EP: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
     HASH: tl.constexpr,
 ):
-    """Writes ids and weights of a block of tokens."""
-    inside = token < num_tokens
-    chosen = _chosen(logits, chooser, token_ids, token, inside, vocab, E, EP, K, HASH)
+    """Writes ids and weights of a block of tokens; also returns the K blocks `[tokens]` of experts.
+
+    logits: of `load_logits`.
+    """
+    lane = tl.arange(0, WIDTH)[None, :]
+    scores = ()
+    for b in tl.static_range(len(logits)):  # never negative, so that their bits have their order; NaN above all
+        scores = scores + (router_score(logits[b]).to(tl.int32, bitcast=True) & 0x7FFFFFFF,)
+    chosen = ()
+    if HASH:
+        token_id = tl.load(token_ids + token, mask=inside, other=0)
+        known = tl.minimum(tl.maximum(token_id, 0), vocab - 1).to(tl.int64)
+        for c in tl.static_range(K):
+            expert = tl.load(chooser + known * K + c, mask=inside, other=0)
+            chosen = chosen + (tl.minimum(tl.maximum(expert, 0), E - 1),)
+    else:
+        chosen = _picked(scores, chooser, E, K)
     choice = tl.arange(0, KP)[None, :]
     experts = tl.broadcast_to(chosen[0][:, None], (token.shape[0], KP))
-    for c in tl.static_range(1, K):
+    factors = tl.zeros((token.shape[0], KP), tl.float32)
+    for c in tl.static_range(K):
+        mine = ()
+        for b in tl.static_range(len(scores)):
+            mine = mine + (tl.where(lane + b * WIDTH == chosen[c][:, None], scores[b], 0),)
+        score = _largest(mine).to(tl.float32, bitcast=True)
+        # Choice by choice: the order of a reduction over a block depends on its layout, and so on its height.
+        total = score if c == 0 else total + score  # noqa: F821
         experts = tl.where(choice == c, chosen[c][:, None], experts)
+        factors = tl.where(choice == c, score[:, None], factors)
     wanted = inside[:, None] & (choice < K)
     pair = token[:, None] * K + choice
-    score = router_score(tl.load(logits + token.to(tl.int64)[:, None] * E + experts, mask=wanted, other=0.0))
-    # Column by column: the order of a reduction over a block depends on its layout, and so on its height.
-    total = tl.sum(tl.where(choice == 0, score, 0.0), 1)
-    for c in tl.static_range(1, K):
-        total += tl.sum(tl.where(choice == c, score, 0.0), 1)
     tl.store(ids + pair, experts, mask=wanted)
-    tl.store(weights + pair, score / total[:, None] * scaling, mask=wanted)
+    tl.store(weights + pair, factors / total[:, None] * scaling, mask=wanted)
+    return chosen
 
 
 @triton.jit
 def pairs_of(ids, token_ids, first_token, num_tokens, K: tl.constexpr, PAIRS: tl.constexpr):
     """Experts of the pairs from a token on, `[PAIRS]`, and which of them count.
 
-    Read back from memory, where this program or an earlier launch wrote them. NOTE: flattening the block of choices
+    Read back from memory, past L1: this launch or an earlier one wrote them. NOTE: flattening the block of choices
     would save the round trip, but leaves a layout with gaps between its lanes, over which Triton 3.6 adds up wrongly.
     """
     local = tl.arange(0, PAIRS)
     token = first_token + local // K
     inside = token < num_tokens
-    expert = tl.load(ids + first_token.to(tl.int64) * K + local, mask=inside, other=0)
+    expert = tl.load(ids + first_token.to(tl.int64) * K + local, mask=inside, other=0, cache_modifier=".cg")
     return expert, inside & (tl.load(token_ids + token, mask=inside, other=-1) >= 0)
 
 
