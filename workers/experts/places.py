@@ -67,10 +67,10 @@ class ExpertSizes:
 
     @property
     def table_bytes(self) -> int:
-        """Device bytes beside the slab: table, counters, and a step's own table for prefill and decode, int32 each;
-        what stands in for a slab of another process while there is none."""
+        """Device bytes beside the slab: table, counters, a prefill step's own table and that of one of its layers, int32
+        each, and a count; what stands in for a slab of another process while there is none."""
         stand_in = self.unit_bytes if self.unit_bytes > ALLOCATION_BYTES else 0
-        return 4 * (3 * self.pairs + self.experts) + 4 * ALLOCATION_BYTES + stand_in
+        return 4 * (3 * self.pairs + self.experts) + 5 * ALLOCATION_BYTES + stand_in
 
     def slab_bytes(self, places: Places) -> int:
         """Device memory of a slab."""

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from workers.engine import Engine
 from workers.errors import BadConfig
 from workers.experts.config import ExpertConfig
 from workers.experts.layout import ExpertShape
-from workers.gpu.device_budget import LATER_BYTES
+from workers.gpu.device_budget import CONTEXT_BYTES, LATER_BYTES
 from workers.gpu.serving_experts import ExpertDuties, GpuExperts
 from workers.messages import WorkerRole
 from workers.model.precision import Precision
@@ -96,23 +97,32 @@ def test_tokens_are_those_of_full_residency(
         either.close()
 
 
+@pytest.fixture
+def whole_gpu() -> Iterator[None]:
+    """Afterwards torch may take all of the GPU again."""
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.usefixtures("whole_gpu")
 @pytest.mark.parametrize("role", ROLES)
 def test_a_worker_keeps_the_total_that_it_was_given(role: WorkerRole) -> None:
-    """Nano with all of its experts needs far less: what experts get is cut down by a total that is nearly used up."""
+    """Experts get what the rest leaves of a total that is nearly used up, and torch cannot pass it."""
     settings = {"model_dir": str(BUNDLED), "device": "cuda", "num_threads": 4, "max_context": 2048, "max_running": 4}
     base = WorkerConfig(role, "w", kv_budget_bytes=64 << 20, **settings)  # type: ignore[arg-type]
     with pytest.raises(BadConfig, match=r"experts\.total_gpu.*at least (\d+) bytes") as refused:
         build_engine(dataclasses.replace(base, experts=ExpertConfig(total_gpu_bytes=1 << 20)))
     least = int(re.search(r"at least (\d+) bytes", str(refused.value))[1])  # type: ignore[index]
     torch.cuda.empty_cache()
-    total = least + 20 * BYTES + (64 << 20)
+    # Two builds of one worker differ by what the allocator has kept of the first.
+    total = least + 20 * BYTES + (256 << 20)
     engine = build_engine(dataclasses.replace(base, experts=ExpertConfig(total_gpu_bytes=total)))
     fields = engine.experts.stats_fields()["expert_budget_bytes"]  # type: ignore[union-attr]
     print(role.value, "least", least, fields, "torch", torch.cuda.memory_reserved())
-    assert fields["measured"] <= fields["requested"] == total  # type: ignore[index]
+    assert fields["measured"] <= fields["effective"] <= fields["requested"]  # type: ignore[index]
+    assert fields["requested"] <= total - CONTEXT_BYTES - LATER_BYTES  # type: ignore[index]
     with pytest.raises(torch.cuda.OutOfMemoryError):
         torch.empty(2 * LATER_BYTES, dtype=torch.uint8, device="cuda")
-    torch.cuda.set_per_process_memory_fraction(1.0)
     engine.experts.close()  # type: ignore[union-attr]
 
 
