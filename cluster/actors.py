@@ -208,13 +208,15 @@ class RouterActor:
         return f"http://{host}:{self._router.port}"
 
     async def bind(self, address: WorkerAddress) -> None:
-        """A worker came back under a new incarnation."""
-        await self._backends[address.name].bind(address)
-        await introduce(tuple(self._backends.values()))
+        """A worker came back under a new incarnation. A fresh process knows nobody: `start` will tell it of all."""
+        if (backend := self._backends.get(address.name)) is not None:
+            await backend.bind(address)
+            await introduce(tuple(self._backends.values()))
 
     async def unbind(self, name: str) -> None:
         """A worker is known to be down."""
-        await self._backends[name].unbind()
+        if (backend := self._backends.get(name)) is not None:
+            await backend.unbind()
 
     async def is_started(self) -> bool:
         """False in a process that Ray has restarted."""

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from cluster.actors import PartFailed, WorkerActor
+from cluster.actors import PartFailed, RouterActor, WorkerActor
 from cluster.assembly import effort_style, worker_config
+from cluster.backends import WorkerAddress
 from cluster.config import ClusterConfig, config_from_mapping
 from cluster.errors import ClusterError
 from cluster.launch import context_limit, router_spec, worker_spec
@@ -93,6 +94,14 @@ async def test_a_worker_sees_its_own_gpu_first_and_its_peers_beside(
         with pytest.raises(PartFailed):
             await shell.start(beside)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
+async def test_a_router_whose_process_is_new_hears_of_a_worker_without_failing(tmp_path: Path) -> None:
+    """Both died: the watch tells of the worker before it starts the router again, with everybody's address."""
+    shell = RouterActor(router_spec(config(tmp_path)))
+    await shell.unbind("decode-0")
+    await shell.bind(WorkerAddress("decode-0", WorkerRole.DECODE, "127.0.0.1:1", "i", 1, "n", 0.5))
+    assert not await shell.is_started()
 
 
 def test_settings_reach_the_workers_own_config(tmp_path: Path) -> None:
