@@ -1,8 +1,8 @@
 """Sparse attention of the tokens of a step over fp8 pages: window rows and compressed entries, sink, inverse rope.
 
 Owns: launch shapes of decode and prefill and the size of the workspace. Does not own: the arithmetic
-(`sparse_attention_decode.py`, `sparse_attention_prefill.py`), which entries are selected (indexer), or writing rows
-(`kv_store.py`).
+(`sparse_attention_decode.py`, `sparse_attention_prefill.py`, `sparse_attention_sm90.py`), which entries are selected
+(indexer), or writing rows (`kv_store.py`).
 
 Decode splits a token's keys over programs where there are few tokens, and gives one program all of them where there are
 many. Every split yields the same bits, so a request's result does not depend on its batch.
@@ -27,7 +27,7 @@ from workers.kernels.sparse_attention_prefill import (
     expand_rows,
     workspace_rows,
 )
-from workers.kernels.tiles import Tile, tile
+from workers.kernels.tiles import Tile, architecture, tile
 
 PAGE_TOKENS = 256
 MOST_CHUNK_PROGRAMS = 1024
@@ -199,6 +199,15 @@ def _decode(
         )
 
 
+def explicit_form(device: torch.device, heads: int, head_dim: int, window: int) -> bool:
+    """Whether prefill runs the form with explicit layouts."""
+    if device.type != "cuda" or architecture(device) != 90:
+        return False
+    from workers.kernels.sparse_attention_sm90 import serves
+
+    return serves(heads, head_dim, window)
+
+
 def _prefill(
     q: Tensor,
     meta: StepMetadata,
@@ -238,9 +247,16 @@ def _prefill(
         num_warps=8,
         **options,
     )
+    arguments = (q, *step, rows, bases, num_sequences, selected, *results, eps)
+    if explicit_form(q.device, heads, head_dim, constants["WINDOW"]):
+        from workers.kernels.sparse_attention_sm90 import attend
+
+        kept = {name: constants[name] for name in ("HEADS", "WINDOW", "RATIO", "SELECTED")}
+        attend(arguments, num_tokens, Q_STRIDE=q.stride(0), **kept, **options)
+        return
     shape = tile("sparse_attention.prefill", q.device)
     attend_prefill[(triton.cdiv(heads, shape.n), num_tokens)](
-        *(q, *step, rows, bases, num_sequences, selected, *results, eps),
+        *arguments,
         Q_STRIDE=q.stride(0),
         BH=shape.n,
         KEYS=shape.k,
@@ -276,6 +292,13 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
             for ratio in (0, 4, 128)
         ),
     ]
+    if arch == 90:
+        from workers.kernels.sparse_attention_sm90 import NUM_WARPS, attend_prefill_sm90
+
+        cases += [
+            (f"prefill_c{ratio}_explicit", attend_prefill_sm90, {"RATIO": ratio}, {"num_warps": NUM_WARPS})
+            for ratio in (0, 4, 128)
+        ]
     return [
         (
             name,

@@ -3,7 +3,8 @@ one token, for 64 heads.
 
 Owns: the layout of the workspace and the arithmetic of prefill. A row is read by up to 128 tokens as window row and by
 any number as selected entry, so `expand_rows` undoes the fp8 of each row once, into memory that stays in L2, and
-`attend_prefill` brings rows from there to shared memory by asynchronous copies, without passing registers.
+`attend_prefill` brings rows from there to shared memory by asynchronous copies, without passing registers. sm_90 has a
+faster form of it (`sparse_attention_sm90.py`).
 
 The tokens of a call may be a block of a longer step: what follows counts the call's own tokens, `first[b]` being the
 position of sequence b's first one and `cu[b]` its index. Workspace: bf16 rows [R, head size], then int32 [B].
@@ -34,7 +35,7 @@ def workspace_rows(num_tokens: int, num_sequences: int, num_entries: int) -> int
 
 
 @triton.jit
-def _tokens_of_sequence(b, positions, sequence_of_token, cu_starts, start, num_tokens):
+def tokens_of_sequence(b, positions, sequence_of_token, cu_starts, start, num_tokens):
     """Of sequence b's tokens in this call: index of the first, its position, and the position after the last."""
     first_sequence = tl.load(sequence_of_token)
     first_position = tl.load(positions)
@@ -78,7 +79,7 @@ def expand_rows(
     ROW: tl.constexpr = NOPE + 128
     SHIFT: tl.constexpr = 6 if RATIO == 4 else 1  # an entry page has 64 or 2 rows
     b = tl.program_id(1)
-    index, begin, end = _tokens_of_sequence(b, positions, sequence_of_token, cu_starts, start, num_tokens)
+    index, begin, end = tokens_of_sequence(b, positions, sequence_of_token, cu_starts, start, num_tokens)
     program = tl.program_id(0)
     is_window = program < window_programs
     place = tl.where(is_window, program, program - window_programs) * ROWS + tl.arange(0, ROWS)
@@ -90,7 +91,7 @@ def expand_rows(
         live &= is_window | (row < end // RATIO)
         base = 0
         for other in range(b):
-            _, first, after = _tokens_of_sequence(other, positions, sequence_of_token, cu_starts, start, num_tokens)
+            _, first, after = tokens_of_sequence(other, positions, sequence_of_token, cu_starts, start, num_tokens)
             base += tl.where(after > first, after // RATIO, 0)
         if program == 0:
             tl.store(bases + b, base)
@@ -174,7 +175,7 @@ def attend_prefill(
     window_chunks: tl.constexpr = (WINDOW + KEYS - 1) // KEYS
     num_chunks = tl.where(position < 0, 0, window_chunks + (num_entries + KEYS - 1) // KEYS)
     num_tokens = tl.num_programs(1)
-    index, begin, _ = _tokens_of_sequence(b, positions, sequence_of_token, cu_starts, start, num_tokens)
+    index, begin, _ = tokens_of_sequence(b, positions, sequence_of_token, cu_starts, start, num_tokens)
     window_at = index - begin + _MARGIN * (b + 1)  # row of position 0
     entries_at = 0
     if RATIO > 0:

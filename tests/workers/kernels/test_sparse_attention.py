@@ -202,6 +202,32 @@ def test_flash_and_pro_shapes(device: torch.device, mode: str, ratio: int, heads
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("ratio", "heads"), [(4, 64), (128, 64), (0, 128)])
+def test_both_forms_of_prefill_agree(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, ratio: int, heads: int
+) -> None:
+    """Where the GPU has the one with explicit layouts. Chunks of one sequence, a short one behind it, then padding."""
+    if not module.explicit_form(device, heads, 512, 128):
+        pytest.skip("this GPU runs Triton's form")
+    step = attention_step(device, [(2500, 90), (0, 3), (130, 2)], ratio=ratio, heads=heads)
+    step.meta.positions[-1] = -1
+    found = attend(step, mode="prefill")
+    assert not found[-1].any()
+    part, chosen = step.meta.rows(range(40, 92)), None if step.selected is None else step.selected[40:92]
+    assert torch.equal(attend(step, part, step.q[40:92], selected=chosen, mode="prefill"), found[40:92])
+    monkeypatch.setattr(module, "explicit_form", lambda *sizes: False)
+    check(found[:-1], attend(step, mode="prefill")[:-1].float(), heads)
+
+
+def test_sizes_of_the_form_with_explicit_layouts(device: torch.device) -> None:
+    from workers.kernels.sparse_attention_sm90 import serves
+
+    assert serves(64, 512, 128) and serves(128, 512, 256)
+    assert not any(serves(*sizes) for sizes in ((8, 512, 128), (64, 128, 128), (64, 512, 64), (64, 512, 160)))
+    assert not module.explicit_form(torch.device("cpu"), 64, 512, 128)
+
+
+@pytest.mark.gpu
 def test_pools_beyond_two_gib_are_addressed(device: torch.device) -> None:
     step = attention_step(device, [(4000, 1)], ratio=4, heads=64)
     far = 2**31 // step.window.data.shape[2] + 100  # units
