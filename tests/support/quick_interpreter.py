@@ -26,7 +26,7 @@ Replacement = tuple[Any, str, Any]
 def quicken_interpreter() -> tuple[Replacement, ...]:
     """Replace the slow parts for the rest of the process and return what they were; does nothing the second time."""
     import triton
-    from triton.language import core
+    from triton.language import core, semantic
     from triton.runtime import interpreter
 
     if not triton.__version__.startswith(VERSION):
@@ -38,6 +38,8 @@ def quicken_interpreter() -> tuple[Replacement, ...]:
         (interpreter, "_get_np_dtype", _numpy_types(interpreter._get_np_dtype)),
         (core.block_type, "__init__", _block_types(core.block_type.__init__)),
         (core.tensor, "__init__", _tensors(core)),
+        (core.tuple, "__eq__", _equal_tuples(core)),
+        (semantic.TritonSemantic, "broadcast_impl_value", _broadcast(semantic.TritonSemantic.broadcast_impl_value)),
     )
     old = tuple((owner, name, getattr(owner, name)) for owner, name, _ in new)
     for owner, name, value in new:
@@ -112,3 +114,23 @@ def _tensors(core: Any) -> Callable[..., None]:
         self.numel, self.shape = known[sizes]
 
     return tensor
+
+
+def _equal_tuples(core: Any) -> Callable[[Any, Any], Any]:
+    """Compare with a list or another tuple without making a third one."""
+
+    def equal(self: Any, other: Any) -> Any:
+        return core.constexpr(
+            self.values == (other if isinstance(other, list) else core._normalize_tuple(other).values)
+        )
+
+    return equal
+
+
+def _broadcast(broadcast: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave operands alone whose shapes are one object, which `_tensors` gives to those that are equal."""
+
+    def broadcast_values(self: Any, lhs: Any, rhs: Any) -> Any:
+        return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
+
+    return broadcast_values
