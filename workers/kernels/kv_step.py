@@ -27,7 +27,7 @@ from workers.kernels.compressor import (
 )
 from workers.kernels.formats import hardware_formats
 from workers.kernels.kv_store import store_latent, store_window_row
-from workers.kernels.launch import pdl_options
+from workers.kernels.launch import EARLY_TOKENS, pdl_options
 from workers.kernels.mhc import HyperConnection
 from workers.kernels.mhc_gates import COMB_TOKENS, finish_comb
 
@@ -75,10 +75,13 @@ def _store_step(
     WIDTH: tl.constexpr,
     HW: tl.constexpr,
     WIDEN: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (roles, T): latent, window row, matrices of mHC, then main and indexer's compressor (C4) or HD / WIDTH parts
-    of C128's."""
+    of C128's. EARLY: the launch behind streams weights, and may start at once (roles signal again, to no effect)."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     HD: tl.constexpr = NOPE + 64
     ENTRY: tl.constexpr = (STRIDE, HD, 64, False, HW)
     role = tl.program_id(0)
@@ -151,6 +154,7 @@ def store_and_compress(
         scratch = work or C128Work.allocate(num_tokens, kv_norm.shape[0], latent.device)
     pages = (meta.full_pages, meta.full_pages.stride(0))
     window = (meta.window_pages, meta.window_pages.shape[1], window_pool, window_pool.view(torch.bfloat16))
+    options = pdl_options(latent, pdl)
     _store_step[ROLES + programs, num_tokens](
         *(out_fp8, q_norm, kv_norm, rope_table, meta.positions, meta.sequence_of_token, *window, latent, eps),
         latent if comb is None else comb[0],
@@ -165,8 +169,9 @@ def store_and_compress(
         WIDTH=C128_WIDTH,
         HW=hardware_formats(latent.device),
         WIDEN=not latent.is_cuda,
+        EARLY=options["PDL"] and num_tokens <= EARLY_TOKENS,
         num_warps=WARPS,
-        **pdl_options(latent, pdl),
+        **options,
     )
 
 
@@ -202,7 +207,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     kinds |= dict.fromkeys(("window_columns", "page_columns"), "i32")
     kinds |= dict.fromkeys(("window_codes", "entries", "index_entries"), "*u8")
     static = {"LATENT": 1024, "NOPE": 448, "OUT_ROW": 1536, "WINDOW_STRIDE": 149_760, "ITERS": 20, "COMB_EPS": 1e-6}
-    static |= {"WIDTH": C128_WIDTH, "HW": arch >= 89, "WIDEN": False, "PDL": arch >= 90}
+    static |= {"WIDTH": C128_WIDTH, "HW": arch >= 89, "WIDEN": False, "EARLY": arch >= 90, "PDL": arch >= 90}
     none = static | {"RATIO": 0, "ROW": 0, "STRIDE": 0, "INDEX_STRIDE": 0, "DI": 0}
     c4 = static | {"RATIO": 4, "ROW": 2624, "STRIDE": 37440, "INDEX_STRIDE": 8448, "DI": 128}
     c128 = static | {"RATIO": 128, "ROW": 1024, "STRIDE": 1728, "INDEX_STRIDE": 1728, "DI": 512}

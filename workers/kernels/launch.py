@@ -44,6 +44,11 @@ L2_LINE_BYTES = 128
 """Bytes that one prefetch instruction brings to L2."""
 
 
+EARLY_TOKENS = 1
+"""Steps of up to so many tokens have linears that stream, one program a multiprocessor: the small launch before such a
+one signals first of all, and weights are on their way while it runs."""
+
+
 @functools.cache
 def has_pdl(device: torch.device) -> bool:
     """Whether kernels on `device` can be launched dependently: sm_90 and later."""

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from workers.kernels.formats import hardware_formats
-from workers.kernels.launch import pdl_options
+from workers.kernels.launch import EARLY_TOKENS, pdl_options
 from workers.kernels.mhc_gates import collapse_kernel
 from workers.kernels.mhc_mix import embed_streams_kernel, mix_decode_kernel
 from workers.kernels.tiles import tile
@@ -211,6 +211,7 @@ def _collapsed(
     num_tiles = hidden // TILE_CHANNELS
     channels, warps = COLLAPSE_FEW if num_rows <= FEW_TOKENS else COLLAPSE_MANY
     block = min(channels, triton.next_power_of_2(hidden))
+    options = pdl_options(x, pdl)
     collapse_kernel[(num_rows, triton.cdiv(hidden, block) + (not head))](
         streams,
         hc.fn if rows is None else rows,
@@ -236,8 +237,9 @@ def _collapsed(
         ITERS=hc.iters,
         EPS=hc.eps,
         NORM_EPS=hc.norm_eps,
+        EARLY=options["PDL"] and num_rows <= EARLY_TOKENS and not head,
         num_warps=warps,
-        **pdl_options(x, pdl),
+        **options,
     )
 
 
@@ -263,7 +265,12 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         case("mix R=1", mix_decode_kernel, options, **mix, R=1),
         case("mix R=7", mix_decode_kernel, options, **mix, R=7),
         *(
-            case(f"collapse {n}", collapse_kernel, {"num_warps": w}, **sums, **gates, BLOCK=n, W=w, QUANTISE=n > 128)
+            case(
+                f"collapse {n}",
+                collapse_kernel,
+                {"num_warps": w},
+                **(sums | gates | {"BLOCK": n, "W": w, "QUANTISE": n > 128, "EARLY": n == 128 and arch >= 90}),
+            )
             for n, w in (COLLAPSE_FEW, COLLAPSE_MANY)
         ),
     ]

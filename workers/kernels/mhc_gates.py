@@ -91,7 +91,7 @@ def _inverse_rms(g00, g11, g22, g33, D: tl.constexpr, NORM_EPS: tl.constexpr):
 @triton.jit
 def _read_input(
     streams, weights, gamma, sums, outputs, token, index, channel,
-    SIZES: tl.constexpr, QUANTISE: tl.constexpr, EXPERTS: tl.constexpr, HW: tl.constexpr, PDL: tl.constexpr,
+    SIZES: tl.constexpr, QUANTISE: tl.constexpr, EXPERTS: tl.constexpr, HW: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """Channels `channel [W, C]` of the normed mix. `token`: row of the streams; `index`: row of `x`.
 
@@ -131,7 +131,7 @@ def _read_input(
     inverse = tl.rsqrt(tl.maximum(squares + 2.0 * products, 0.0) / D + NORM_EPS)
     mixed = a0[:, None] * x0 + a1[:, None] * x1 + a2[:, None] * x2 + a3[:, None] * x3
     normed = (mixed * inverse[:, None] * gamma).to(tl.bfloat16)
-    if PDL:
+    if LATE:
         tl.extra.cuda.gdc_launch_dependents()
     tl.store(x + index * D + channel, normed, mask=inside)
     if QUANTISE or EXPERTS:
@@ -151,7 +151,7 @@ def _read_input(
 @triton.jit
 def _write_gates(
     weights, sums, post, comb, token,
-    SIZES: tl.constexpr, FINISH: tl.constexpr, ITERS: tl.constexpr, PDL: tl.constexpr,
+    SIZES: tl.constexpr, FINISH: tl.constexpr, ITERS: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """The post gates and the Sinkhorn matrix of one token, or its logits for `finish_comb`. As in `_read_input`."""
     D: tl.constexpr = SIZES[0]
@@ -177,7 +177,7 @@ def _write_gates(
         tl.store(post + token * 4 + k + same, 2.0 * gate)
     if FINISH:
         logits = sinkhorn_rows(logits, ITERS, EPS)
-    if PDL:
+    if LATE:
         tl.extra.cuda.gdc_launch_dependents()
     for i in tl.static_range(16):
         tl.store(comb + token * 16 + i + same, logits[i])
@@ -237,10 +237,14 @@ def collapse_kernel(
     ITERS: tl.constexpr,
     EPS: tl.constexpr,
     NORM_EPS: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (T, D / BLOCK + 1), or without the + 1 for the head: its first program computes the gates of `hc_post`,
-    which take longest."""
+    which take longest. EARLY: the launch behind streams weights, and may start at once."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+    LATE: tl.constexpr = PDL and not EARLY
     SIZES: tl.constexpr = (D, NUM_TILES, W, EPS, NORM_EPS)
     index = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) + HEAD - 1
@@ -255,10 +259,10 @@ def collapse_kernel(
             token = tl.maximum(tl.load(rows + index), 0).to(tl.int64)
         outputs = (x, x_quantised, x_experts)
         _read_input(
-            streams, (base, scale), gamma, sums, outputs, token, index, channel, SIZES, QUANTISE, EXPERTS, HW, PDL
+            streams, (base, scale), gamma, sums, outputs, token, index, channel, SIZES, QUANTISE, EXPERTS, HW, LATE
         )
     elif not HEAD:
-        _write_gates((base, scale), sums, post, comb, index, SIZES, FINISH, ITERS, PDL)
+        _write_gates((base, scale), sums, post, comb, index, SIZES, FINISH, ITERS, LATE)
 
 
 @triton.jit

@@ -199,6 +199,7 @@ def _collapse(
         ITERS=hc.iters,
         EPS=hc.eps,
         NORM_EPS=hc.norm_eps,
+        EARLY=False,
         **shape.options,
         **pdl_options(x, pdl),
     )
