@@ -31,17 +31,18 @@ from workers.kernels.formats import (
     pow2_scale_ceil,
 )
 from workers.kernels.launch import num_sms, pdl_options
+from workers.kernels.linear_stream import ARCHITECTURES, SHORT, stream_cases, stream_rows, streams
 from workers.kernels.row_products import bf16_rows, fp8_rows, inputs_of, spread, store_rows, tokens_of, total_of
 from workers.kernels.tiles import Tile, tile
 
 BLOCK = 128
 """Columns that share a weight scale and an activation scale."""
 
-WIDE_COLUMNS = 1536
-"""Weights up to this K keep the activations on chip and walk the rows (`_wide_kernel`)."""
-
 WIDE_TOKENS = 16
 """Largest token tile of the wide kernel: its operand takes 2 * K bytes of shared memory a token."""
+
+MORE_ROWS = 3072
+"""From here on the first projections have tiles enough for two programs a multiprocessor (`linear_stream.py`)."""
 
 ROUNDED_TOKENS = 8
 """Most tokens whose activations every program rounds for itself although rounded ones are at hand."""
@@ -233,7 +234,7 @@ def _plan(x: Tensor, K: int, pdl: bool | None, op: str, *, fp8: bool = True) -> 
     BT = min(64, max(8, triton.next_power_of_2(T)))
     few = "few_fp8" if op in ("linear", "grouped") else "few"
     chosen: Tile = tile(f"linear_decode.{op if T == 1 else few if BT == 8 else 'many'}", x.device)
-    sums = _partial_sums(K, 4 if op == "head" or K <= WIDE_COLUMNS else 8)
+    sums = _partial_sums(K, 4 if op == "head" or K <= SHORT else 8)
     constants: dict[str, Any] = {
         "X_STRIDE": x.stride(0),
         "K": K,
@@ -287,6 +288,10 @@ def project_x(
         return
     N1, K = x_fp8.codes.shape
     N2 = 0 if x_bf16 is None else x_bf16.shape[0]
+    if x.shape[0] == 1 and streams(x, N1, K):
+        op = "project" if N1 + N2 > MORE_ROWS else "project_less"
+        stream_rows(op, x, x_fp8, out_fp8, words=x_bf16, out_words=out_bf16, pdl=pdl)
+        return
     plan = _plan(x, K, pdl, "project")
     BN = plan.constants["BN"]
     inputs, act = _fp8_input(x, x_quantised)
@@ -316,11 +321,14 @@ def linear(
     if x.shape[0] == 0:
         return
     N, K = weight.codes.shape
+    if act_fp8 and (K <= SHORT or x.shape[0] == 1) and streams(x, N, K):
+        stream_rows("short" if K <= SHORT else "long", x, weight, out, pdl=pdl)
+        return
     act = "round" if act_fp8 else "plain"
-    if act_fp8 and rounded is not None and x.shape[0] > (WIDE_TOKENS if K <= WIDE_COLUMNS else ROUNDED_TOKENS):
+    if act_fp8 and rounded is not None and x.shape[0] > (WIDE_TOKENS if K <= SHORT else ROUNDED_TOKENS):
         x, act = _round(x, rounded, pdl), "rounded"
     plan = _plan(x, K, pdl, "linear")
-    if K <= WIDE_COLUMNS and plan.constants["BT"] <= WIDE_TOKENS:
+    if K <= SHORT and plan.constants["BT"] <= WIDE_TOKENS:
         _wide(x, weight, out, plan, act)
         return
     _project_kernel[(N // plan.constants["BN"], plan.token_tiles)](
@@ -363,9 +371,12 @@ def grouped_linear(x: Tensor, weight: Weight, out: Tensor, *, pdl: bool | None =
         return
     G, K = x.shape[1:]
     rows = weight.codes.shape[0]
-    plan = _plan(x, K, pdl, "grouped")
     if x.stride(1) != K:
         raise ValueError("groups of the activations must be contiguous")
+    if x.shape[0] == 1 and streams(x, rows, K):
+        stream_rows("grouped", x, weight, out, groups=G, signal_first=True, pdl=pdl)
+        return
+    plan = _plan(x, K, pdl, "grouped")
     _project_kernel[(rows // plan.constants["BN"], plan.token_tiles)](
         x, x, _bytes(weight.codes), weight.scales, weight.scales, out, out,
         x.shape[0], out.stride(0), out.stride(0),
@@ -449,4 +460,5 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         ("grouped_linear one", _project_kernel, project, shape("grouped") | plain, options),
         ("head one", _head_kernel, words, shape("head", sums=4), options),
         ("head many", _head_kernel, words, shape("many", tokens=64, sums=4), options),
+        *(stream_cases(arch) if arch in ARCHITECTURES else []),
     ]
