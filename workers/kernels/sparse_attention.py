@@ -18,7 +18,7 @@ from torch import Tensor
 
 from workers.kernels.formats import hardware_formats
 from workers.kernels.kv_rows import NOPE_DIMS, ROPE_DIMS
-from workers.kernels.launch import pdl_options
+from workers.kernels.launch import EARLY_TOKENS, pdl_options
 from workers.kernels.sparse_attention_decode import RUN_KEYS, attend_decode, combine
 from workers.kernels.sparse_attention_prefill import (
     MARGIN,
@@ -193,6 +193,7 @@ def _decode(
         combine[(heads, num_tokens)](
             *(work, parts, meta.positions, *results),
             MOST=triton.next_power_of_2(parts),
+            EARLY=options["PDL"] and num_tokens <= EARLY_TOKENS,
             num_warps=4 if head_dim == 512 else 1,
             **constants,
             **options,
@@ -285,7 +286,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         ("decode_chunk", attend_decode, {"BH": decode.n, "KEYS": decode.k, "SPLIT": 1}, warps),
         ("decode_run", attend_decode, {"BH": decode.n, "KEYS": decode.k, "SPLIT": 2}, warps),
         ("decode_all", attend_decode, {"BH": decode.n, "KEYS": decode.k, "SPLIT": 0}, warps),
-        ("combine", combine, {"KEYS": decode.k, "SPLIT": 1}, {}),
+        ("combine", combine, {"KEYS": decode.k, "SPLIT": 1, "EARLY": arch >= 90}, {}),
         ("expand_rows", expand_rows, {"ROWS": ROWS_OF_PROGRAM}, {"num_warps": 8}),
         *(
             (f"prefill_c{ratio}", attend_prefill, {"BH": prefill.n, "KEYS": prefill.k, "RATIO": ratio}, prefill.options)

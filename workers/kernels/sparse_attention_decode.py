@@ -283,9 +283,15 @@ def combine(
     SPLIT: tl.constexpr,  # parts are 1: chunks, 2: runs
     MOST: tl.constexpr,  # num_parts rounded up to a power of two
     WIDEN: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Add the parts of one head of one token, divide, undo the rotation. Grid (HEADS, T)."""
+    """Add the parts of one head of one token, divide, undo the rotation. Grid (HEADS, T).
+
+    EARLY: the launch behind streams weights, and may start at once.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     HD: tl.constexpr = W * 64
     PARTS_OF_RUN: tl.constexpr = RUN if SPLIT == 1 else 1
     token = tl.program_id(1)
@@ -323,6 +329,6 @@ def combine(
     values *= divisor(maximum, total, sink)
     even, odd = tl.split(values)
     values = tl.join(tl.fma(even, cos, odd * sin), tl.fma(odd, cos, -(even * sin)))
-    if PDL:
+    if PDL and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     tl.store(out + (token.to(tl.int64) * HEADS + head) * HD + dim, as_bf16(values, WIDEN))
