@@ -20,12 +20,14 @@ what makes the writes of the kernel before the predecessor visible. Nothing may 
 predecessor may still read it. What is read before the wait must be older than two launches where the predecessor
 signals early.
 
-Kernels signal late. While anything runs, the GPU places the programs of a dependent launch depth first: as many as fit
-on one multiprocessor, then the next. Behind two small kernels that signalled first of all, 256 programs of a linear
-stood on 46 of 132 multiprocessors.
+Kernels signal late, unless the next launch cannot crowd. While anything runs, the GPU places the programs of a
+dependent launch depth first: as many as fit on one multiprocessor, then the next. Behind two small kernels that
+signalled first of all, 256 programs of a linear stood on 46 of 132 multiprocessors.
 # measured (H200, 2026-11-21): that linear 15.1 us, and 7.5 us where the small kernels signal at their end, which costs
 # them nothing; 33 MB products 16.6 and 25.7 us against 12.6 and 14.3. Signalling first, they delay each other: two in a
 # row take 36.9 us instead of 22.8. Room for one program a multiprocessor and no more also spreads them: 8.4 us.
+Linears that stream (`linear_stream.py`) have such room, or programs for every place, and copy weights ahead of their
+wait. The launch before one signals first of all (`EARLY_TOKENS`), so that memory is busy while it runs.
 # measured: bulk prefetches to L2 (`cp.async.bulk.prefetch.L2`) of a linear's weights, asked for by it or by the kernel
 # before it, ahead of `gdc_wait`: -0.5 to +3 us. The products were no faster with their weights in L2.
 Triton's interpreter and GPUs before sm_90 know none of this: `PDL` is False there.

@@ -417,7 +417,7 @@ def stream_rows(
     codes = weight.codes if weight.codes.dtype == torch.uint8 else weight.codes.view(torch.uint8)
     word_rows = 0 if words is None else words.shape[0]
     rows, K = codes.shape
-    tiles, programs, constants = _plan(op, x.shape[0], rows, K, word_rows, groups, x.device)
+    tiles, programs, constants = plan(op, x.shape[0], rows, K, word_rows, groups, x.device)
     more, out_more = (weight.scales, out) if words is None or out_words is None else (words, out_words)
     _stream_kernel[(programs, -(-x.shape[0] // constants["R"]))](
         x, codes, weight.scales, more, out, out_more, x.shape[0], out.stride(0), out_more.stride(0), tiles,
@@ -426,7 +426,7 @@ def stream_rows(
     )  # fmt: skip
 
 
-def _plan(
+def plan(
     op: str, T: int, rows: int, K: int, word_rows: int, groups: int, device: Any
 ) -> tuple[int, int, dict[str, Any]]:
     """Tiles, programs and constants that follow from a launch's sizes. `device`: as `tiles.tile` takes it."""
@@ -467,7 +467,7 @@ def stream_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, An
     options = {"num_warps": WARPS, "launch_pdl": True}
 
     def case(name: str, op: str, T: int, rows: int, K: int, word_rows: int = 0, groups: int = 0) -> tuple[Any, ...]:
-        constants = _plan(op, T, rows, K, word_rows, groups, arch)[2]
+        constants = plan(op, T, rows, K, word_rows, groups, arch)[2]
         constants |= {"X_STRIDE": K * max(1, groups), "ROUND": not groups, "SIGNAL_FIRST": bool(groups)}
         return name, _stream_kernel, signature, constants, options
 

@@ -1,0 +1,99 @@
+"""The streamed form of decode linears: its plans fit the GPU, and its bits are those of the plain form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.workers.kernels.test_linear_decode import fp8_weight, poisoned, tokens
+from workers.kernels import linear_decode, linear_stream
+from workers.kernels.tiles import SHARED_BYTES
+
+FLASH = [
+    ("project", 1, 1536, 4096, 2624, 0),
+    ("project_less", 1, 1536, 4096, 1024, 0),
+    ("project_less", 1, 1536, 4096, 0, 0),
+    ("grouped", 1, 8192, 4096, 0, 8),
+    ("long", 1, 4096, 8192, 0, 0),
+    *(("short", T, 40960, 1024, 0, 0) for T in (1, 2, 16, 17, 64, 65)),
+]
+PRO = [
+    ("project", 1, 2048, 7168, 2624, 0),
+    ("grouped", 1, 16384, 4096, 0, 16),
+    ("long", 1, 7168, 16384, 0, 0),
+    *(("short", T, 73728, 1536, 0, 0) for T in (1, 64)),
+]
+
+
+@pytest.mark.parametrize(("op", "T", "rows", "K", "word_rows", "groups"), FLASH + PRO)
+def test_a_plan_deals_all_tiles_and_steps(op: str, T: int, rows: int, K: int, word_rows: int, groups: int) -> None:
+    tiles, programs, plan = linear_stream.plan(op, T, rows, K, word_rows, groups, 90)
+    assert programs <= tiles <= programs * plan["TILES"]
+    assert tiles * plan["ROWS"] >= rows + word_rows
+    assert K % (plan["KW"] * 128 * plan["SUB"]) == 0
+    assert plan["STAGES"] >= 3, "at least one step is on its way while another is multiplied"
+    if groups:
+        assert tiles == programs * plan["TILES"]
+        assert plan["GROUP_TILES"] % plan["TILES"] == 0, "a program's rows see one group of columns"
+
+
+@pytest.mark.parametrize(("op", "T", "rows", "K", "word_rows", "groups"), FLASH)
+def test_rings_admit_no_more_programs_than_the_grid_counts_on(
+    op: str, T: int, rows: int, K: int, word_rows: int, groups: int
+) -> None:
+    tiles, programs, plan = linear_stream.plan(op, T, rows, K, word_rows, groups, 90)
+    ring = plan["STAGES"] * plan["SUB"] * plan["KW"] * plan["ROWS"] * 128
+    most = linear_stream.SHARED_BYTES // ring
+    assert ring < SHARED_BYTES[90]
+    assert programs > linear_stream.H200_SMS * (most - 1) * 0.7, "fewer would crowd some multiprocessors"
+
+
+def bits(op: str, x: torch.Tensor, T: int, rows: int, K: int, words: torch.Tensor | None, groups: int) -> list:
+    weight = fp8_weight(rows, K, x.device)
+    out = poisoned(T, rows, dtype=torch.bfloat16, device=x.device)
+    if groups:
+        linear_decode.grouped_linear(x, weight, out)
+        return [out]
+    if op.startswith("project"):
+        more = None if words is None else poisoned(T, len(words), dtype=torch.float32, device=x.device)
+        linear_decode.project_x(x, weight, words, out, more)
+        return [out] if more is None else [out, more]
+    linear_decode.linear(x, weight, out)
+    return [out]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("op", "T", "rows", "K", "word_rows", "groups"),
+    [
+        *FLASH,
+        ("project", 1, 2048, 7168, 2624, 0),
+        ("project", 1, 256, 512, 52, 0),
+        ("project_less", 1, 128, 2048, 17, 0),
+        ("grouped", 1, 512, 512, 0, 4),
+        ("long", 1, 384, 2048, 0, 0),
+        ("short", 1, 128, 512, 0, 0),
+        ("short", 3, 384, 1536, 0, 0),
+        ("short", 40, 128, 512, 0, 0),
+        ("short", 150, 256, 1536, 0, 0),
+    ],
+)
+def test_streamed_bits_are_the_plain_ones(
+    op: str,
+    T: int,
+    rows: int,
+    K: int,
+    word_rows: int,
+    groups: int,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if torch.cuda.get_device_capability(device) not in ((9, 0), (10, 0)):
+        pytest.skip("this GPU has the plain form only")
+    x = tokens(T, groups, K, device=device) if groups else tokens(T, K, device=device)
+    words = torch.randn(word_rows, K, device=device).bfloat16() if word_rows else None
+    streamed = bits(op, x, T, rows, K, words, groups)
+    monkeypatch.setattr(linear_decode, "streams", lambda *sizes: False)
+    plain = bits(op, x, T, rows, K, words, groups)
+    for got, expected in zip(streamed, plain, strict=True):
+        assert torch.equal(got, expected)
