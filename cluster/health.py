@@ -34,8 +34,8 @@ class Supervised(Protocol):
         ...
 
     def start(self) -> WorkerAddress | None:
-        """Starts the worker in a new process, or looks how far that has come: None while it loads. Raises the two
-        errors above."""
+        """Starts the worker in a new process, or looks how far that has come: None while it loads. Raises `WorkerDown`
+        when it did not start; `address` then tells whether there will be another process."""
         ...
 
 

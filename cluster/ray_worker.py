@@ -46,6 +46,8 @@ class RayWorker:
         """Its GPUs, as last heard; only of workers that have a peer."""
         self._start_deadline_s, self._clock = start_deadline_s, clock
         self._start: _Start | None = None
+        self._failure = ""
+        """Why the last start failed."""
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -61,15 +63,21 @@ class RayWorker:
 
     def address(self) -> WorkerAddress | None:
         """See `health.Supervised`."""
-        found = self._answer(self.handle.address.remote(), PROBE_S)
+        try:
+            found = self._answer(self.handle.address.remote(), PROBE_S)
+        except WorkerLost as exc:
+            raise WorkerLost(
+                f"{str(exc).rstrip('.')}; its last start: {self._failure}" if self._failure else str(exc)
+            ) from exc
         if found is not None:
-            self._start = None
+            self._start, self._failure = None, ""
         return found
 
     def start(self) -> WorkerAddress | None:
-        """Begins a start, or looks at the one under way: None while it loads. Raises `WorkerDown`, `WorkerLost`.
+        """Begins a start, or looks at the one under way: None while it loads. Raises `WorkerDown`.
 
-        A start that takes too long ends the process: a second one beside it would load the model twice.
+        A start that fails or takes too long ends the process: the next one may find what was missing (memory of a GPU
+        that its predecessor still held), and Ray's limit of restarts makes an end of it.
         """
         import ray
 
@@ -80,14 +88,17 @@ class RayWorker:
         done, _ = ray.wait([start.ref], timeout=LOOK_S)
         if not done and self._clock() < start.until_s:
             return None
-        self._start = None
+        self._start, reason = None, f"not ready after {self._start_deadline_s:g} s"
         if done:
-            # Whoever dies over a start is dead for good only if the next probe says so, too.
-            return self._answer(start.ref, PROBE_S, when_dead=WorkerDown)
+            try:
+                # A process that died over it is gone already: ending it again would end its successor.
+                return self._answer(start.ref, PROBE_S, when_dead=WorkerDown)
+            except WorkerLost as exc:
+                reason = str(exc)
+        self._failure = reason
+        logger.warning("worker=%s start failed, ending its process: %s", self.name, self._failure)
         ray.kill(self.handle, no_restart=False)
-        reason = f"not ready after {self._start_deadline_s:g} s, ended for a fresh process"
-        logger.warning("worker=%s %s", self.name, reason)
-        raise WorkerDown(reason)
+        raise WorkerDown(self._failure)
 
     def _note_all_gpus(self) -> None:
         """Ray may have given a new process another GPU than the old one's; a peer that does not answer keeps its."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from cluster.backends import WorkerAddress
 from cluster.health import WorkerDown, WorkerLost
@@ -101,16 +101,32 @@ def test_an_answer_of_a_process_that_is_gone_is_not_taken_for_its_successors(kil
     assert len(handle.start.calls) == 2
 
 
-def test_who_dies_over_a_start_is_lost_when_the_next_probe_says_so(killed: list[Handle]) -> None:
+def test_who_fails_to_start_gets_another_process_until_there_is_none(killed: list[Handle]) -> None:
+    handle = Handle()
+    worker = RayWorker(handle, "decode-0", 60.0)
+    assert worker.start() is None
+    handle.start.answer.is_ready = True
+    handle.start.answer.value = RayTaskError("start", "out of memory", RuntimeError("no room"))
+    with pytest.raises(WorkerDown, match="no room"):
+        worker.start()
+    assert killed == [handle]
+    handle.start.answer = Ref(is_ready=False)
+    assert worker.address() is None and worker.start() is None
+    handle.address.answer.value = ActorDiedError()
+    with pytest.raises(WorkerLost, match="its last start: no room"):
+        worker.address()
+
+
+def test_the_successor_of_a_process_that_died_over_its_start_is_left_alone(killed: list[Handle]) -> None:
     handle = Handle()
     worker = RayWorker(handle, "decode-0", 60.0)
     assert worker.start() is None
     handle.start.answer.is_ready, handle.start.answer.value = True, ActorDiedError()
     with pytest.raises(WorkerDown):
         worker.start()
-    handle.address.answer.value = ActorDiedError()
-    with pytest.raises(WorkerLost):
-        worker.address()
+    assert not killed
+    handle.start.answer = Ref(is_ready=False)
+    assert worker.start() is None and len(handle.start.calls) == 2
 
 
 def test_a_restarted_worker_is_told_the_gpus_that_its_peer_has_now(
