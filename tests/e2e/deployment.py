@@ -24,6 +24,9 @@ from tests.architecture.source_tree import ROOT
 START_S = 110.0
 """Longest wait for a deployment on a machine that is busy with other tests."""
 
+LIMIT_S = 300
+"""Of a test that starts deployments: two may be started before its first line, and the machine may be busy."""
+
 CONFIG = """
 model: {model}
 device: cpu

@@ -22,7 +22,9 @@ from cluster.evaluation import ask_all, held_out_samples, request_body
 from cluster.experts.top import WorkerExperts, read_experts
 from cluster.http_client import ApiFailure, RouterClient
 from cluster.tasks.sample import Task, TaskSample
-from tests.e2e.deployment import CONFIG, Deployment, deploy
+from tests.e2e.deployment import CONFIG, LIMIT_S, Deployment, deploy
+
+pytestmark = pytest.mark.timeout(LIMIT_S)
 
 SLOTS = 9
 """Of the 96 experts of dsv4-nano: the largest number that is no more than 10 %."""

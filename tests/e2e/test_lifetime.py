@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import time
 from pathlib import Path
 
 import pytest
 
 from cluster.http_client import ApiFailure
 from cluster.processes import descendants, wait_gone
-from tests.e2e.deployment import CONFIG, Deployment, deploy, launch
+from tests.e2e.deployment import CONFIG, LIMIT_S, Deployment, deploy, launch
 from tests.e2e.test_serving import QUESTION, wait_until
+
+pytestmark = pytest.mark.timeout(LIMIT_S)
 
 
 def answers(deployment: Deployment) -> bool:
@@ -25,7 +26,6 @@ def answers(deployment: Deployment) -> bool:
         return False
 
 
-@pytest.mark.timeout(300)
 def test_killed_processes_come_back_and_ctrl_c_leaves_no_process(tmp_path: Path, model: Path) -> None:
     deployment = deploy(tmp_path, CONFIG.format(model=model))
     try:
@@ -79,10 +79,9 @@ def test_a_damaged_checkpoint_is_reported_by_name(tmp_path: Path, model: Path) -
     whole = shard.read_bytes()
     shard.unlink()
     shard.write_bytes(whole[: len(whole) // 2])
-    began = time.monotonic()
     process, log = launch(tmp_path, CONFIG.format(model=broken))
-    assert process.wait(timeout=100) == 1
+    # Long before the 300 s that a deployment may take to become ready.
+    assert process.wait(timeout=150) == 1
     text = log.read_text()
     assert shard.name in text.replace("\n", "")
     assert "Traceback" not in text
-    assert time.monotonic() - began < 90

@@ -17,7 +17,9 @@ from cluster.metrics import parse
 from cluster.processes import descendants
 from cluster.tasks.sample import Task
 from cluster.tasks.scoring import is_correct
-from tests.e2e.deployment import Deployment, has_trained_model
+from tests.e2e.deployment import LIMIT_S, Deployment, has_trained_model
+
+pytestmark = pytest.mark.timeout(LIMIT_S)
 
 QUESTION = [{"role": "user", "content": "Ann has 12 apples and buys 7 more. How many apples does Ann have?"}]
 

@@ -14,7 +14,9 @@ import pytest
 
 from cluster.processes import descendants, wait_gone
 from tests.architecture.source_tree import ROOT
-from tests.e2e.deployment import environment
+from tests.e2e.deployment import LIMIT_S, environment
+
+pytestmark = pytest.mark.timeout(LIMIT_S)
 
 
 def command(model: Path, *arguments: str) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.architecture.source_tree import ROOT
 from tests.bench.mission import Wanted, levels_of
-from tests.e2e.deployment import environment
+from tests.e2e.deployment import LIMIT_S, environment
 
 CONFIG = """
 model: synthetic:nano:layers=5:seed=2
@@ -24,6 +24,7 @@ experts: {slots: 20, host: 2MiB, verify: true}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(LIMIT_S)
 def test_mission_in_small(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(CONFIG)
     sizes = ("--levels", "3:96:8x2,1:64:8:apart", "--stress-samples", "4", "--stress-interval", "8")

@@ -16,7 +16,7 @@ from workers.kernels.tiles import SHARED_BYTES
 
 pytest.importorskip("triton")
 
-PROCESSES = 2
+PROCESSES = max(2, min(8, os.cpu_count() or 1))
 MAX_STACK_BYTES = 96
 """Per thread on sm_90: more is a kernel that keeps its accumulators in local memory."""
 
