@@ -165,8 +165,10 @@ class _PrefillOps:
     def route(self, *tensors: Any, comb: Any, heat: Tensor | None = None) -> None:
         self._routing.route(*tensors, heat=heat, per_token=True, work=self._route_work)
 
-    def expert_gate_up(self, x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, shared_hidden: Tensor) -> None:
-        self._experts.expert_gate_up(x, weights, *operands, tiles=self._tiles)
+    def expert_gate_up(
+        self, x: Tensor, experts_x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, shared_hidden: Tensor
+    ) -> None:
+        self._experts.expert_gate_up(experts_x, weights, *operands, tiles=self._tiles)
 
     def expert_down(self, hidden: Tensor, shared_hidden: Tensor, shared_w2: Any, ids: Tensor, *operands: Any) -> None:
         self._experts.expert_down(hidden, shared_hidden, shared_w2, *operands, tiles=self._tiles, work=self.work)

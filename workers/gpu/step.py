@@ -222,7 +222,7 @@ class Step:
         scores = (gate_logits, chooser, meta.token_ids, c.routed_scaling_factor)
         k.route(*scores, ids, routing, groups, comb=(comb, layer.hc_ffn), **heat)
         slab = layer.experts if self.stream is None else self.stream.layer(index, groups)
-        k.expert_gate_up(experts_x, ids, routing, groups, slab, hidden, limit, shared_hidden=shared_hidden)
+        k.expert_gate_up(x, experts_x, ids, routing, groups, slab, hidden, limit, shared_hidden=shared_hidden)
         k.expert_down(hidden, shared_hidden, layer.shared_w2, ids, groups, slab, out)
         if self.stream is not None:
             self.stream.done(index)

@@ -1,6 +1,6 @@
 """Routed FP4 experts at decode (`workers/kernels/experts_decode.py`), V4-Flash shapes, GB/s of weights.
 
-    python -m tests.bench.kernels.experts_decode [--sweep]
+    python -m tests.bench.kernels.experts_decode
 
 Floor: bytes of the distinct experts of the step (13.37 MB each) and the shared expert's w2 (8.39 MB) over the measured
 copy bandwidth. Prediction: 75 % at one token; unpacking takes about 2.7 instructions per weight, 80 % of what the
@@ -24,7 +24,6 @@ to be rounded, then outlast all others.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -74,8 +73,9 @@ class Step:
         tokens = ids.shape[0]
         self.slab, self.ids, self.groups, self.shared_w2 = slab, ids.int().cuda(), grouped(ids), shared_w2
         self.num_active = len(ids.unique())
-        self.x = torch.randn(tokens, WIDE, device="cuda").bfloat16()
-        experts_decode.quantise_rows(self.x.clone(), self.x)
+        self.natural_x = torch.randn(tokens, WIDE, device="cuda").bfloat16()
+        self.x = torch.empty_like(self.natural_x)
+        experts_decode.quantise_rows(self.natural_x, self.x)
         self.weights = torch.rand(tokens, CHOICES, device="cuda")
         self.hidden = torch.zeros(tokens, CHOICES, INNER, dtype=torch.bfloat16, device="cuda")
         self.shared_hidden = torch.randn(tokens, INNER, device="cuda").bfloat16()
@@ -85,7 +85,7 @@ class Step:
 
     def gate_up(self, pdl: bool | None = None) -> None:
         experts_decode.expert_gate_up(
-            self.x, self.ids, self.weights, self.groups, self.slab, self.hidden, 10.0,
+            self.natural_x, self.x, self.ids, self.weights, self.groups, self.slab, self.hidden, 10.0,
             shared_hidden=self.shared_hidden, counters=self.counters, pdl=pdl,
         )  # fmt: skip
 
@@ -138,36 +138,10 @@ def both(name: str, steps: list[Step], *, parts: bool = False) -> list[Row]:
     return rows
 
 
-SWEEP = [{**experts_decode.OPTIONS, "maxnreg": registers} for registers in (96, 128, 160)]
-
-
-def sweep(slab: ExpertSlab, tokens: int) -> list[Row]:
-    """Launch options at one batch size, each launch alone and with or without programmatic dependent launch."""
-    steps, rows = steps_of(slab, partial(random_ids, tokens), LAYERS if tokens <= 4 else 6), []
-    kept = experts_decode.OPTIONS
-    for options in SWEEP:
-        for pdl in (True, False):
-            experts_decode.OPTIONS = options
-            note = f"registers {options['maxnreg']}, pdl {pdl}"
-            for kernel in ("gate_up", "down"):
-                ms = graph_ms([partial(getattr(s, kernel), pdl=pdl) for s in steps])
-                rows.append(Row(f"{kernel} T={tokens}", ms, getattr(steps[0], f"{kernel}_bytes"), note=note))
-            calls = [partial(call, pdl=pdl) for s in steps for call in (s.gate_up, s.down)]
-            num_bytes = steps[0].gate_up_bytes + steps[0].down_bytes
-            rows.append(Row(f"both T={tokens}", 2 * graph_ms(calls), num_bytes, note=note))
-    experts_decode.OPTIONS = kept
-    return rows
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="launch options, each launch alone")
-    options = parser.parse_args()
     torch.manual_seed(0)
     gbps, slab = copy_bandwidth(), random_slab()
     rows = []
-    if options.sweep:
-        rows = sweep(slab, 1) + sweep(slab, 16)
     for tokens in (1, 2, 4, 16, 64):
         count = LAYERS if tokens <= 4 else 6
         rows += both(f"{tokens} tokens, random experts", steps_of(slab, partial(random_ids, tokens), count), parts=True)

@@ -262,12 +262,12 @@ def _members(groups: Groups) -> list[tuple[int, list[int]]]:
     return [(int(groups.active_experts[i]), order[begin[i] : begin[i + 1]]) for i in range(count)]
 
 
-def expert_gate_up(x, ids, weights, groups: Groups, slab, hidden, limit, *, shared_hidden) -> None:
-    """`x` and what comes out are already through e4m3; also rounds the shared expert's hidden state."""
+def expert_gate_up(x, experts_x, ids, weights, groups: Groups, slab, hidden, limit, *, shared_hidden) -> None:
+    """`experts_x` and what comes out are already through e4m3; also rounds the shared expert's hidden state."""
     tokens, chosen, inner = hidden.shape
     shape, flat = ExpertShape(x.shape[1], inner), hidden.view(tokens * chosen, inner)
     for expert, pairs in _members(groups):
-        rows = x[[pair // chosen for pair in pairs]].float()
+        rows = experts_x[[pair // chosen for pair in pairs]].float()
         gate, up = (rows @ _expert(slab, shape, expert, name).T for name in ("w1", "w3"))
         values = swiglu(gate, up, limit) * weights.flatten()[pairs, None]
         flat[pairs] = _rounded(values.to(flat.dtype)).to(flat.dtype)

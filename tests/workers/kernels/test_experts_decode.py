@@ -11,11 +11,22 @@ from torch import Tensor
 from tests.support.expert_bytes import write_expert
 from tests.support.tolerances import relative_error
 from workers.experts.layout import ExpertShape, ExpertSlab
-from workers.kernels import experts_decode
+from workers.kernels import experts_decode, experts_sm90
 from workers.reference import moe, quant
 
 BF16_SUM = 4e-3
 """Largest relative error: inputs are the same bits, outputs are rounded to bf16 (2**-9) twice."""
+
+PLAIN = (256, 128)
+"""Hidden and inner size that only the plain form serves."""
+
+SM90 = (2048, 2048)
+"""The smallest that the form for sm_90 serves."""
+
+
+@pytest.fixture(params=[PLAIN, pytest.param(SM90, marks=pytest.mark.gpu)], ids=["plain", "sm90"])
+def sizes(request: pytest.FixtureRequest) -> tuple[int, int]:
+    return request.param
 
 
 def expert_order(x: Tensor) -> Tensor:
@@ -30,10 +41,11 @@ def natural_order(x: Tensor) -> Tensor:
 class Case:
     """One layer's experts, their slab in shuffled slots, and a step of `tokens` tokens."""
 
-    def __init__(self, seed: int, device: torch.device, *, tokens: int, experts: int = 5, hidden: int = 256) -> None:
+    def __init__(self, seed: int, device: torch.device, *, tokens: int, sizes: tuple[int, int] = PLAIN) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.inner, self.choices, self.limit, self.device = 128, 3, 10.0, device
-        self.tokens, self.experts, self.hidden = tokens, experts, hidden
+        self.choices, self.limit, self.device = 3, 10.0, device
+        self.tokens, self.experts, (self.hidden, self.inner) = tokens, 5, sizes
+        hidden, experts = self.hidden, self.experts
         self.layout = ExpertShape(hidden, self.inner)
         self.order = torch.randperm(experts, generator=self.generator)
         slots = torch.zeros(experts, self.layout.expert_bytes, dtype=torch.uint8)
@@ -93,7 +105,7 @@ class Case:
         )
 
     def run(self, *, slab: ExpertSlab | None = None, groups: SimpleNamespace | None = None) -> tuple[Tensor, Tensor]:
-        """`hidden` and `out` on the CPU; both start as NaN."""
+        """`hidden`, fake-quantised, and `out` on the CPU; both start as NaN."""
         nan, device, slab = float("nan"), self.device, slab or self.slab()
         groups = groups or self.groups()
         hidden = torch.full((self.tokens, self.choices, self.inner), nan, dtype=torch.bfloat16, device=device)
@@ -102,12 +114,14 @@ class Case:
         counters = torch.zeros(count, dtype=torch.int32, device=device)
         ids, shared_hidden = self.ids.to(device), self.shared_hidden.clone().to(device)
         experts_decode.expert_gate_up(
-            expert_order(self.x).to(device), ids, self.weights.to(device), groups, slab, hidden, self.limit,
-            shared_hidden=shared_hidden, counters=counters,
+            self.x.to(device), expert_order(self.x).to(device), ids, self.weights.to(device), groups, slab, hidden,
+            self.limit, shared_hidden=shared_hidden, counters=counters,
         )  # fmt: skip
         shared = SimpleNamespace(codes=self.shared_codes.to(device), scales=self.shared_scales.to(device))
         experts_decode.expert_down(hidden, shared_hidden, shared, ids, groups, slab, out)
         assert not counters.any()
+        if experts_sm90.serves(device, self.hidden, self.inner):
+            return quant.fp8_fake_quant(hidden.cpu(), 128), out.cpu()
         return natural_order(hidden.cpu()), out.cpu()
 
     def expected_hidden(self) -> Tensor:
@@ -123,8 +137,8 @@ class Case:
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_both_halves_match_the_reference(device: torch.device, seed: int, tokens: int) -> None:
-    case = Case(seed, device, tokens=tokens)
+def test_both_halves_match_the_reference(device: torch.device, seed: int, sizes: tuple[int, int], tokens: int) -> None:
+    case = Case(seed, device, tokens=tokens, sizes=sizes)
     hidden, out = case.run()
     expected = case.expected_hidden()
     # A value next to a rounding boundary of e4m3 may fall on the other side: compare before and after rounding.
@@ -134,19 +148,19 @@ def test_both_halves_match_the_reference(device: torch.device, seed: int, tokens
     assert relative_error(out.float(), case.expected_out(hidden)) < BF16_SUM
 
 
-def test_more_pairs_than_a_tile_for_one_expert(device: torch.device, seed: int) -> None:
-    case = Case(seed, device, tokens=18)
+def test_more_pairs_than_a_tile_for_one_expert(device: torch.device, seed: int, sizes: tuple[int, int]) -> None:
+    case = Case(seed, device, tokens=18, sizes=sizes)
     case.ids = torch.tensor([[3, 4, 1]], dtype=torch.int32).repeat(18, 1)
     hidden, out = case.run()
     assert relative_error(out.float(), case.expected_out(hidden)) < BF16_SUM
     assert relative_error(hidden.float(), case.expected_hidden()) < 4e-2
 
 
-def test_a_row_does_not_depend_on_its_batch(device: torch.device, seed: int) -> None:
-    case = Case(seed, device, tokens=10)
+def test_a_row_does_not_depend_on_its_batch(device: torch.device, seed: int, sizes: tuple[int, int]) -> None:
+    case = Case(seed, device, tokens=10, sizes=sizes)
     hidden, out = case.run()
     for row in (0, 9):
-        alone = Case(seed, device, tokens=10)
+        alone = Case(seed, device, tokens=10, sizes=sizes)
         alone.x[:row], alone.x[row + 1 :] = float("nan"), float("inf")
         live = torch.arange(10) == row
         one_hidden, one_out = alone.run(groups=alone.groups(live))
@@ -154,7 +168,7 @@ def test_a_row_does_not_depend_on_its_batch(device: torch.device, seed: int) -> 
         assert torch.equal(one_out[row], out[row])
         assert one_hidden[~live].isnan().all()
         assert one_out[~live, :-1].isnan().all()
-    alone = Case(seed, device, tokens=10)
+    alone = Case(seed, device, tokens=10, sizes=sizes)
     for name in ("x", "ids", "weights", "shared_hidden"):
         setattr(alone, name, getattr(alone, name)[:1])
     alone.tokens = 1
@@ -163,8 +177,8 @@ def test_a_row_does_not_depend_on_its_batch(device: torch.device, seed: int) -> 
     assert torch.equal(one_out[0], out[0])
 
 
-def test_bits_do_not_depend_on_where_an_expert_is(device: torch.device, seed: int) -> None:
-    case = Case(seed, device, tokens=4)
+def test_bits_do_not_depend_on_where_an_expert_is(device: torch.device, seed: int, sizes: tuple[int, int]) -> None:
+    case = Case(seed, device, tokens=4, sizes=sizes)
     expected = case.run()
     tier = torch.arange(case.experts) % 3
     slab = ExpertSlab(
@@ -203,10 +217,10 @@ def test_absent_experts_pass_through_scratch(device: torch.device, seed: int, nu
         assert torch.equal(after[first + place], came)
 
 
-def test_no_token_and_no_live_token(device: torch.device, seed: int) -> None:
-    hidden, out = Case(seed, device, tokens=0).run()
+def test_no_token_and_no_live_token(device: torch.device, seed: int, sizes: tuple[int, int]) -> None:
+    hidden, out = Case(seed, device, tokens=0, sizes=sizes).run()
     assert hidden.shape[0] == out.shape[0] == 0
-    case = Case(seed, device, tokens=2)
+    case = Case(seed, device, tokens=2, sizes=sizes)
     hidden, out = case.run(groups=case.groups(torch.zeros(2, dtype=torch.bool)))
     assert hidden.isnan().all()
     assert out[:, :-1].isnan().all()
