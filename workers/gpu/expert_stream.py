@@ -32,8 +32,9 @@ HALVES = 2
 FEW_USES = 6.0
 """Tokens' choices for each expert of a layer up to which a step brings what it has chosen, and beyond which all that is
 absent comes while the layer before computes: 256 tokens of V4-Flash.
-# measured: H200, absent experts in host memory, 6 layers, V4-like routing, 89 % resident: 16 tokens 17.7 ms against 44.8,
-64: 25.9 and 44.9, 256: 47.6 and 46.0, 512: 64 and 47; 60 % resident: 22 and 94, 56 and 112, 123 and 157, 161 and 190."""
+# measured: H200, absent experts in host memory, 6 layers, V4-like routing. 89 % resident: 16 tokens 17.7 ms against
+44.8, 64: 25.9 and 44.9, 256: 47.6 and 46.0, 512: 64 and 47. 60 %: 22 and 94, 56 and 112, 123 and 157, 161 and 190.
+"""
 
 
 class ExpertsInPlace:
