@@ -5,11 +5,10 @@ Owns: which program multiplies which rows, when it may read what, and the launch
 
 The tiles of a launch, expert by expert, are cut into as many runs as programs fit on the GPU. A program quantises its
 inputs once per expert and has the next tile's copies on their way while it multiplies; so a launch begins and ends
-once, however many experts there are. A tile's pairs beyond eight take further turns over its weights. In `down` the
-shared expert comes first, 16 rows a program; its and the first routed rows are on their way before the launch's wait.
-An expert that is not in the slab is read where it is: copies of whole lines, many on their way, each byte once per
-eight pairs.
-Between the launches `hidden` and `shared_hidden` are natural columns, not rounded: `down` quantises what it reads.
+once, however many experts there are. A tile's pairs beyond eight take further turns over its weights. The shared expert
+comes first, 16 rows a program, because its weights are there before the launch's wait. An expert that is not in the
+slab is read where it is: copies of whole lines, many on their way, each byte once per eight pairs. Between the launches
+`hidden` and `shared_hidden` are natural columns, not rounded: `down` quantises what it reads.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from workers.experts.layout import TIER_SHIFT, ExpertShape, ExpertSlab, Tier
@@ -31,19 +29,16 @@ from workers.kernels.experts_tiles import (
     SUM_ROWS,
     SUM_TOKENS,
     TOKENS,
-    UNSCALE,
     WARPS,
     WIDE_STEP,
-    WIDE_SUMS,
-    code_pointers,
-    code_slot,
     fill_inputs,
     input_buffers,
-    issue,
-    issue_rows,
-    rows_step,
-    scale_pointers,
-    scale_slot,
+    issue_first,
+    issue_first_rows,
+    issue_row_scales,
+    row_scale_buffer,
+    rows_product,
+    slots_of_steps,
     tile_product,
 )
 from workers.kernels.launch import num_sms, pdl_options
@@ -101,18 +96,48 @@ def _swiglu(gate, up, limit):
 
 
 @gluon.jit
+def _shared_gate_up(
+    slots, inputs, input_scales, row_scales, x, pair_order, codes, scales, out, num_tokens, limit,
+    D: gl.constexpr, INNER: gl.constexpr,
+):  # fmt: skip
+    """The shared expert's hidden rows: eight columns of `out [T, INNER]` a program and turn."""
+    piece = gl.program_id(0)
+    while piece < INNER // 8:
+        rows = codes + (piece * 8).to(gl.int64) * D
+        gate_scales = scales + piece // 16 * (D // 128)
+        first = 0
+        while first < num_tokens:
+            issue_row_scales(row_scales, gate_scales, gate_scales + INNER // 128 * (D // 128), D)
+            issue_first_rows(slots, rows, INNER, D)
+            fill_inputs(inputs, input_scales, x, pair_order, first, gl.minimum(num_tokens - first, TOKENS), 0, D)
+            both = rows_product(slots, inputs, input_scales, row_scales, rows, rows, rows, False, INNER, D, False)
+            gate, up = gl.split(gl.permute(gl.reshape(both, [2, 8, TOKENS]), [1, 2, 0]))
+            value = _swiglu(gate, up, limit)
+            token = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, value.type.layout))
+            column = piece * 8 + gl.arange(0, 8, layout=gl.SliceLayout(1, value.type.layout))
+            target = out + token.to(gl.int64)[None, :] * INNER + column[:, None]
+            gl.store(target, value.to(gl.bfloat16), mask=(token < num_tokens)[None, :])
+            first += TOKENS
+        piece += gl.num_programs(0)
+
+
+@gluon.jit(do_not_specialize=["num_tokens"])
 def gate_up_kernel(
     x, routing, hidden, num_active, active_experts, active_begin, pair_order, table, base, host, peer,
-    limit,
+    shared_codes, shared_scales, shared_hidden, num_tokens, limit,
     D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr, EXPERT_BYTES: gl.constexpr, HOST: gl.constexpr,
-    PEER: gl.constexpr, ONE: gl.constexpr, PDL: gl.constexpr,
+    PEER: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Any number of programs. A tile is 32 rows of w1 and the same 32 of w3."""
     BLOCKS: gl.constexpr = INNER // (ROWS // 2)
     SCALES: gl.constexpr = 3 * (D * INNER // 2)
-    code_slots = (code_slot(), code_slot(), code_slot(), code_slot())
-    scale_slots = (scale_slot(), scale_slot(), scale_slot(), scale_slot())
+    slots = slots_of_steps()
     inputs, input_scales = input_buffers(D)
+    # `x` is older than the predecessor, `gate_route`, which lets this kernel start only after its own wait.
+    _shared_gate_up(
+        slots, inputs, input_scales, row_scale_buffer(D), x, pair_order, shared_codes, shared_scales, shared_hidden,
+        num_tokens, limit, D, INNER,
+    )  # fmt: skip
     if PDL:
         gdc_wait()
         # All programs are here: the successor may take the room of those that end first. It reads the groups before its
@@ -124,14 +149,10 @@ def gate_up_kernel(
     slot, first, end = _tile_of(
         unit, units, active_experts, active_begin, table, base, host, peer, BLOCKS, EXPERT_BYTES, HOST, PEER
     )
-    codes = code_pointers(slot, unit % BLOCKS, INNER, D)
-    scales = scale_pointers(slot + SCALES, unit % BLOCKS, INNER, D)
+    codes = slot + unit % BLOCKS * (ROWS // 2 * (D // 2))
+    scales = slot + SCALES + unit % BLOCKS * (ROWS // 2 * (D // 32))
     if unit < units:
-        for step in gl.static_range(SLOTS - 1):
-            issue(code_slots, scale_slots, step, codes, scales, step)
-            async_copy.commit_group()
-    if ONE:
-        fill_inputs(inputs, input_scales, x, pair_order, 0, 1, 0, D, ONE)
+        issue_first(slots, 0, codes, scales, INNER, D)
     filled = -1
     while unit < units:
         more = first + TOKENS < end
@@ -140,17 +161,14 @@ def gate_up_kernel(
             next_unit, units, active_experts, active_begin, table, base, host, peer, BLOCKS, EXPERT_BYTES, HOST, PEER
         )
         next_first = gl.where(more, first + TOKENS, next_first)
-        next_codes = code_pointers(slot, next_unit % BLOCKS, INNER, D)
-        next_scales = scale_pointers(slot + SCALES, next_unit % BLOCKS, INNER, D)
+        next_codes = slot + next_unit % BLOCKS * (ROWS // 2 * (D // 2))
+        next_scales = slot + SCALES + next_unit % BLOCKS * (ROWS // 2 * (D // 32))
         if first != filled:
-            if not ONE:
-                fill_inputs(
-                    inputs, input_scales, x, pair_order, first, gl.minimum(end - first, TOKENS), CHOICES, D, ONE
-                )
+            fill_inputs(inputs, input_scales, x, pair_order, first, gl.minimum(end - first, TOKENS), CHOICES, D)
             fence_async_shared()
             filled = first
         total = tile_product(
-            code_slots, scale_slots, inputs, input_scales, codes, scales, next_codes, next_scales, next_unit < units, D
+            slots, 0, inputs, input_scales, codes, scales, next_codes, next_scales, next_unit < units, INNER, D
         )
         gate, up = gl.split(gl.permute(gl.reshape(total, [WARPS, 2, 8, TOKENS]), [0, 2, 3, 1]))
         value = _swiglu(gate, up, limit)
@@ -168,37 +186,29 @@ def gate_up_kernel(
 
 @gluon.jit
 def _shared_down(
-    code_slots, scale_slots, inputs, input_scales, hidden, pair_order, codes, scales, out, num_tokens,
-    next_codes, next_scales, has_next, D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr, ONE: gl.constexpr,
+    slots, inputs, input_scales, row_scales, hidden, pair_order, codes, scales, out, num_tokens,
+    next_codes, next_scales, has_next, D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr,
 ):  # fmt: skip
     """The shared expert's part of `out [T, CHOICES + 1, D]`, 16 rows a program and turn, the first steps of the first
     on their way already. Leaves the first steps of the program's tiles on their way, if it has any."""
-    STEPS: gl.constexpr = INNER // WIDE_STEP
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
     piece = pid
     while piece < D // 16:
+        rows = codes + (piece * 16).to(gl.int64) * INNER
         first = 0
         while first < num_tokens:
             if first + piece > pid:
-                for step in gl.static_range(SLOTS - 1):
-                    issue_rows(code_slots, step, codes, piece * 16, step, 0, INNER)
-                    async_copy.commit_group()
-            go_on = (first + TOKENS >= num_tokens) & (piece + programs >= D // 16) & has_next
+                issue_row_scales(
+                    row_scales, scales + piece // 8 * (INNER // 128), scales + piece // 8 * (INNER // 128), INNER
+                )
+                issue_first_rows(slots, rows, 0, INNER)
+            last = (first + TOKENS >= num_tokens) & (piece + programs >= D // 16)
             count = gl.minimum(num_tokens - first, TOKENS)
-            fill_inputs(inputs, input_scales, hidden, pair_order, first, count, 0, INNER, ONE)
-            row_scales = scales + piece // 8 * (INNER // 128)
-            total = gl.full([WARPS, 16, TOKENS], 0.0, gl.float32, WIDE_SUMS)
-            for step in gl.static_range(STEPS):
-                async_copy.wait_group(SLOTS - 2)
-                if step + SLOTS - 1 < STEPS:
-                    issue_rows(code_slots, step + SLOTS - 1, codes, piece * 16, step + SLOTS - 1, 0, INNER)
-                elif go_on:
-                    issue(code_slots, scale_slots, step + SLOTS - 1, next_codes, next_scales, step + SLOTS - 1 - STEPS)
-                async_copy.commit_group()
-                slot = code_slots[step % SLOTS]
-                total = rows_step(total, slot, inputs, input_scales, row_scales, row_scales, step, INNER)
-            value = gl.sum(total, 0) / UNSCALE
+            fill_inputs(inputs, input_scales, hidden, pair_order, first, count, 0, INNER)
+            value = rows_product(
+                slots, inputs, input_scales, row_scales, rows, next_codes, next_scales, last & has_next, 0, INNER, True
+            )
             token = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, value.type.layout))
             row = piece * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, value.type.layout))
             target = out + (token.to(gl.int64) * (CHOICES + 1) + CHOICES)[None, :] * D + row[:, None]
@@ -212,19 +222,16 @@ def down_kernel(
     hidden, shared_hidden, shared_codes, shared_scales, out, num_active, active_experts, active_begin, pair_order,
     table, base, host, peer, num_tokens,
     D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr, EXPERT_BYTES: gl.constexpr, HOST: gl.constexpr,
-    PEER: gl.constexpr, ONE: gl.constexpr, PDL: gl.constexpr,
+    PEER: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Any number of programs. A tile is 64 rows of w2."""
     BLOCKS: gl.constexpr = D // ROWS
     CODES: gl.constexpr = D * INNER
     SCALES: gl.constexpr = 3 * (D * INNER // 2) + 2 * (D * INNER // 32)
-    # The slot in which the routed experts' steps begin: behind the shared expert's.
-    BEGIN: gl.constexpr = INNER // WIDE_STEP % SLOTS
-    slots = (code_slot(), code_slot(), code_slot(), code_slot())
-    code_slots = (slots[BEGIN], slots[(BEGIN + 1) % SLOTS], slots[(BEGIN + 2) % SLOTS], slots[(BEGIN + 3) % SLOTS])
-    bytes_ = (scale_slot(), scale_slot(), scale_slot(), scale_slot())
-    scale_slots = (bytes_[BEGIN], bytes_[(BEGIN + 1) % SLOTS], bytes_[(BEGIN + 2) % SLOTS], bytes_[(BEGIN + 3) % SLOTS])
+    BEGIN: gl.constexpr = INNER // WIDE_STEP // 2  # turns of the slots that the shared expert's rows take
+    slots = slots_of_steps()
     inputs, input_scales = input_buffers(INNER)
+    row_scales = row_scale_buffer(INNER)
     # Weights and groups are older than the predecessor, `gate_up_kernel`, which lets this kernel start only after its
     # own wait.
     tiles = gl.load(num_active) * BLOCKS
@@ -233,21 +240,19 @@ def down_kernel(
     slot, first, end = _tile_of(
         unit, units, active_experts, active_begin, table, base, host, peer, BLOCKS, EXPERT_BYTES, HOST, PEER
     )
-    codes = code_pointers(slot + CODES, unit % BLOCKS, 0, INNER)
-    scales = scale_pointers(slot + SCALES, unit % BLOCKS, 0, INNER)
+    codes = slot + CODES + unit % BLOCKS * (ROWS * (INNER // 2))
+    scales = slot + SCALES + unit % BLOCKS * (ROWS * (INNER // 32))
     if gl.program_id(0) < D // 16:
-        for step in gl.static_range(SLOTS - 1):
-            issue_rows(slots, step, shared_codes, gl.program_id(0) * 16, step, 0, INNER)
-            async_copy.commit_group()
+        row_scales_at = shared_scales + gl.program_id(0) // 8 * (INNER // 128)
+        issue_row_scales(row_scales, row_scales_at, row_scales_at, INNER)
+        issue_first_rows(slots, shared_codes + (gl.program_id(0) * 16).to(gl.int64) * INNER, 0, INNER)
     elif unit < units:
-        for step in gl.static_range(SLOTS - 1):
-            issue(code_slots, scale_slots, step, codes, scales, step)
-            async_copy.commit_group()
+        issue_first(slots, BEGIN, codes, scales, 0, INNER)
     if PDL:
         gdc_wait()
     _shared_down(
-        slots, bytes_, inputs, input_scales, shared_hidden, pair_order, shared_codes, shared_scales, out, num_tokens,
-        codes, scales, unit < units, D, INNER, CHOICES, ONE,
+        slots, inputs, input_scales, row_scales, shared_hidden, pair_order, shared_codes, shared_scales, out,
+        num_tokens, codes, scales, unit < units, D, INNER, CHOICES,
     )  # fmt: skip
     filled = -1
     while unit < units:
@@ -257,17 +262,15 @@ def down_kernel(
             next_unit, units, active_experts, active_begin, table, base, host, peer, BLOCKS, EXPERT_BYTES, HOST, PEER
         )
         next_first = gl.where(more, first + TOKENS, next_first)
-        next_codes = code_pointers(slot + CODES, next_unit % BLOCKS, 0, INNER)
-        next_scales = scale_pointers(slot + SCALES, next_unit % BLOCKS, 0, INNER)
+        next_codes = slot + CODES + next_unit % BLOCKS * (ROWS * (INNER // 2))
+        next_scales = slot + SCALES + next_unit % BLOCKS * (ROWS * (INNER // 32))
         if first != filled:
-            count = gl.minimum(end - first, TOKENS)
-            fill_inputs(inputs, input_scales, hidden, pair_order, first, count, 1, INNER, ONE)
+            fill_inputs(inputs, input_scales, hidden, pair_order, first, gl.minimum(end - first, TOKENS), 1, INNER)
             fence_async_shared()
             filled = first
         total = tile_product(
-            code_slots, scale_slots, inputs, input_scales, codes, scales, next_codes, next_scales, next_unit < units,
-            INNER,
-        )  # fmt: skip
+            slots, BEGIN, inputs, input_scales, codes, scales, next_codes, next_scales, next_unit < units, 0, INNER
+        )
         at = first + gl.arange(0, TOKENS, layout=SUM_TOKENS)
         pair = gl.load(pair_order + gl.minimum(at, end - 1))
         row = unit % BLOCKS * ROWS + gl.arange(0, ROWS, layout=SUM_ROWS)
@@ -291,19 +294,21 @@ def serves(device: torch.device, wide: int, inner: int) -> bool:
 def num_programs(columns: int, device: torch.device) -> int:
     """Programs that the GPU holds at a time, of a product over `columns`."""
     slots = SLOTS.value * ROWS.value * (128 + 8)
-    own = slots + TOKENS.value * columns + TOKENS.value * 4 * columns // 128 + 2048
+    own = slots + TOKENS.value * (columns + 4 * columns // 128) + 3072
     return num_sms(device) * min(MOST_PROGRAMS, SHARED_BYTES // own)
 
 
 def gate_up(
-    x: Tensor, weights: Tensor, groups: Any, slab: ExpertSlab, hidden: Tensor, limit: float, pdl: bool | None
+    x: Tensor, shared_w13: Any, weights: Tensor, groups: Any, slab: ExpertSlab, hidden: Tensor, limit: float,
+    shared_hidden: Tensor, pdl: bool | None,
 ) -> None:  # fmt: skip
     """`experts_decode.expert_gate_up` of `x [T, D]` bf16, natural columns, not rounded."""
     tokens, choices, inner = hidden.shape
     gate_up_kernel[(num_programs(x.shape[1], x.device),)](
         x, weights, hidden, groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order,
-        slab.table, slab.base, _or_base(slab.host, slab), _or_base(slab.peer, slab), float(limit),
-        **_constants(x.shape[1], inner, choices, slab, tokens), **OPTIONS, **pdl_options(x, pdl),
+        slab.table, slab.base, _or_base(slab.host, slab), _or_base(slab.peer, slab),
+        shared_w13.codes.view(torch.uint8), shared_w13.scales, shared_hidden, tokens, float(limit),
+        **_constants(x.shape[1], inner, choices, slab), **OPTIONS, **pdl_options(x, pdl),
     )  # fmt: skip
 
 
@@ -317,14 +322,14 @@ def down(
         hidden, shared_hidden, shared_w2.codes.view(torch.uint8), shared_w2.scales, out, groups.num_active,
         groups.active_experts, groups.active_begin, groups.pair_order, slab.table, slab.base,
         _or_base(slab.host, slab), _or_base(slab.peer, slab), tokens,
-        **_constants(out.shape[2], inner, choices, slab, tokens), **OPTIONS, **pdl_options(hidden, pdl),
+        **_constants(out.shape[2], inner, choices, slab), **OPTIONS, **pdl_options(hidden, pdl),
     )  # fmt: skip
 
 
-def _constants(wide: int, inner: int, choices: int, slab: ExpertSlab, tokens: int) -> dict[str, Any]:
+def _constants(wide: int, inner: int, choices: int, slab: ExpertSlab) -> dict[str, Any]:
     return {
         "D": wide, "INNER": inner, "CHOICES": choices, "EXPERT_BYTES": ExpertShape(wide, inner).expert_bytes,
-        "HOST": slab.host is not None, "PEER": slab.peer is not None, "ONE": tokens == 1,
+        "HOST": slab.host is not None, "PEER": slab.peer is not None,
     }  # fmt: skip
 
 
@@ -341,13 +346,12 @@ def compile_list() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[
     types = pointers | {"routing": "*fp32", "shared_scales": "*fp32", "num_tokens": "i32", "limit": "fp32"}
     cases = []
     for kernel in (gate_up_kernel, down_kernel):
-        for one in (True, False):
-            for tiers in (False, True):
-                constants = {
-                    "D": wide, "INNER": inner, "CHOICES": 6, "EXPERT_BYTES": ExpertShape(wide, inner).expert_bytes,
-                    "HOST": tiers, "PEER": tiers, "ONE": one, "PDL": True,
-                }  # fmt: skip
-                name = f"sm90_{kernel.fn.__name__}_{'one' if one else 'many'}_{'tiers' if tiers else 'resident'}"
-                signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
-                cases.append((name, kernel, signature, constants, OPTIONS | {"launch_pdl": True}))
+        for tiers in (False, True):
+            constants = {
+                "D": wide, "INNER": inner, "CHOICES": 6, "EXPERT_BYTES": ExpertShape(wide, inner).expert_bytes,
+                "HOST": tiers, "PEER": tiers, "PDL": True,
+            }  # fmt: skip
+            name = f"sm90_{kernel.fn.__name__}_{'tiers' if tiers else 'resident'}"
+            signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
+            cases.append((name, kernel, signature, constants, OPTIONS | {"launch_pdl": True}))
     return cases

@@ -2,8 +2,10 @@
 
 Owns: the products of one tile, from asynchronous copies to fp32 sums, for FP4 rows (`tile_product`) and for FP8 rows
 (`rows_step`), and the inputs of both (`fill_inputs`). Does not own: which program does which tile (`experts_sm90.py`).
-A program has `WARPS` warps, one tensor-core group, and `SLOTS` slots of a tile's step; copies run `SLOTS - 1` steps
-ahead and go on from one tile to the next.
+A program has `WARPS` warps, one tensor-core group, and `SLOTS` slots of a tile's step; copies run `AHEAD` steps ahead
+and go on from one tile to the next. Step n has slot n % SLOTS. Slots of even and of odd steps are two buffers, because
+the compiler puts a barrier between a read and a later write of one buffer: so a step has one barrier, that of its wait.
+Loops are rolled up where they can be: three programs at different places do not share the instruction cache otherwise.
 
 An FP4 tile is `ROWS` rows; a step 256 columns of them. Codes go from shared memory to registers, become e4m3 there
 (seven instructions for eight; exact, times 2**-6) and meet inputs in e4m3 with one instruction per 32 columns, the
@@ -29,6 +31,7 @@ TOKENS = gl.constexpr(8)
 """Inputs of a tile: the fewest columns of the tensor cores. Must not depend on the batch."""
 
 SLOTS = gl.constexpr(4)
+AHEAD = gl.constexpr(3)
 STEP = gl.constexpr(256)
 """FP4 columns of a step: 128 bytes a row."""
 
@@ -96,9 +99,9 @@ INPUT_WORDS3 = gl.constexpr(gl.NVMMASharedLayout(32, 32, rank=3))
 
 
 @gluon.constexpr_function
-def part_columns(columns):
+def part_columns(columns, most):
     """Columns that `fill_inputs` takes at a time: a power of two that divides them, as few as registers ask for."""
-    return min(columns & -columns, 2048)
+    return min(columns & -columns, most)
 
 
 @gluon.jit
@@ -119,11 +122,8 @@ def _four_codes(a, b, c, d):
 
 
 @gluon.jit
-def _rows_of(
-    x, pair_order, first, last, part: gl.constexpr, CHOICES: gl.constexpr, K: gl.constexpr, R: gl.constexpr
-):  # fmt: skip
-    """fp32 `[KC / 8, R, 8]`: part of rows `first` .. `first + R - 1`, at most `last`, of bf16 `x`."""
-    KC: gl.constexpr = part_columns(K)
+def _rows_of(x, pair_order, first, last, CHOICES: gl.constexpr, K: gl.constexpr, KC: gl.constexpr, R: gl.constexpr):
+    """Pointers `[KC / 8, R, 8]` to the first columns of rows `first` .. `first + R - 1`, at most `last`, of `x`."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, R, 8], [32, 1, 1], [WARPS, 1, 1], [2, 1, 0])
     block = gl.arange(0, KC // 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
     row = gl.arange(0, R, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
@@ -131,7 +131,7 @@ def _rows_of(
     row = gl.minimum(first + row, last)
     if CHOICES > 0:
         row = gl.load(pair_order + row) // CHOICES
-    return gl.load(x + (row.to(gl.int64) * K + (part * KC + block * 8 + inside))).to(gl.float32)
+    return x + (row.to(gl.int64) * K + (block * 8 + inside))
 
 
 @gluon.jit
@@ -160,30 +160,31 @@ def _quantised(x):
 
 
 @gluon.jit
-def fill_inputs(
-    codes, scales, x, pair_order, first, count, CHOICES: gl.constexpr, K: gl.constexpr, ONE: gl.constexpr
-):  # fmt: skip
+def fill_inputs(codes, scales, x, pair_order, first, count, CHOICES: gl.constexpr, K: gl.constexpr):
     """Quantise up to eight rows of bf16 `x [., K]` to the buffers of `input_buffers`.
 
     Row i is token `first + i` (`CHOICES` 0), or the row of pair `pair_order[first + i]`: pair / CHOICES. Rows beyond
-    `count` repeat the last one. ONE: `count` is 1.
+    `count` repeat the last one.
     """
-    KC: gl.constexpr = part_columns(K)
-    R: gl.constexpr = 1 if ONE else TOKENS // 2
+    if count == 1:
+        _fill(codes, scales, x, pair_order, first, first, CHOICES, K, part_columns(K, 4096), 1)
+    else:
+        _fill(codes, scales, x, pair_order, first, first + count - 1, CHOICES, K, part_columns(K, 1024), TOKENS)
+
+
+@gluon.jit
+def _fill(
+    codes, scales, x, pair_order, first, last,
+    CHOICES: gl.constexpr, K: gl.constexpr, KC: gl.constexpr, R: gl.constexpr,
+):  # fmt: skip
     code_parts = codes._reinterpret(gl.int32, [K // KC, KC // 32, TOKENS, 8], INPUT_WORDS3)
     scale_parts = scales._reinterpret(gl.float32, [K // KC, KC // 128, TOKENS], FLAT2)
-    last = first + count - 1
-    for part in gl.static_range(K // KC):
-        words, scale = _quantised(_rows_of(x, pair_order, first, last, part, CHOICES, K, R))
-        if ONE:
+    rows = _rows_of(x, pair_order, first, last, CHOICES, K, KC, R)
+    for part in range(K // KC):
+        words, scale = _quantised(gl.load(rows + part * KC).to(gl.float32))
+        if R == 1:
             words = gl.full([KC // 32, TOKENS, 8], 0, gl.int32, words.type.layout) + words
             scale = gl.full([KC // 128, TOKENS], 0.0, gl.float32, scale.type.layout) + scale
-        else:
-            more_words, more_scale = words, scale
-            if count > R:
-                more_words, more_scale = _quantised(_rows_of(x, pair_order, first + R, last, part, CHOICES, K, R))
-            words = gl.reshape(gl.permute(gl.join(words, more_words), [0, 3, 1, 2]), [KC // 32, TOKENS, 8])
-            scale = gl.reshape(gl.permute(gl.join(scale, more_scale), [0, 2, 1]), [KC // 128, TOKENS])
         code_parts.index(part).store(words)
         scale_parts.index(part).store(scale)
 
@@ -192,45 +193,43 @@ def fill_inputs(
 
 
 @gluon.jit
-def code_slot():
-    return gl.allocate_shared_memory(gl.uint8, [ROWS, 128], SWIZZLED)
+def slots_of_steps():
+    """Shared memory of the steps: codes of even and of odd ones, scales of even and of odd ones."""
+    return (
+        gl.allocate_shared_memory(gl.uint8, [SLOTS // 2, ROWS, 128], SWIZZLED),
+        gl.allocate_shared_memory(gl.uint8, [SLOTS // 2, ROWS, 128], SWIZZLED),
+        gl.allocate_shared_memory(gl.uint8, [SLOTS // 2, ROWS, 8], FLAT2),
+        gl.allocate_shared_memory(gl.uint8, [SLOTS // 2, ROWS, 8], FLAT2),
+    )
 
 
 @gluon.jit
-def scale_slot():
-    return gl.allocate_shared_memory(gl.uint8, [ROWS, 8], FLAT2)
-
-
-@gluon.jit
-def _tile_rows(block, rows, BESIDE: gl.constexpr):
-    """Rows of tile `block`. BESIDE > 0: rows 0 .. 7 of every 16 belong to one matrix, 8 .. 15 are the same rows of the
-    one that begins BESIDE rows later, so that a gate and its up share a thread."""
+def _tile_rows(rows, BESIDE: gl.constexpr):
+    """Rows of a tile. BESIDE > 0: rows 0 .. 7 of every 16 belong to one matrix, 8 .. 15 are the same rows of the one
+    that begins BESIDE rows later, so that a gate and its up share a thread."""
     if BESIDE > 0:
-        rows = block * (ROWS // 2) + rows // 16 * 8 + rows % 8 + rows // 8 % 2 * BESIDE
-    else:
-        rows = block * ROWS + rows
+        rows = rows // 16 * 8 + rows % 8 + rows // 8 % 2 * BESIDE
     return rows
 
 
 @gluon.jit
-def code_pointers(matrix, block, BESIDE: gl.constexpr, K: gl.constexpr):
-    """uint8 pointers `[ROWS, 128]` to the first step of a tile of a matrix of K columns."""
-    rows = _tile_rows(block, gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY_CODES)), BESIDE)
-    return matrix + (rows[:, None] * (K // 2) + gl.arange(0, 128, layout=gl.SliceLayout(0, COPY_CODES))[None, :])
+def issue(slots, odd: gl.constexpr, turn, codes, scales, BESIDE: gl.constexpr, K: gl.constexpr):
+    """Start the copies of a step, to slot `2 turn + odd`, of a matrix of K columns; the caller closes the group, also
+    an empty one. `codes`, `scales`: uint8 pointers to the tile's first row at this step."""
+    rows = _tile_rows(gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY_CODES)), BESIDE)[:, None]
+    at = rows * (K // 2) + gl.arange(0, 128, layout=gl.SliceLayout(0, COPY_CODES))[None, :]
+    async_copy.async_copy_global_to_shared(slots[odd].index(turn % 2), codes + at)
+    rows = _tile_rows(gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY_SCALES)), BESIDE)[:, None]
+    at = rows * (K // 32) + gl.arange(0, 8, layout=gl.SliceLayout(0, COPY_SCALES))[None, :]
+    async_copy.async_copy_global_to_shared(slots[2 + odd].index(turn % 2), scales + at)
 
 
 @gluon.jit
-def scale_pointers(scales, block, BESIDE: gl.constexpr, K: gl.constexpr):
-    """uint8 pointers `[ROWS, 8]` to the scales of the first step."""
-    rows = _tile_rows(block, gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY_SCALES)), BESIDE)
-    return scales + (rows[:, None] * (K // 32) + gl.arange(0, 8, layout=gl.SliceLayout(0, COPY_SCALES))[None, :])
-
-
-@gluon.jit
-def issue(code_slots, scale_slots, slot: gl.constexpr, codes, scales, step):
-    """Start the copies of one step; the caller closes the group, also an empty one."""
-    async_copy.async_copy_global_to_shared(code_slots[slot % SLOTS], codes + step * 128)
-    async_copy.async_copy_global_to_shared(scale_slots[slot % SLOTS], scales + step * 8)
+def issue_first(slots, begin: gl.constexpr, codes, scales, BESIDE: gl.constexpr, K: gl.constexpr):
+    """Start the copies of a tile's first `AHEAD` steps, from slot `2 begin` on."""
+    for step in gl.static_range(AHEAD):
+        issue(slots, step % 2, begin + step // 2, codes + step * 128, scales + step * 8, BESIDE, K)
+        async_copy.commit_group()
 
 
 @gluon.jit
@@ -326,12 +325,12 @@ def _step(total, parts, factors, input_factor, codes, scales, inputs, input_scal
 
 @gluon.jit
 def tile_product(
-    code_slots, scale_slots, inputs, input_scales, codes, scales, next_codes, next_scales, has_next, K: gl.constexpr
+    slots, begin: gl.constexpr, inputs, input_scales, codes, scales, next_codes, next_scales, has_next,
+    BESIDE: gl.constexpr, K: gl.constexpr,
 ):  # fmt: skip
-    """fp32 `[ROWS, TOKENS]`: the tile behind `codes` and `scales`, whose first `SLOTS - 1` steps are on their way from
-    slot 0 on, times the inputs. The first steps of the next tile are on their way when it ends, if there is one."""
-    TURNS: gl.constexpr = K // STEP // SLOTS
-    AHEAD: gl.constexpr = SLOTS - 1
+    """fp32 `[ROWS, TOKENS]`: the tile whose first row begins at `codes` and `scales` times the inputs. Its first steps
+    are on their way, from slot `2 begin` on; those of the next tile are when it ends, if there is one."""
+    TURNS: gl.constexpr = K // STEP // 2
     total = gl.full([ROWS, TOKENS], 0.0, gl.float32, SUMS)
     nothing = warpgroup_mma_init(total)
     none = gl.full([ROWS], 0.0, gl.float32, SUM_ROWS)[:, None]
@@ -340,51 +339,74 @@ def tile_product(
     input_factor = gl.full([TOKENS], 0.0, gl.float32, SUM_TOKENS)[None, :]
     codes += AHEAD * 128
     scales += AHEAD * 8
-    for turn in range(TURNS - 1):
-        for slot in gl.static_range(SLOTS):
-            async_copy.wait_group(SLOTS - 2)
-            issue(code_slots, scale_slots, slot + AHEAD, codes, scales, slot)
+    for turn in range(TURNS):
+        for odd in gl.static_range(2):
+            async_copy.wait_group(AHEAD - 1)
+            # Step 2 turn + odd + AHEAD; the tile's last steps copy the next one's first.
+            if has_next | (turn < TURNS - 1 - odd):
+                issue(slots, 1 - odd, begin + turn + 1 + odd, codes, scales, BESIDE, K)
             async_copy.commit_group()
+            if odd == 0:
+                ends = turn == TURNS - 2
+                codes = gl.where(ends, next_codes, codes + 128)
+                scales = gl.where(ends, next_scales, scales + 8)
+            else:
+                codes += 128
+                scales += 8
+            slot = (begin + turn) % 2
             total, parts, factors, input_factor = _step(
-                total, parts, factors, input_factor, code_slots[slot], scale_slots[slot], inputs, input_scales,
-                turn * SLOTS + slot,
+                total, parts, factors, input_factor, slots[odd].index(slot), slots[2 + odd].index(slot), inputs,
+                input_scales, turn * 2 + odd,
             )  # fmt: skip
-        codes += SLOTS * 128
-        scales += SLOTS * 8
-    for slot in gl.static_range(SLOTS):
-        async_copy.wait_group(SLOTS - 2)
-        if slot == 0:
-            issue(code_slots, scale_slots, AHEAD, codes, scales, 0)
-        elif has_next:
-            issue(code_slots, scale_slots, slot + AHEAD, next_codes, next_scales, slot - 1)
-        async_copy.commit_group()
-        total, parts, factors, input_factor = _step(
-            total, parts, factors, input_factor, code_slots[slot], scale_slots[slot], inputs, input_scales,
-            (TURNS - 1) * SLOTS + slot,
-        )  # fmt: skip
     return _finish(total, parts, factors, input_factor)
 
 
 # -- FP8 rows -----------------------------------------------------------------------------------------------------
 
 
+@gluon.constexpr_function
+def padded(count):
+    return 1 << (count - 1).bit_length()
+
+
 @gluon.jit
-def issue_rows(code_slots, slot: gl.constexpr, codes, row, step, BESIDE: gl.constexpr, K: gl.constexpr):
-    """Start the copies of one step of 16 FP8 rows: from `row` on, or eight there and the eight BESIDE rows later."""
+def row_scale_buffer(K: gl.constexpr):
+    """Shared memory for the fp32 scales of two rows of FP8 blocks."""
+    return gl.allocate_shared_memory(gl.float32, [2, padded(K // 128)], FLAT1)
+
+
+@gluon.jit
+def issue_row_scales(buffer, scales, other_scales, K: gl.constexpr):
+    """Start the copies of both rows of scales; they belong to the next group that is closed."""
+    at = gl.arange(0, padded(K // 128), layout=gl.BlockedLayout([4], [32], [WARPS], [0]))
+    async_copy.async_copy_global_to_shared(buffer.index(0), scales + at, mask=at < K // 128)
+    async_copy.async_copy_global_to_shared(buffer.index(1), other_scales + at, mask=at < K // 128)
+
+
+@gluon.jit
+def issue_rows(slots, odd: gl.constexpr, turn, codes, BESIDE: gl.constexpr, K: gl.constexpr):
+    """Start the copies of a step of 16 FP8 rows from `codes` on, or of eight there and the eight BESIDE rows later."""
     INNERMOST: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, COPY_WIDE))
     block = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, COPY_WIDE)))[:, None, None]
     rows = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, COPY_WIDE)))[None, :, None]
     if BESIDE > 0:
         rows = rows % 8 + rows // 8 * BESIDE
     at = rows * K + block * 128 + gl.arange(0, 128, layout=INNERMOST)[None, None, :]
-    slot_bytes = code_slots[slot % SLOTS]._reinterpret(gl.uint8, [WARPS, 16, 128], SWIZZLED3)
-    async_copy.async_copy_global_to_shared(slot_bytes, codes + (row.to(gl.int64) * K + step * WIDE_STEP) + at)
+    slot = slots[odd].index(turn % 2)._reinterpret(gl.uint8, [WARPS, 16, 128], SWIZZLED3)
+    async_copy.async_copy_global_to_shared(slot, codes + at)
 
 
 @gluon.jit
-def rows_step(total, codes, inputs, input_scales, scales, other_scales, step: gl.constexpr, K: gl.constexpr):
-    """Adds one step to fp32 `total [WARPS, 16, TOKENS]`. `scales`, fp32, one per 128 columns: of the first eight rows;
-    `other_scales`: of the others. Products of 128 columns are exact sums of the tensor cores in f16."""
+def issue_first_rows(slots, codes, BESIDE: gl.constexpr, K: gl.constexpr):
+    """Start the copies of the rows' first `AHEAD` steps, from slot 0 on."""
+    for step in gl.static_range(AHEAD):
+        issue_rows(slots, step % 2, step // 2, codes + step * WIDE_STEP, BESIDE, K)
+        async_copy.commit_group()
+
+
+@gluon.jit
+def _rows_step(total, codes, inputs, input_scales, row_scales, step, K: gl.constexpr):
+    """Adds one step to fp32 `total [WARPS, 16, TOKENS]`; sums of 128 columns come exact from the tensor cores."""
     STEPS: gl.constexpr = K // WIDE_STEP
     BLOCK: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, WIDE_SUMS))
     weights = gl.reshape(codes._reinterpret(gl.uint8, [WARPS, 16, 128], SWIZZLED3).load(WIDE_CODES), [4, 16, 4, 16, 2])
@@ -395,8 +417,36 @@ def rows_step(total, codes, inputs, input_scales, scales, other_scales, step: gl
     x = gl.reshape(gl.permute(gl.reshape(x, [WARPS, 4, TOKENS, 32]), [0, 1, 3, 2]), [WARPS, 128, TOKENS])
     x = gl.convert_layout(x.to(gl.float16), gl.DotOperandLayout(1, WIDE_SUMS, 4), assert_trivial=True)
     part = mma_v2(weights, x, gl.full([WARPS, 16, TOKENS], 0.0, gl.float32, WIDE_SUMS))
-    at = step * WARPS + gl.arange(0, WARPS, layout=BLOCK)
+    scales = row_scales._reinterpret(gl.float32, [2 * padded(K // 128) // WARPS, WARPS], FLAT1)
+    low = scales.index(step).load(BLOCK)[:, None, None]
+    high = scales.index(padded(K // 128) // WARPS + step).load(BLOCK)[:, None, None]
     first = (gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, WIDE_SUMS))) < 8)[None, :, None]
-    factor = gl.where(first, gl.load(scales + at)[:, None, None], gl.load(other_scales + at)[:, None, None])
     input_factor = input_scales._reinterpret(gl.float32, [STEPS, WARPS, TOKENS], FLAT2).index(step)
-    return total + part * (factor * gl.expand_dims(input_factor.load(gl.SliceLayout(1, WIDE_SUMS)), 1))
+    input_factor = gl.expand_dims(input_factor.load(gl.SliceLayout(1, WIDE_SUMS)), 1)
+    return total + part * (gl.where(first, low, high) * input_factor)
+
+
+@gluon.jit
+def rows_product(
+    slots, inputs, input_scales, row_scales, codes, next_codes, next_scales, has_next,
+    BESIDE: gl.constexpr, K: gl.constexpr, NEXT: gl.constexpr,
+):  # fmt: skip
+    """fp32 `[16, TOKENS]`: FP8 rows times the inputs; `codes`: to the first row. The first steps are on their way from
+    slot 0 on. NEXT: leaves those of the FP4 tile `next_codes` on their way, if there is one."""
+    TURNS: gl.constexpr = K // WIDE_STEP // 2
+    total = gl.full([WARPS, 16, TOKENS], 0.0, gl.float32, WIDE_SUMS)
+    codes += AHEAD * WIDE_STEP
+    for turn in range(TURNS):
+        for odd in gl.static_range(2):
+            async_copy.wait_group(AHEAD - 1)
+            if turn < TURNS - 1 - odd:
+                issue_rows(slots, 1 - odd, turn + 1 + odd, codes, BESIDE, K)
+            elif NEXT and has_next:
+                issue(slots, 1 - odd, turn + 1 + odd, next_codes, next_scales, 0, K)
+                next_codes += 128
+                next_scales += 8
+            async_copy.commit_group()
+            codes += WIDE_STEP
+            slot = slots[odd].index(turn % 2)
+            total = _rows_step(total, slot, inputs, input_scales, row_scales, turn * 2 + odd, K)
+    return gl.sum(total, 0) / UNSCALE
