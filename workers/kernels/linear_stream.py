@@ -364,10 +364,12 @@ def _stream_kernel(
     CODES: gl.constexpr = gl.float8e4nv if ROUND else gl.float16
     held_codes = _room(CODES, PLACES, KW, R, 128)
     token_scales = gl.allocate_shared_memory(gl.float32, [PLACES, KW, R], FLAT)
-    _hold(x, num_tokens - start, held_codes, token_scales, X_STRIDE, K, ROUND)
+    if word_tiles < TILES:
+        _hold(x, num_tokens - start, held_codes, token_scales, X_STRIDE, K, ROUND)
     if WORD_ROWS > 0:
         held_words = _room(gl.bfloat16, 2 * PLACES, KW, R, 64)
-        _hold_words(x, num_tokens - start, held_words, X_STRIDE, K)
+        if word_tiles > 0:
+            _hold_words(x, num_tokens - start, held_words, X_STRIDE, K)
     held = (held_codes, token_scales, row_scales)
     parts = gl.allocate_shared_memory(gl.float32, [KW, ROWS, R], gl.SwizzledSharedLayout(2, 1, _phases(R), [2, 1, 0]))
     for i in range(TILES):
