@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mma_v2
 
 from workers.kernels.formats import pow2_reciprocal
 from workers.kernels.launch import num_sms
-from workers.kernels.tiles import architecture, tile
+from workers.kernels.tiles import Tile, architecture, tile
 
 WARPS = 8
 
@@ -40,9 +40,12 @@ ARCHITECTURES = (90, 100)
 H200_SMS = 132
 """Multiprocessors, where kernels are compiled without a GPU."""
 
-SHARED_BYTES, OTHER_BYTES = 233_472, 5_120
-"""Shared memory of a multiprocessor, and what a program takes of it besides weights, activations and partial sums:
-scales, and 1 KB of the system's (CUDA programming guide, compute capability 9.0)."""
+SHARED_BYTES, PROGRAM_BYTES, SYSTEM_BYTES = 233_472, 232_448, 1_024
+"""Shared memory of a multiprocessor, the most of one program, and what the system adds to each (CUDA programming guide,
+compute capability 9.0)."""
+
+MOST_TILES = 8
+"""Of a program, as far as shared memory for their scales is planned."""
 
 
 @gluon.jit
@@ -433,15 +436,16 @@ def plan(
 ) -> tuple[int, int, dict[str, Any]]:
     """Tiles, programs and constants that follow from a launch's sizes. `device`: as `tiles.tile` takes it."""
     R = 1 if T == 1 else min(MOST_TOKENS, max(8, triton.next_power_of_2(T)))
-    chosen = tile(f"linear_stream.{op}{'' if R == 1 else '_few' if R <= 16 else '_many'}", device)
+    chosen, shared = _fitting(op, R, K, word_rows, groups, device)
+    while shared > PROGRAM_BYTES and R > 8:
+        R //= 2
+        chosen, shared = _fitting(op, R, K, word_rows, groups, device)
     KW = _blocks(K)
-    sub = chosen.k // (KW * 128)
-    if K // (KW * 128) % sub:
+    places, sub = K // (KW * 128), chosen.k // (KW * 128)
+    if places % sub:
         sub = 1
-    ring = chosen.stages * chosen.n * chosen.k
-    held = R * K * (2 if groups else 3 if word_rows else 1) + R * KW * chosen.n * 4 + OTHER_BYTES
     sms = H200_SMS if isinstance(device, int) else num_sms(device)
-    programs = sms * max(1, min(chosen.group, SHARED_BYTES // (ring + held)))
+    programs = sms * min(chosen.group, SHARED_BYTES // (shared + SYSTEM_BYTES))
     tiles = -(-word_rows // chosen.n) + rows // chosen.n
     each = -(-tiles // programs)
     if groups:
@@ -456,9 +460,19 @@ def plan(
         "R": R,
         "TILES": each,
         "GROUP_TILES": tiles // groups if groups else 0,
-        "STAGES": ring // (KW * chosen.n * 128 * sub),
+        "STAGES": chosen.stages * chosen.k // (KW * 128 * sub),
     }
     return tiles, min(tiles, programs), constants
+
+
+def _fitting(op: str, R: int, K: int, word_rows: int, groups: int, device: Any) -> tuple[Tile, int]:
+    """The tile for R tokens, and the shared memory of its program: ring, activations, partial sums, scales."""
+    chosen = tile(f"linear_stream.{op}{'' if R == 1 else '_few' if R <= 16 else '_many'}", device)
+    KW = _blocks(K)
+    columns = KW * 128 * triton.next_power_of_2(K // (KW * 128))
+    held = R * columns * (2 if groups else 1) + (R * columns * 2 if word_rows else 0) + R * columns // 32
+    scales = MOST_TILES * columns // 32
+    return chosen, chosen.stages * chosen.n * chosen.k + held + R * KW * chosen.n * 4 + scales
 
 
 def stream_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -481,5 +495,5 @@ def stream_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, An
         case("grouped_linear streamed", "grouped", 1, 8192, 4096, 0, 8),
         case("linear streamed", "long", 1, 4096, 8192),
         *(case(f"linear wide {T} streamed", "short", T, 40960, 1024) for T in (1, 8, 16, 32, 64)),
-        case("linear wide of Pro streamed", "short", 1, 73728, 1536),
+        *(case(f"linear wide of Pro, {T}, streamed", "short", T, 73728, 1536) for T in (1, 64)),
     ]

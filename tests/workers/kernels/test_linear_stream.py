@@ -75,7 +75,7 @@ def bits(op: str, x: torch.Tensor, T: int, rows: int, K: int, words: torch.Tenso
         ("short", 1, 128, 512, 0, 0),
         ("short", 3, 384, 1536, 0, 0),
         ("short", 40, 128, 512, 0, 0),
-        ("short", 150, 256, 1536, 0, 0),
+        ("short", 70, 256, 1536, 0, 0),
     ],
 )
 def test_streamed_bits_are_the_plain_ones(
