@@ -30,7 +30,7 @@ KIND = LayerKind.C4
 MOST_LAYERS = 6
 """Layers of a measurement: enough that their operands do not stay in the L2 cache."""
 
-LIBRARY_OPS = ("project_x", "linear", "gate_and_shared", "head")
+LIBRARY_OPS = ("project_x", "linear", "head")
 """Ops that are products of whole matrices; grouped and routed ones have no counterpart of the same recipe."""
 
 Say = Callable[[str], None]

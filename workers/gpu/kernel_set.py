@@ -35,7 +35,6 @@ class KernelSet:
     select_entries: Op
     sparse_attention: Op
     grouped_linear: Op
-    gate_and_shared: Op
     route: Op
     expert_gate_up: Op
     expert_down: Op
@@ -73,7 +72,7 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         kv_step,
         linear_decode,
         mhc,
-        routing,
+        routing_gate,
         sampling,
     )
     from workers.kernels import sparse_attention as attention
@@ -97,6 +96,11 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         rounded = for_many(x_quantised)
         mhc.hc_post_pre(*tensors, work=streams, x_quantised=rounded, x_experts=x_experts, finish=False)
 
+    def expert_gate_up(*operands: Any, x_quantised: Tensor, **others: Any) -> None:
+        rounded = for_many(x_quantised)
+        experts_decode.expert_gate_up(*operands, x_quantised=rounded, counters=counters, **others)
+
+    gate_work = routing_gate.GateWork.allocate(tokens, c.n_routed_experts, c.hidden_size, device)
     return KernelSet(
         embed_streams=mhc.embed_streams,
         hc_pre=hc_pre,
@@ -108,9 +112,8 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         select_entries=partial(indexer.select_entries, work=_index_work(config, sizes, prefill=False), mode="decode"),
         sparse_attention=partial(attention.sparse_attention, work=_split_work(config, sizes), mode="decode"),
         grouped_linear=linear_decode.grouped_linear,
-        gate_and_shared=linear_decode.gate_and_shared,
-        route=partial(routing.route, work=_route_work(config, sizes)),
-        expert_gate_up=partial(experts_decode.expert_gate_up, counters=counters),
+        route=partial(routing_gate.gate_route, work=gate_work, route_work=_route_work(config, sizes)),
+        expert_gate_up=expert_gate_up,
         expert_down=experts_decode.expert_down,
         head=linear_decode.head,
         sample_greedy=sampling.sample_greedy,
@@ -149,9 +152,6 @@ class _PrefillOps:
     def project_x(self, *tensors: Any, x_quantised: Tensor) -> None:
         self._linear.project_x(*tensors, work=self.work)
 
-    def gate_and_shared(self, *tensors: Any, x_quantised: Tensor) -> None:
-        self._linear.gate_and_shared(*tensors, work=self.work)
-
     def store_and_compress(
         self, out_fp8: Tensor, q_norm: Tensor, kv_norm: Tensor, rope: Tensor, meta: Any, window: Tensor,
         latent: Tensor, *, rows: Tensor | None, main: Any, index: Any, eps: float, comb: Any,
@@ -162,13 +162,18 @@ class _PrefillOps:
         elif rows is not None:
             self._compressor.compress_c128(rows, meta, main, rope, eps, mode="prefill")
 
-    def route(self, *tensors: Any, comb: Any, heat: Tensor | None = None) -> None:
-        self._routing.route(*tensors, heat=heat, per_token=True, work=self._route_work)
+    def route(
+        self, x: Tensor, gate: Tensor, logits: Tensor, *tensors: Any, comb: Any, heat: Tensor | None = None
+    ) -> None:
+        self._linear.router_logits(x, gate, logits)
+        self._routing.route(logits, *tensors, heat=heat, per_token=True, work=self._route_work)
 
     def expert_gate_up(
-        self, x: Tensor, experts_x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, shared_hidden: Tensor
-    ) -> None:
-        self._experts.expert_gate_up(experts_x, weights, *operands, tiles=self._tiles)
+        self, x: Tensor, experts_x: Tensor, shared_w13: Any, ids: Tensor, weights: Tensor, groups: Any, slab: Any,
+        hidden: Tensor, limit: float, *, shared_hidden: Tensor, x_quantised: Tensor,
+    ) -> None:  # fmt: skip
+        self._linear.shared_gate_up(x, shared_w13, limit, shared_hidden, work=self.work)
+        self._experts.expert_gate_up(experts_x, weights, groups, slab, hidden, limit, tiles=self._tiles)
 
     def expert_down(self, hidden: Tensor, shared_hidden: Tensor, shared_w2: Any, ids: Tensor, *operands: Any) -> None:
         self._experts.expert_down(hidden, shared_hidden, shared_w2, *operands, tiles=self._tiles, work=self.work)
@@ -193,7 +198,6 @@ def prefill_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         select_entries=partial(indexer.select_entries, work=_index_work(config, sizes, prefill=True), mode="prefill"),
         sparse_attention=partial(attention.sparse_attention, work=attention_work, mode="prefill"),
         grouped_linear=partial(linear_prefill.grouped_linear, work=ops.work),
-        gate_and_shared=ops.gate_and_shared,
         route=ops.route,
         expert_gate_up=ops.expert_gate_up,
         expert_down=ops.expert_down,

@@ -14,7 +14,7 @@ token is treated by itself there, so blocks change nothing but memory; a decode 
         sparse_attention
         grouped_linear, linear                      wo_a, wo_b
         hc_post_pre                                 output to the streams, next input
-        gate_and_shared, route, expert_gate_up, expert_down
+        route, expert_gate_up, expert_down          router; routed experts and the shared one
         hc_post_pre         (after the last layer: hc_post_head)
     head
 """
@@ -216,13 +216,13 @@ class Step:
         shared_hidden = a.view("shared_hidden", tokens, inner)
         ids, routing, groups = a.view("ids", tokens, chosen), a.view("routing", tokens, chosen), a.groups(tokens)
         hidden = a.view("hidden", tokens, chosen, inner)
-        k.gate_and_shared(x, layer.gate, layer.shared_w13, limit, gate_logits, shared_hidden, x_quantised=rounded)
         chooser = layer.bias if layer.tid2eid is None else layer.tid2eid
         heat = {} if layer.experts.heat is None else {"heat": layer.experts.heat}
-        scores = (gate_logits, chooser, meta.token_ids, c.routed_scaling_factor)
+        scores = (x, layer.gate, gate_logits, chooser, meta.token_ids, c.routed_scaling_factor)
         k.route(*scores, ids, routing, groups, comb=(comb, layer.hc_ffn), **heat)
         slab = layer.experts if self.stream is None else self.stream.layer(index, groups)
-        k.expert_gate_up(x, experts_x, ids, routing, groups, slab, hidden, limit, shared_hidden=shared_hidden)
+        inputs = (x, experts_x, layer.shared_w13, ids, routing, groups, slab)
+        k.expert_gate_up(*inputs, hidden, limit, shared_hidden=shared_hidden, x_quantised=rounded)
         k.expert_down(hidden, shared_hidden, layer.shared_w2, ids, groups, slab, out)
         if self.stream is not None:
             self.stream.done(index)

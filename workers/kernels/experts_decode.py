@@ -2,7 +2,7 @@
 
 Owns: `expert_gate_up` and `expert_down` for few tokens per expert, and `quantise_rows`: the launches, and which form of
 the kernels makes them. Does not own: the kernels (`experts_sm90.py`, and `experts_plain.py` for other GPUs, sizes and
-the interpreter), routing, the shared expert's first half, prefill. Reference: `workers/reference/moe.py`.
+the interpreter), routing, prefill. Reference: `workers/reference/moe.py`.
 
 The forms sum in different orders, so which one serves depends on GPU and sizes alone, never on the batch. `hidden` and
 `shared_hidden` between the two launches stand as the form likes it: in the plain one fake-quantised and in expert order
@@ -23,6 +23,7 @@ from workers.kernels import experts_plain, experts_sm90
 from workers.kernels.experts_plain import fake_quantised
 from workers.kernels.formats import hardware_formats
 from workers.kernels.launch import pdl_options
+from workers.kernels.linear_decode import shared_gate_up
 
 GROUP = 128
 """Columns that share one activation scale."""
@@ -57,6 +58,7 @@ def quantise_rows(x: Tensor, out: Tensor, *, pdl: bool | None = None) -> None:
 def expert_gate_up(
     x: Tensor,
     experts_x: Tensor,
+    shared_w13: Any,
     ids: Tensor,
     weights: Tensor,
     groups: Any,
@@ -66,17 +68,21 @@ def expert_gate_up(
     *,
     shared_hidden: Tensor,
     counters: Tensor,
+    x_quantised: Tensor | None = None,
     pdl: bool | None = None,
 ) -> None:
-    """`hidden [T, k, I]` bf16: clamped SwiGLU of w1 and w3 of the chosen experts times `weights`.
+    """`hidden [T, k, I]` bf16: clamped SwiGLU of w1 and w3 of the chosen experts times `weights`; `shared_hidden`
+    bf16 `[T, I]`: the same of the shared expert, without a weight.
 
-    `x [T, D]` bf16; `experts_x` the same fake-quantised and in expert order, which only the plain form reads. `ids`
-    int32 and `weights` fp32 `[T, k]`; `groups` from `route`. `shared_hidden [T, I]` bf16 comes as the shared expert
-    made it; the plain form fake-quantises it in place. `counters`: int32 zeros, `num_counters` many.
+    `x [T, D]` bf16; `experts_x` the same fake-quantised and in expert order, which only the plain form reads;
+    `x_quantised` fake-quantised and in its own order, for many tokens. `shared_w13`: w1 | w3 of the shared expert,
+    `codes [2I, D]` and `scales`. `ids` int32 and `weights` fp32 `[T, k]`; `groups` from `route`. `counters`: int32
+    zeros, `num_counters` many.
     """
     tokens, choices, inner = hidden.shape
     if not tokens:
         return
+    shared_gate_up(x, shared_w13, limit, shared_hidden, x_quantised=x_quantised, pdl=pdl)
     most = min(ids.numel(), slab.table.numel())
     experts_plain.gate_up_kernel[(2 * inner // experts_plain.ROWS, most + 1)](
         experts_x, weights, hidden, groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order,

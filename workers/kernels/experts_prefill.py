@@ -270,7 +270,8 @@ def expert_down(
 ) -> None:
     """Parts of the mixture, `out` bf16 `[T, k + 1, D]`: the chosen experts' outputs, then the shared expert's.
 
-    `hidden` and `tiles` as `expert_gate_up` leaves them, `shared_hidden` bf16 `[T, I]` as `gate_and_shared` does.
+    `hidden` and `tiles` as `expert_gate_up` leaves them, `shared_hidden` bf16 `[T, I]` as
+    `linear_prefill.shared_gate_up` does.
     Padding tokens have no pairs: their parts 0..k-1 are not written.
     """
     if hidden.shape[0]:

@@ -96,46 +96,35 @@ def _project_kernel(
 
 
 @triton.jit
-def _gate_kernel(
-    x, x_fp8, gate, codes, scales, out_logits, out_hidden, num_tokens, limit,
+def _shared_kernel(
+    x, codes, scales, out, num_tokens, limit,
     X_STRIDE: tl.constexpr,
-    E: tl.constexpr, INNER: tl.constexpr, K: tl.constexpr, KW: tl.constexpr, PAIR: tl.constexpr, BN: tl.constexpr,
-    BT: tl.constexpr, R: tl.constexpr, ACT: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr,
-    HW: tl.constexpr, PDL: tl.constexpr,
+    INNER: tl.constexpr, K: tl.constexpr, KW: tl.constexpr, PAIR: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    R: tl.constexpr, ACT: tl.constexpr, STAGES: tl.constexpr, WIDEN: tl.constexpr, HW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Programs (row tile, token tile): 16 router rows, then tiles of BN/2 rows of w1 over the same BN/2 rows of w3."""
+    """Programs (row tile, token tile): BN/2 rows of w1 over the same BN/2 rows of w3."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-    GATE_TILES: tl.constexpr = (E + 15) // 16
     HALF: tl.constexpr = BN // 2
     start = tl.program_id(1) * BT
     token, valid_token = tokens_of(start, num_tokens, R)
-    pid = tl.program_id(0)
-    if pid < GATE_TILES:
-        expert = pid * 16 + tl.arange(0, 16)
-        known = expert < E
-        logits = bf16_rows(x, X_STRIDE, token, valid_token, gate, expert, known, K, KW, PAIR, 16, BT, STAGES, WIDEN)
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
-        store_rows(out_logits, E, logits, expert, known, start, num_tokens, BT)
+    begin = tl.program_id(0) * HALF
+    lane = tl.arange(0, BN)
+    row = begin + tl.where(lane < HALF, lane, lane - HALF + INNER)
+    sums = fp8_rows(
+        x, X_STRIDE, token, valid_token, codes, scales, row, begin // 128, (begin + INNER) // 128,
+        K, KW, PAIR, BN, BT, True, ACT, HW, STAGES, WIDEN,
+    )  # fmt: skip
+    if R == 1:
+        w1, w3 = tl.split(tl.permute(tl.reshape(sums, (2, HALF)), (1, 0)))
     else:
-        begin = (pid - GATE_TILES) * HALF
-        lane = tl.arange(0, BN)
-        row = begin + tl.where(lane < HALF, lane, lane - HALF + INNER)
-        sums = fp8_rows(
-            x_fp8, X_STRIDE, token, valid_token, codes, scales, row, begin // 128, (begin + INNER) // 128,
-            K, KW, PAIR, BN, BT, True, ACT, HW, STAGES, WIDEN,
-        )  # fmt: skip
-        if R == 1:
-            w1, w3 = tl.split(tl.permute(tl.reshape(sums, (2, HALF)), (1, 0)))
-        else:
-            w1, w3 = tl.split(tl.permute(tl.reshape(sums, (2, HALF, BT)), (1, 2, 0)))
-        w1 = tl.minimum(w1, limit)
-        hidden = w1 / (1.0 + tl.exp(-w1)) * tl.minimum(tl.maximum(w3, -limit), limit)
-        inner = begin + tl.arange(0, HALF)
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
-        store_rows(out_hidden, INNER, hidden, inner, inner >= 0, start, num_tokens, BT)
+        w1, w3 = tl.split(tl.permute(tl.reshape(sums, (2, HALF, BT)), (1, 2, 0)))
+    w1 = tl.minimum(w1, limit)
+    hidden = w1 / (1.0 + tl.exp(-w1)) * tl.minimum(tl.maximum(w3, -limit), limit)
+    inner = begin + tl.arange(0, HALF)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    store_rows(out, INNER, hidden, inner, inner >= 0, start, num_tokens, BT)
 
 
 @triton.jit
@@ -384,31 +373,25 @@ def grouped_linear(x: Tensor, weight: Weight, out: Tensor, *, pdl: bool | None =
     )  # fmt: skip
 
 
-def gate_and_shared(
+def shared_gate_up(
     x: Tensor,
-    gate: Tensor,
     w13: Weight,
     limit: float,
-    out_logits: Tensor,
-    out_hidden: Tensor,
+    out: Tensor,
     *,
     x_quantised: Tensor | None = None,
     pdl: bool | None = None,
 ) -> None:
-    """Router logits and the shared expert's hidden activations of `x [T, D]` bf16, in one launch.
-
-    `out_logits` fp32 `[T, E]` = x times `gate` bf16 `[E, D]`. `out_hidden` bf16 `[T, I]` = silu(min(w1 x, limit)) *
-    clamp(w3 x, -limit, limit) with `w13` = w1 | w3 FP8 `[2I, D]`, activations rounded to e4m3.
-    """
+    """The shared expert's hidden activations of `x [T, D]` bf16: `out [T, I]` bf16 = silu(min(w1 x, limit)) *
+    clamp(w3 x, -limit, limit), with `w13` = w1 | w3 FP8 `[2I, D]` and activations rounded to e4m3."""
     if x.shape[0] == 0:
         return
-    E, K = gate.shape
-    inner = w13.codes.shape[0] // 2
+    rows, K = w13.codes.shape
     plan = _plan(x, K, pdl, "gate")
     inputs, act = _fp8_input(x, x_quantised)
-    _gate_kernel[(-(-E // 16) + 2 * inner // plan.constants["BN"], plan.token_tiles)](
-        x, inputs, gate, _bytes(w13.codes), w13.scales, out_logits, out_hidden, x.shape[0], float(limit),
-        E=E, INNER=inner, ACT=act, **plan.constants, **plan.options,
+    _shared_kernel[(rows // plan.constants["BN"], plan.token_tiles)](
+        inputs, _bytes(w13.codes), w13.scales, out, x.shape[0], float(limit),
+        INNER=rows // 2, ACT=act, **plan.constants, **plan.options,
     )  # fmt: skip
 
 
@@ -439,8 +422,8 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     project |= {"out_fp8_stride": "i32", "out_bf16_stride": "i32"}
     rows = {"N_BF16": 2624, "ACT": "round", "GROUP_ROWS": 1536, "GROUP_COLUMNS": 0, "HW": hw}
     plain = rows | {"N_BF16": 0, "ACT": "plain", "GROUP_ROWS": 1024, "GROUP_COLUMNS": 4096}
-    gate = x | fp8 | {"x_fp8": "*bf16", "gate": "*bf16", "out_logits": "*fp32", "out_hidden": "*bf16", "limit": "fp32"}
-    experts = {"E": 256, "ACT": "round", "INNER": 2048, "HW": hw}
+    shared = x | fp8 | {"out": "*bf16", "limit": "fp32"}
+    inner = {"ACT": "round", "INNER": 2048, "HW": hw}
     walk = shape("wide", 1024, sums=4) | {"KC": 4, "ACT": "round", "HW": hw, "TILES": 40960 // 32, "STEPS": 5}
     for name in ("KW", "PAIR", "WIDEN"):
         del walk[name]
@@ -452,7 +435,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         ("project_x one", _project_kernel, project, shape("project") | rows, options),
         ("project_x few", _project_kernel, project, shape("few", tokens=8) | rows, options),
         ("project_x many", _project_kernel, project, shape("many", tokens=64) | rows | {"ACT": "rounded"}, options),
-        ("gate_and_shared one", _gate_kernel, gate, shape("gate") | experts, options),
+        ("shared_gate_up one", _shared_kernel, shared, shape("gate") | inner, options),
         ("linear one", _project_kernel, project, shape("linear", 8192) | rows | {"N_BF16": 0}, options),
         ("linear few", _project_kernel, project, shape("few_fp8", 8192, 8) | rows | {"N_BF16": 0}, options),
         ("linear wide one", _wide_kernel, q, walk, options),

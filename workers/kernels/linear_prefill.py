@@ -198,22 +198,17 @@ def grouped_linear(x: Tensor, weight: Fp8Weight, out: Tensor, *, work: PrefillWo
     bf16_product(x.flatten(1), expand(weight, work), out, groups=x.shape[1])
 
 
-def gate_and_shared(
-    x: Tensor,
-    gate: Tensor,
-    w13: Fp8Weight,
-    limit: float,
-    out_logits: Tensor,
-    out_hidden: Tensor,
-    *,
-    work: PrefillWork,
-) -> None:
-    """Router logits fp32 `[T, E]` and the shared expert's activation bf16 `[T, I]` of `x` bf16 `[T, D]`."""
-    bf16_product(x, gate, out_logits)
-    tokens, inner = out_hidden.shape
+def router_logits(x: Tensor, gate: Tensor, out: Tensor) -> None:
+    """fp32 `out [T, E]` of `x` bf16 `[T, D]` and bf16 `gate [E, D]`."""
+    bf16_product(x, gate, out)
+
+
+def shared_gate_up(x: Tensor, w13: Fp8Weight, limit: float, out: Tensor, *, work: PrefillWork) -> None:
+    """The shared expert's activation, bf16 `out [T, I]` of `x` bf16 `[T, D]`."""
+    tokens, inner = out.shape
     gate_up = work.gate_up[: tokens * 2 * inner].view(tokens, 2 * inner)
     linear(x, w13, gate_up, work=work)
-    swiglu_rows(gate_up, out_hidden, limit)
+    swiglu_rows(gate_up, out, limit)
 
 
 def head(x: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -1,10 +1,10 @@
 """Router of the mixture of experts: chosen experts, their weights, and the (token, choice) pairs grouped by expert.
 
-Owns: `route` after the gate product, for decode (one launch, one program) and prefill (three launches). Does not own:
-the choice of one token's experts (`routing_choice.py`).
+Owns: `route`, which begins with the gate's products, for prefill and decode steps of very many tokens. Does not own:
+the choice of one token's experts (`routing_choice.py`), the router of a usual decode step (`routing_gate.py`).
 
-Decode sorts all pairs by (expert, pair). Prefill counts the uses of each expert per tile of tokens, adds the counts up,
-and sorts inside tiles. Only integers meet across tokens, so ids and weights cannot depend on the batch.
+Uses of each expert are counted per tile of tokens, the counts added up, and pairs sorted inside tiles. Only integers
+meet across tokens, so ids and weights cannot depend on the batch.
 """
 
 from __future__ import annotations
@@ -17,18 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.launch import pdl_options
-from workers.kernels.mhc import HyperConnection
-from workers.kernels.mhc_gates import COMB_TOKENS, finish_comb, finish_comb_kernel
 from workers.kernels.routing_choice import choose, load_logits, pairs_of, sort_pairs
 
-DECODE_TOKENS = 64
-"""Most tokens of the one-program form."""
-
-DECODE_TILES = ((1, 1), (8, 8), (DECODE_TOKENS, 16))
-"""(tokens, most warps) of that program: the smallest that holds the step. Changes no result."""
-
 TILE_TOKENS = 32
-"""Tokens of one program in prefill."""
+"""Tokens of one program."""
 
 SCAN_TILES = 256
 """Tiles that one step of the scan over tiles reads."""
@@ -77,65 +69,6 @@ def _store_groups(num_active, active_experts, active_begin, expert, counts, begi
 @triton.jit
 def _larger(a, b):
     return tl.maximum(a, b)
-
-
-@triton.jit(do_not_specialize=["num_tokens", "vocab"])
-def route_decode_kernel(
-    logits,
-    chooser,
-    token_ids,
-    ids,
-    weights,
-    num_active,
-    active_experts,
-    active_begin,
-    pair_order,
-    heat,
-    comb,
-    num_tokens,
-    vocab,
-    scaling,
-    E: tl.constexpr,
-    EP: tl.constexpr,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    TILE: tl.constexpr,
-    HASH: tl.constexpr,
-    HEAT: tl.constexpr,
-    ITERS: tl.constexpr,
-    EPS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One program: `num_tokens <= TILE`. With ITERS, further programs finish COMB_TOKENS tokens of mHC each."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if tl.program_id(0) > 0:
-        if PDL:
-            tl.extra.cuda.gdc_launch_dependents()
-        if ITERS > 0:
-            finish_comb(comb, (tl.program_id(0) - 1) * COMB_TOKENS, num_tokens, COMB_TOKENS, ITERS, EPS)
-        return
-    token = tl.arange(0, TILE)
-    inside = token < num_tokens
-    z = load_logits(logits, token, inside, 0, E, 1)
-    choose(z, chooser, token_ids, ids, weights, token, inside, vocab, scaling, E, K, KP, HASH)
-    tl.debug_barrier()
-    PAIRS: tl.constexpr = TILE * KP
-    experts, counted = pairs_of(ids, token_ids, tl.zeros((), tl.int32), num_tokens, K, PAIRS)
-    expert, local, real, first = sort_pairs(experts, counted, PAIRS)
-    place = tl.arange(0, PAIRS)
-    flags = first.to(tl.int32)
-    slot = tl.cumsum(flags, 0) - 1
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    tl.store(pair_order + place, local, mask=real)
-    tl.store(active_experts + slot, expert, mask=first)
-    tl.store(active_begin + slot, place, mask=first)
-    total = tl.sum(flags, 0)
-    tl.store(num_active, total)
-    tl.store(active_begin + total, tl.sum(real.to(tl.int32), 0))
-    if HEAT:
-        tl.atomic_add(heat + expert, 1, mask=real if HEAT == PER_TOKEN else first, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_tokens", "vocab"])
@@ -263,10 +196,9 @@ def route(
     heat: Tensor | None = None,
     per_token: bool = False,
     work: Tensor | None = None,
-    comb: tuple[Tensor, HyperConnection] | None = None,
     pdl: bool | None = None,
 ) -> None:
-    """Chosen experts of T tokens and the groups of their pairs.
+    """Chosen experts of T tokens and the groups of their pairs, in three launches.
 
     Args:
         logits: fp32 [T, E], the gate's products.
@@ -275,93 +207,34 @@ def route(
         ids, weights: written; int32 and fp32 [T, k]. Weights sum to `scaling`.
         groups: written.
         heat: int32 [E], grows by one for each expert that the step needs; `per_token`: for each token that chose it.
-        work: int32 [`work_words`], for more than 64 tokens; allocated when None (not inside a graph).
-        comb: fp32 [T, 16] of `hc_post_pre(finish=False)`, and its weights: finished by the way.
+        work: int32 [`work_words`]; allocated when None (not inside a graph).
     """
     num_tokens, num_experts = logits.shape
     if num_tokens == 0:
         groups.num_active.zero_()
         groups.active_begin.zero_()
         return
-    vocab = 0 if chooser.dtype.is_floating_point else chooser.shape[0]
-    pow2, num_chosen = triton.next_power_of_2, ids.shape[1]
-    shape: dict[str, Any] = {"E": num_experts, "EP": pow2(num_experts), "K": num_chosen, "KP": pow2(num_chosen)}
-    tensors = (logits, chooser, token_ids, ids, weights)
-    counter = (ids, 0) if heat is None else (heat, (PER_TOKEN if per_token else PER_STEP).value)
-    if num_tokens <= DECODE_TOKENS:
-        _route_decode(tensors, (num_tokens, vocab, scaling), groups, counter, comb, shape, pdl)
-        return
     if work is None:
         work = torch.empty(work_words(num_tokens, num_experts), dtype=torch.int32, device=logits.device)
-    _route_prefill(tensors, (num_tokens, vocab, scaling), groups, counter, work, shape, pdl)
-    if comb is not None:
-        matrices, hc = comb
-        sizes = {"ITERS": hc.iters, "EPS": hc.eps}
-        programs = triton.cdiv(num_tokens, COMB_TOKENS.value)
-        finish_comb_kernel[(programs,)](matrices, num_tokens, **sizes, num_warps=1, **pdl_options(logits, pdl))
-
-
-def _lists(groups: Groups) -> tuple[Tensor, ...]:
-    return groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order
-
-
-def _route_decode(
-    tensors: tuple[Tensor, ...],
-    scalars: tuple[int, int, float],
-    groups: Groups,
-    counter: tuple[Tensor, int],
-    comb: tuple[Tensor, HyperConnection] | None,
-    shape: dict[str, Any],
-    pdl: bool | None,
-) -> None:
-    """One launch. tensors: logits, chooser, token_ids, ids, weights; scalars: tokens, vocabulary, scaling; counter:
-    where uses are counted, and which (0: none)."""
-    logits, chooser, _, ids, weights = tensors
-    tile, warps = next(choice for choice in DECODE_TILES if scalars[0] <= choice[0])
-    matrices, programs, iters, eps = weights, 1, 0, 0.0
-    if comb is not None:
-        matrices, iters, eps = comb[0], comb[1].iters, comb[1].eps
-        programs += triton.cdiv(scalars[0], COMB_TOKENS.value)
-    route_decode_kernel[(programs,)](
-        *(*tensors, *_lists(groups), counter[0], matrices, *scalars),
-        **shape,
-        TILE=tile,
-        HASH=not chooser.dtype.is_floating_point,
-        HEAT=counter[1],
-        ITERS=iters,
-        EPS=eps,
-        num_warps=_warps(warps, tile * shape["KP"]),
-        **pdl_options(logits, pdl),
-    )
-
-
-def _route_prefill(
-    tensors: tuple[Tensor, ...],
-    scalars: tuple[int, int, float],
-    groups: Groups,
-    counter: tuple[Tensor, int],
-    work: Tensor,
-    shape: dict[str, Any],
-    pdl: bool | None,
-) -> None:
-    """Three launches; arguments as in `_route_decode`."""
-    logits, chooser, token_ids, ids, _ = tensors
-    num_tokens, num_experts = logits.shape
     num_tiles = triton.cdiv(num_tokens, TILE_TOKENS)
     totals, tile_counts = work[:num_experts], work[num_experts:]
     hashed = not chooser.dtype.is_floating_point
-    options = {"num_warps": _warps(8, TILE_TOKENS * shape["KP"]), **pdl_options(logits, pdl)}
-    choose_kernel[(num_tiles,)](*tensors, tile_counts, *scalars, **shape, TILE=TILE_TOKENS, HASH=hashed, **options)
+    pow2, num_chosen = triton.next_power_of_2, ids.shape[1]
+    shape: dict[str, Any] = {"E": num_experts, "EP": pow2(num_experts), "K": num_chosen, "KP": pow2(num_chosen)}
+    shape |= {"TILE": TILE_TOKENS, "num_warps": _warps(8, TILE_TOKENS * shape["KP"]), **pdl_options(logits, pdl)}
+    tokens = (num_tokens, chooser.shape[0] if hashed else 0, scaling)
+    choose_kernel[(num_tiles,)](logits, chooser, token_ids, ids, weights, tile_counts, *tokens, HASH=hashed, **shape)
     scan_tiles_kernel[(triton.cdiv(num_experts, SCAN_EXPERTS),)](
-        *(tile_counts, totals, counter[0], num_tiles),
+        *(tile_counts, totals, ids if heat is None else heat, num_tiles),
         E=num_experts,
         TILES=SCAN_TILES,
         EXPERTS=SCAN_EXPERTS,
-        HEAT=counter[1],
-        **(options | {"num_warps": 8}),
+        HEAT=0 if heat is None else (PER_TOKEN if per_token else PER_STEP).value,
+        num_warps=8,
+        **pdl_options(logits, pdl),
     )
-    operands = (token_ids, ids, tile_counts, totals, *_lists(groups), num_tokens)
-    order_kernel[(num_tiles,)](*operands, **shape, TILE=TILE_TOKENS, **options)
+    lists = (groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order)
+    order_kernel[(num_tiles,)](token_ids, ids, tile_counts, totals, *lists, num_tokens, **shape)
 
 
 def _warps(most: int, pairs: int) -> int:
@@ -372,10 +245,9 @@ def _warps(most: int, pairs: int) -> int:
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """V4-Flash, for the check that every architecture compiles."""
     shape = {"E": 256, "EP": 256, "K": 6, "KP": 8, "PDL": arch >= 90}
-    comb = {"ITERS": 20, "EPS": 1e-6}
     ints = ("chooser", "token_ids", "ids", "num_active", "active_experts", "active_begin", "pair_order", "heat")
     types = dict.fromkeys((*ints, "tile_counts", "totals"), "*i32")
-    types |= {"logits": "*fp32", "weights": "*fp32", "comb": "*fp32", "scaling": "fp32"}
+    types |= {"logits": "*fp32", "weights": "*fp32", "scaling": "fp32"}
     types |= {"num_tokens": "i32", "num_tiles": "i32", "vocab": "i32"}
 
     def case(name: str, kernel: Any, warps: int, *, hashed: bool = False, **constexprs: Any) -> Any:
@@ -388,13 +260,8 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
 
     scan = {"TILES": SCAN_TILES, "EXPERTS": SCAN_EXPERTS}
     return [
-        *(
-            case(f"decode {t}", route_decode_kernel, _warps(w, t * 8), TILE=t, HEAT=PER_STEP.value, **comb)
-            for t, w in DECODE_TILES
-        ),
-        case("decode hash", route_decode_kernel, 16, hashed=True, TILE=DECODE_TOKENS, HEAT=0, **comb),
         case("choose", choose_kernel, 8, TILE=TILE_TOKENS),
+        case("choose hash", choose_kernel, 8, hashed=True, TILE=TILE_TOKENS),
         case("scan_tiles", scan_tiles_kernel, 8, HEAT=PER_STEP.value, **scan),
         case("order", order_kernel, 8, TILE=TILE_TOKENS),
-        case("finish_comb", finish_comb_kernel, 1, ITERS=20, EPS=1e-6),
     ]

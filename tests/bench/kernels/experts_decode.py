@@ -66,11 +66,18 @@ def grouped(ids: Tensor) -> SimpleNamespace:
     )
 
 
+def fp8(rows: int, columns: int) -> SimpleNamespace:
+    """A random matrix of the shared expert."""
+    codes = torch.randint(0, 120, (rows, columns), dtype=torch.uint8, device="cuda")
+    return SimpleNamespace(codes=codes, scales=torch.full((rows // 128, columns // 128), 2.0**-8, device="cuda"))
+
+
 class Step:
     """One layer's step of `tokens` tokens; `ids [T, k]`."""
 
-    def __init__(self, slab: ExpertSlab, ids: Tensor, shared_w2: SimpleNamespace) -> None:
+    def __init__(self, slab: ExpertSlab, ids: Tensor) -> None:
         tokens = ids.shape[0]
+        self.shared_w13, shared_w2 = fp8(2 * INNER, WIDE), fp8(WIDE, INNER)
         self.slab, self.ids, self.groups, self.shared_w2 = slab, ids.int().cuda(), grouped(ids), shared_w2
         self.num_active = len(ids.unique())
         self.natural_x = torch.randn(tokens, WIDE, device="cuda").bfloat16()
@@ -85,7 +92,7 @@ class Step:
 
     def gate_up(self, pdl: bool | None = None) -> None:
         experts_decode.expert_gate_up(
-            self.natural_x, self.x, self.ids, self.weights, self.groups, self.slab, self.hidden, 10.0,
+            self.natural_x, self.x, self.shared_w13, self.ids, self.weights, self.groups, self.slab, self.hidden, 10.0,
             shared_hidden=self.shared_hidden, counters=self.counters, pdl=pdl,
         )  # fmt: skip
 
@@ -96,7 +103,7 @@ class Step:
 
     @property
     def gate_up_bytes(self) -> float:
-        return self.num_active * LAYOUT.expert_bytes * 2 / 3
+        return self.num_active * LAYOUT.expert_bytes * 2 / 3 + 2 * WIDE * INNER
 
     @property
     def down_bytes(self) -> float:
@@ -104,17 +111,12 @@ class Step:
 
     @property
     def flops(self) -> float:
-        return self.ids.numel() * 6 * WIDE * INNER + self.ids.shape[0] * 2 * WIDE * INNER
+        return (self.ids.numel() + self.ids.shape[0]) * 6 * WIDE * INNER
 
 
 def steps_of(slab: ExpertSlab, make_ids: Callable[[], Tensor], num_steps: int) -> list[Step]:
-    """Independent layers, shared w2 of their own."""
-    steps = []
-    for _ in range(num_steps):
-        codes = torch.randint(0, 120, (WIDE, INNER), dtype=torch.uint8, device="cuda")
-        scales = torch.full((WIDE // 128, INNER // 128), 2.0**-8, device="cuda")
-        steps.append(Step(slab, make_ids(), SimpleNamespace(codes=codes, scales=scales)))
-    return steps
+    """Independent layers, shared experts of their own."""
+    return [Step(slab, make_ids()) for _ in range(num_steps)]
 
 
 def random_ids(tokens: int) -> Tensor:

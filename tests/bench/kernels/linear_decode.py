@@ -97,11 +97,10 @@ def gate(T: int) -> Row:
     quantised = fp8_fake_quant(x, 128)
 
     def make() -> Callable[[], None]:
-        router, w13 = bf16(EXPERTS, D), fp8_weight(2 * INNER, D)
-        logits, hidden = empty(T, EXPERTS, dtype=torch.float32), empty(T, INNER)
-        return lambda: kernels.gate_and_shared(x, router, w13, LIMIT, logits, hidden, x_quantised=quantised)
+        w13, hidden = fp8_weight(2 * INNER, D), empty(T, INNER)
+        return lambda: kernels.shared_gate_up(x, w13, LIMIT, hidden, x_quantised=quantised)
 
-    return row("gate_and_shared 256, 2x2048", T, [(EXPERTS, D, 2), (2 * INNER, D, 1)], make)
+    return row("shared_gate_up 2x2048", T, [(2 * INNER, D, 1)], make)
 
 
 def head(T: int) -> Row:

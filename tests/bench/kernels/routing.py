@@ -1,11 +1,13 @@
 """Routing and greedy sampling of V4-Flash in a CUDA graph. `python -m tests.bench.kernels.routing`.
 
-Floor: bytes are small (8 MB of logits at 8,192 tokens: 2 us; 0.5 MB of head logits a row), so time is latency: one
-launch in decode, three in prefill. Prediction: 3 us at one token, 8 us at 64, 25 us at 8,192 tokens; sampling 6 us.
+Floor: bytes are small (2 MB of gate: 0.5 us; 8 MB of logits at 8,192 tokens: 2 us; 0.5 MB of head logits a row), so
+time is latency: one launch in decode, which also makes the logits, three in prefill. Prediction: 4.5 us at one token,
+25 us at 8,192 tokens; sampling 6 us.
 
-Result (H200, 2026-11-21): decode of one token 1.5 us hash, 2.7 us learned (3.3 in the kernel table of `dsv4 bench
-model`). An earlier form that counted uses instead of sorting took 4.3, 12 and 39 us at 1, 8 and 64 tokens, 50 us at
-8,192; sampling 9.3 us for one row and 15.3 us for 64. Not measured: more than one token in the present form.
+Result (H200, 2026-11-21): decode, behind the launch that makes its input, 6.3 us at one token (hash 5.7); the logits by
+a launch of their own and a routing launch behind it took 2.7 us more for the choice alone. 8 tokens 9.0 us, 64 tokens
+18.9. Prefill in an earlier form that counted uses instead of sorting: 50 us at 8,192; sampling 9.3 us for one row and
+15.3 us for 64.
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ from types import SimpleNamespace
 import torch
 
 from tests.bench.kernels.timing import Row, copy_bandwidth, graph_ms, report
-from workers.kernels import routing, sampling
+from workers.kernels import routing, routing_gate, sampling
 
-EXPERTS, CHOSEN, VOCABULARY = 256, 6, 129_280
+EXPERTS, CHOSEN, VOCABULARY, HIDDEN = 256, 6, 129_280, 4096
 COPIES = 40
 
 
 def route(num_tokens: int, *, hashed: bool) -> Row:
+    """Decode: with the gate's product."""
+
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="cuda")
 
@@ -32,19 +36,25 @@ def route(num_tokens: int, *, hashed: bool) -> Row:
     )
     ids, weights = empty(num_tokens, CHOSEN), empty(num_tokens, CHOSEN, dtype=torch.float32)
     token_ids = torch.randint(0, VOCABULARY, (num_tokens,), dtype=torch.int32, device="cuda")
-    work = empty(routing.work_words(num_tokens, EXPERTS))
+    decode = num_tokens <= routing_gate.DECODE_TOKENS
     if hashed:
         chooser = torch.rand(VOCABULARY, EXPERTS, device="cuda").topk(CHOSEN).indices.to(torch.int32)
     else:
         chooser = torch.randn(EXPERTS, device="cuda") * 0.1
 
-    def call(logits: torch.Tensor) -> None:
-        routing.route(logits, chooser, token_ids, 1.5, ids, weights, groups, work=work)
-
+    rest = (chooser, token_ids, 1.5, ids, weights, groups)
     all_logits = [torch.randn(num_tokens, EXPERTS, device="cuda") for _ in range(COPIES)]
-    calls = [lambda logits=logits: call(logits) for logits in all_logits]
-    name = f"route {'hash' if hashed else 'learned'} T={num_tokens}"
-    return Row(name, graph_ms(calls), num_tokens * (EXPERTS * 4.0 + CHOSEN * 12))
+    if decode:
+        gates = [torch.randn(EXPERTS, HIDDEN, dtype=torch.bfloat16, device="cuda") for _ in range(COPIES)]
+        x = torch.randn(num_tokens, HIDDEN, dtype=torch.bfloat16, device="cuda")
+        work = routing_gate.GateWork.allocate(num_tokens, EXPERTS, HIDDEN, "cuda")
+        calls = [lambda gate=gate: routing_gate.gate_route(x, gate, all_logits[0], *rest, work=work) for gate in gates]
+    else:
+        words = empty(routing.work_words(num_tokens, EXPERTS))
+        calls = [lambda logits=logits: routing.route(logits, *rest, work=words) for logits in all_logits]
+    name = f"{'gate_' * decode}route {'hash' if hashed else 'learned'} T={num_tokens}"
+    gate_bytes = decode * HIDDEN * 2.0 * (EXPERTS + num_tokens)
+    return Row(name, graph_ms(calls), gate_bytes + num_tokens * (EXPERTS * 4.0 + CHOSEN * 12))
 
 
 def greedy(num_rows: int) -> Row:

@@ -219,13 +219,8 @@ def sparse_attention(
         out[token] = apply_rope(found, cos, -sin).flatten().to(out.dtype)
 
 
-def gate_and_shared(x, gate, w13, limit, out_logits, out_hidden, *, x_quantised) -> None:
-    out_logits.copy_(x.float() @ gate.float().T)
-    up_gate = _rounded(x) @ _fp8(w13).T
-    out_hidden.copy_(swiglu(*up_gate.chunk(2, dim=-1), limit))
-
-
-def route(logits, chooser, token_ids, scaling, ids, weights, groups: Groups, *, comb, heat=None) -> None:
+def route(x, gate, logits, chooser, token_ids, scaling, ids, weights, groups: Groups, *, comb, heat=None) -> None:
+    logits.copy_(x.float() @ gate.float().T)
     scores = torch.nn.functional.softplus(logits).sqrt()
     if chooser.ndim == 1:
         order = (scores + chooser).sort(dim=-1, descending=True, stable=True).indices
@@ -262,8 +257,12 @@ def _members(groups: Groups) -> list[tuple[int, list[int]]]:
     return [(int(groups.active_experts[i]), order[begin[i] : begin[i + 1]]) for i in range(count)]
 
 
-def expert_gate_up(x, experts_x, ids, weights, groups: Groups, slab, hidden, limit, *, shared_hidden) -> None:
-    """`experts_x` and what comes out are already through e4m3; also rounds the shared expert's hidden state."""
+def expert_gate_up(
+    x, experts_x, shared_w13, ids, weights, groups: Groups, slab, hidden, limit, *, shared_hidden, x_quantised
+) -> None:
+    """`experts_x` and what comes out are already through e4m3."""
+    up_gate = _rounded(x) @ _fp8(shared_w13).T
+    shared_hidden.copy_(swiglu(*up_gate.chunk(2, dim=-1), limit))
     tokens, chosen, inner = hidden.shape
     shape, flat = ExpertShape(x.shape[1], inner), hidden.view(tokens * chosen, inner)
     for expert, pairs in _members(groups):
@@ -306,7 +305,6 @@ def stand_ins(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         select_entries=select_entries,
         sparse_attention=sparse_attention,
         grouped_linear=grouped_linear,
-        gate_and_shared=gate_and_shared,
         route=route,
         expert_gate_up=expert_gate_up,
         expert_down=expert_down,

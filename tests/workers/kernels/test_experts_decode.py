@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.support.expert_bytes import write_expert
 from tests.support.tolerances import relative_error
 from workers.experts.layout import ExpertShape, ExpertSlab
-from workers.kernels import experts_decode, experts_sm90
+from workers.kernels import experts_decode, experts_sm90, linear_decode
 from workers.reference import moe, quant
 
 BF16_SUM = 4e-3
@@ -70,7 +70,9 @@ class Case:
         self.shared_scales = quant.e8m0_decode(raw)
         self.shared_w2 = quant.fp8_block_dequant(self.shared_codes, raw)
         self.x = quant.fp8_fake_quant((self.randn(tokens, hidden) * 2).bfloat16(), 128)
-        self.shared_hidden = self.randn(tokens, self.inner).bfloat16()
+        self.w13_codes, raw = quant.fp8_block_quant(torch.cat((shared[0], shared[2])))
+        self.w13_scales = quant.e8m0_decode(raw)
+        self.shared_hidden = torch.empty(tokens, self.inner, dtype=torch.bfloat16)
         self.ids = torch.rand(tokens, experts, generator=self.generator).argsort(-1)[:, : self.choices].int()
         self.weights = torch.rand(tokens, self.choices, generator=self.generator)
 
@@ -105,21 +107,25 @@ class Case:
         )
 
     def run(self, *, slab: ExpertSlab | None = None, groups: SimpleNamespace | None = None) -> tuple[Tensor, Tensor]:
-        """`hidden`, fake-quantised, and `out` on the CPU; both start as NaN."""
+        """`hidden`, fake-quantised, and `out` on the CPU; both start as NaN. Keeps the shared expert's hidden state."""
         nan, device, slab = float("nan"), self.device, slab or self.slab()
         groups = groups or self.groups()
         hidden = torch.full((self.tokens, self.choices, self.inner), nan, dtype=torch.bfloat16, device=device)
         out = torch.full((self.tokens, self.choices + 1, self.hidden), nan, dtype=torch.bfloat16, device=device)
         count = experts_decode.num_counters(self.tokens, self.choices, self.experts, self.inner)
         counters = torch.zeros(count, dtype=torch.int32, device=device)
-        ids, shared_hidden = self.ids.to(device), self.shared_hidden.clone().to(device)
+        ids = self.ids.to(device)
+        shared_hidden = torch.full((self.tokens, self.inner), nan, dtype=torch.bfloat16, device=device)
+        w13 = SimpleNamespace(codes=self.w13_codes.to(device), scales=self.w13_scales.to(device))
         experts_decode.expert_gate_up(
-            self.x.to(device), expert_order(self.x).to(device), ids, self.weights.to(device), groups, slab, hidden,
+            self.x.to(device), expert_order(self.x).to(device), w13, ids, self.weights.to(device), groups, slab, hidden,
             self.limit, shared_hidden=shared_hidden, counters=counters,
         )  # fmt: skip
         shared = SimpleNamespace(codes=self.shared_codes.to(device), scales=self.shared_scales.to(device))
         experts_decode.expert_down(hidden, shared_hidden, shared, ids, groups, slab, out)
         assert not counters.any()
+        linear_decode.shared_gate_up(self.x.to(device), w13, self.limit, shared_hidden)
+        self.shared_hidden = shared_hidden.cpu()
         if experts_sm90.serves(device, self.hidden, self.inner):
             return quant.fp8_fake_quant(hidden.cpu(), 128), out.cpu()
         return natural_order(hidden.cpu()), out.cpu()
@@ -156,6 +162,7 @@ def test_more_pairs_than_a_tile_for_one_expert(device: torch.device, seed: int, 
     assert relative_error(hidden.float(), case.expected_hidden()) < 4e-2
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_row_does_not_depend_on_its_batch(device: torch.device, seed: int, sizes: tuple[int, int]) -> None:
     case = Case(seed, device, tokens=10, sizes=sizes)
     hidden, out = case.run()

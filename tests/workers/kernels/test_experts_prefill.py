@@ -102,9 +102,7 @@ def run(layer: Layer, x: Tensor, ids: Tensor, weights: Tensor, device: torch.dev
     tiles = torch.full((words,), 10**6, dtype=torch.int32, device=device)
     x = x.to(device)
     quantise_rows(x, None, rounded, reorder=True)
-    logits = torch.empty(tokens, 16, device=device)
-    gate = torch.zeros(16, WIDE, dtype=torch.bfloat16, device=device)
-    linear_prefill.gate_and_shared(x, gate, layer.w13, LIMIT, logits, shared_hidden, work=work)
+    linear_prefill.shared_gate_up(x, layer.w13, LIMIT, shared_hidden, work=work)
     groups = group(ids, EXPERTS, device, skip)
     experts_prefill.expert_gate_up(rounded, weights.to(device), groups, layer.slab, hidden, LIMIT, tiles=tiles)
     experts_prefill.expert_down(

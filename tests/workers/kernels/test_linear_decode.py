@@ -100,15 +100,11 @@ def test_grouped_linear_keeps_groups_apart(T: int, device: torch.device) -> None
 
 
 @pytest.mark.parametrize("T", [1, 7])
-@pytest.mark.parametrize("experts", [12, 32])
-def test_gate_and_shared_expert(experts: int, T: int, device: torch.device) -> None:
+def test_first_half_of_the_shared_expert(T: int, device: torch.device) -> None:
     K, inner, limit = 512, 128, 2.0
     x, w13 = tokens(T, K, device=device), fp8_weight(2 * inner, K, device)
-    gate = (torch.randn(experts, K, generator=torch.Generator().manual_seed(3)) / 16).bfloat16().to(device)
-    logits = poisoned(T, experts, dtype=torch.float32, device=device)
     hidden = poisoned(T, inner, dtype=torch.bfloat16, device=device)
-    kernels.gate_and_shared(x, gate, w13, limit, logits, hidden)
-    assert_close(logits, x.cpu().double() @ gate.cpu().double().T, TOLERANCE)
+    kernels.shared_gate_up(x, w13, limit, hidden)
     product = rounded_product(x, dense(w13))
     assert_close(hidden, swiglu(product[:, :inner], product[:, inner:], limit), BF16_TOLERANCE)
 
@@ -138,7 +134,7 @@ def test_a_tokens_bits_do_not_depend_on_its_batch(columns: int, T: int, device: 
 
 @pytest.mark.parametrize("T", [2, 9, pytest.param(40, marks=pytest.mark.gpu)])  # numpy sums 64 columns otherwise
 @pytest.mark.parametrize("K", [256, 512, 2048])
-def test_projection_and_router_bits_do_not_depend_on_the_batch(K: int, T: int, device: torch.device) -> None:
+def test_projection_and_shared_bits_do_not_depend_on_the_batch(K: int, T: int, device: torch.device) -> None:
     inner = 128
     weight, w13 = fp8_weight(128, K, device), fp8_weight(2 * inner, K, device)
     plain = torch.randn(48, K, generator=torch.Generator().manual_seed(5)).bfloat16().to(device)
@@ -147,11 +143,11 @@ def test_projection_and_router_bits_do_not_depend_on_the_batch(K: int, T: int, d
         num = x.shape[0]
         widths = {48: torch.float32, 128: torch.bfloat16}
         raw, latent = (poisoned(num, width, dtype=dtype, device=device) for width, dtype in widths.items())
-        logits, hidden, words = (torch.empty_like(out) for out in (raw, latent, raw))
+        hidden, words = (torch.empty_like(out) for out in (latent, raw))
         kernels.project_x(x, weight, plain, latent, raw)
-        kernels.gate_and_shared(x, plain, w13, 10.0, logits, hidden)
+        kernels.shared_gate_up(x, w13, 10.0, hidden)
         kernels.head(x, plain, words)
-        return [raw, latent, logits, hidden, words]
+        return [raw, latent, hidden, words]
 
     x = tokens(T, K, device=device)
     alone = run(x[:1])
@@ -168,18 +164,18 @@ def test_every_row_of_a_step_repeats_bit_for_bit(T: int, device: torch.device) -
     groups = tokens(T, 2, 512, device=device)
     x_fp8, q, wo_a, wo_b, w13 = (fp8_weight(*size, device) for size in NANO_SIZES)
     generator = torch.Generator().manual_seed(6)
-    x_bf16, gate = (torch.randn(rows, 256, generator=generator).bfloat16().to(device) for rows in (1028, 12))
+    x_bf16 = torch.randn(1028, 256, generator=generator).bfloat16().to(device)
 
     def run(pdl: bool) -> list[torch.Tensor]:
         outs = [poisoned(T, n, dtype=torch.bfloat16, device=device) for n in (256, 1536, 256, 256, 128)]
-        raw, logits = (poisoned(T, n, dtype=torch.float32, device=device) for n in (1028, 12))
+        raw = poisoned(T, 1028, dtype=torch.float32, device=device)
         for _ in range(3):
             kernels.project_x(x, x_fp8, x_bf16, outs[0], raw, pdl=pdl)
             kernels.linear(latent, q, outs[1], pdl=pdl)
             kernels.grouped_linear(groups, wo_a, outs[2], pdl=pdl)
             kernels.linear(outs[2], wo_b, outs[3], pdl=pdl)
-            kernels.gate_and_shared(outs[3], gate, w13, 10.0, logits, outs[4], pdl=pdl)
-        return [*outs, raw, logits]
+            kernels.shared_gate_up(outs[3], w13, 10.0, outs[4], pdl=pdl)
+        return [*outs, raw]
 
     first = run(pdl=False)
     assert all(out.isfinite().all() for out in first)
@@ -193,13 +189,11 @@ def test_rounding_beforehand_gives_the_same_bits(T: int, device: torch.device) -
     K, inner = 2048, 128
     weight, x = fp8_weight(2 * inner, K, device), tokens(T, K, device=device)
     rounded = fp8_fake_quant(x.cpu(), 128).to(device)
-    gate = torch.zeros(16, K, dtype=torch.bfloat16, device=device)
 
     def run(**options: object) -> tuple[torch.Tensor, ...]:
         out, hidden = (poisoned(T, n, dtype=torch.bfloat16, device=device) for n in (2 * inner, inner))
-        logits = poisoned(T, 16, dtype=torch.float32, device=device)
         kernels.project_x(x, weight, None, out, None, **options)
-        kernels.gate_and_shared(x, gate, weight, 10.0, logits, hidden, **options)
+        kernels.shared_gate_up(x, weight, 10.0, hidden, **options)
         return out, hidden
 
     for mine, theirs in zip(run(x_quantised=rounded), run(), strict=True):

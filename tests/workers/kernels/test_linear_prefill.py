@@ -78,14 +78,13 @@ def test_grouped_linear_is_block_diagonal(device: torch.device, seed: int) -> No
     _close(out, reference.grouped_linear(x.float(), value.view(2, 128, 256)).flatten(1))
 
 
-def test_gate_and_shared(device: torch.device, seed: int) -> None:
+def test_router_logits_and_shared_expert(device: torch.device, seed: int) -> None:
     w13, value = fp8_weight(2 * 128, 256, device, seed)
     gate, x = _randn(12, 256, seed=seed + 6).bfloat16(), (_randn(21, 256, seed=seed + 7) * 4).bfloat16()
     logits = torch.full((21, 12), float("nan"), device=device)
     hidden = torch.full((21, 128), float("nan"), dtype=torch.bfloat16, device=device)
-    linear_prefill.gate_and_shared(
-        x.to(device), gate.to(device), w13, 10.0, logits, hidden, work=_work(21, device)
-    )  # fmt: skip
+    linear_prefill.router_logits(x.to(device), gate.to(device), logits)
+    linear_prefill.shared_gate_up(x.to(device), w13, 10.0, hidden, work=_work(21, device))
     torch.testing.assert_close(logits.cpu(), x.float() @ gate.float().T, rtol=1e-5, atol=1e-4)
     gate_up = reference.linear(x.float(), value, act_fp8=True)
     _close(hidden, moe.swiglu(*gate_up.chunk(2, -1), 10.0), 2 * RELATIVE_ERROR)

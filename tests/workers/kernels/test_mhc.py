@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.workers.kernels.test_routing import learned
+from tests.workers.kernels.test_routing_gate import gate_case
 from workers.reference import mhc as reference
 from workers.reference.norm_rope import rms_norm
 from workers.reference.quant import fp8_fake_quant
@@ -167,18 +167,18 @@ def test_routing_finishes_the_matrices_that_were_left_open(device: torch.device,
     open_, closed = Step(num_tokens, device), Step(num_tokens, device)
     closed.post_pre()
     open_.post_pre(finish=False)
-    case = learned(num_tokens, device)
+    case = gate_case(num_tokens, device)
     case.run(comb=(open_.comb, open_.hc))
     assert torch.equal(open_.comb, closed.comb)
     assert torch.equal(open_.x, closed.x) and torch.equal(open_.post, closed.post)
 
 
-@pytest.mark.parametrize("num_tokens", [3, 65])
+@pytest.mark.parametrize("num_tokens", [3, 40, 65])
 def test_routing_finishes_any_number_of_matrices(device: torch.device, num_tokens: int) -> None:
     step = Step(1, device)
     comb = torch.randn(num_tokens, 16, device=device)
     expected = reference.sinkhorn(comb.unflatten(1, (4, 4)), iters=step.hc.iters, eps=step.hc.eps)
-    learned(num_tokens, device).run(comb=(comb, step.hc))
+    gate_case(num_tokens, device).run(comb=(comb, step.hc))
     assert torch.allclose(comb, expected.flatten(1), rtol=1e-4, atol=1e-6)
 
 

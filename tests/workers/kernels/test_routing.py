@@ -33,9 +33,9 @@ class Case:
             pair_order=poison(pairs),
         )
 
-    def run(self, heat: Tensor | None = None, comb: object = None, per_token: bool = False) -> Case:
+    def run(self, heat: Tensor | None = None, per_token: bool = False) -> Case:
         operands = (self.logits, self.chooser, self.token_ids, SCALING, self.ids, self.weights, self.groups)
-        routing.route(*operands, heat=heat, per_token=per_token, comb=comb)
+        routing.route(*operands, heat=heat, per_token=per_token)
         return self
 
 

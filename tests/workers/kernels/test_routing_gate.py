@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.workers.kernels.test_mhc import Step
 from tests.workers.kernels.test_routing import Case, check_choice, check_groups
 
 routing_gate = pytest.importorskip("workers.kernels.routing_gate")
@@ -116,19 +115,6 @@ def test_rows_that_are_not_numbers_give_real_experts_and_disturb_nobody(device: 
     assert len(set(case.ids[1].tolist())) == 3 and min(case.ids[1].tolist()) >= 0 and max(case.ids[1].tolist()) < 12
     for row in (0, 2):
         assert torch.equal(case.weights[row], clean.weights[row]) and torch.equal(case.ids[row], clean.ids[row])
-
-
-@pytest.mark.parametrize("num_tokens", [1, 40, 70])
-def test_open_gates_of_mhc_are_finished_by_the_way(device: torch.device, num_tokens: int) -> None:
-    from workers.kernels.mhc_gates import finish_comb_kernel
-
-    hc = Step(1, device).hc
-    comb = torch.randn(num_tokens, 16, device=device)
-    expected = comb.clone()
-    grid = (-(-num_tokens // 32),)
-    finish_comb_kernel[grid](expected, num_tokens, ITERS=hc.iters, EPS=hc.eps, PDL=False, num_warps=1)
-    gate_case(num_tokens, device).run(comb=(comb, hc))
-    assert torch.equal(comb, expected)
 
 
 def test_sizes_without_a_kernel_are_refused(device: torch.device) -> None:
