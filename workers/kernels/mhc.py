@@ -124,8 +124,8 @@ def hc_post_pre(
     place; `hc`, `norm_weight` belong to the next sublayer, whose input is `x [T, D] bf16` (and `x_quantised`, as in
     `hc_pre`). `x_experts [T, D] bf16`, if given: the same values in expert order (`experts_decode.expert_gate_up`):
     inside each 128 channels, place 32 j + h holds channel 4 h + j. With `finish` False, `comb` is left as logits, and
-    a launch before the next write-back must turn them into matrices (`mhc_gates.finish_comb`; `routing_gate.gate_route` and
-    `kv_step.store_and_compress` can).
+    a launch before the next write-back must turn them into matrices (`mhc_gates.finish_comb`;
+    `routing_gate.gate_route` and `kv_step.store_and_compress` can).
     """
     _sums(sub_out, streams, post, comb, hc.fn, None, work, streams.shape[0], pdl)
     _collapsed(streams, None, hc, norm_weight, work, x, x_quantised, x_experts, post, comb, pdl, finish)
