@@ -14,7 +14,9 @@ import json
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -232,22 +234,40 @@ def _connect_ray(config: ClusterConfig) -> None:
         "logging_level": logging.ERROR,
         "log_to_driver": False,
     }
+    if config.ray.address:
+        settings["address"] = config.ray.address
+    else:
+        num_actors = config.prefill.count + config.decode.count + 1
+        settings |= {
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": max(num_actors, os.cpu_count() or 1),
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "_node_ip_address": "127.0.0.1",
+        }
     try:
-        if config.ray.address:
-            ray.init(address=config.ray.address, **settings)
-        else:
-            num_actors = config.prefill.count + config.decode.count + 1
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                num_cpus=max(num_actors, os.cpu_count() or 1),
-                object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",
-                **settings,
-            )
+        with _own_signals():
+            ray.init(**settings)
     except (ConnectionError, ValueError, RuntimeError) as exc:
         where = f"Ray at {config.ray.address}" if config.ray.address else "a local Ray"
         raise StartFailed(f"{where}: {first_line(exc)}") from exc
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Puts the caller's handlers back after the block.
+
+    Ray's own prints a stack and ends the process on the spot: a SIGTERM while models load would leave its processes to
+    find out by themselves that nobody wants them.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                if callable(handler):
+                    signal.signal(number, handler)
 
 
 def _log_folder() -> str:
