@@ -72,6 +72,7 @@ class Case:
         self.x = quant.fp8_fake_quant((self.randn(tokens, hidden) * 2).bfloat16(), 128)
         self.w13_codes, raw = quant.fp8_block_quant(torch.cat((shared[0], shared[2])))
         self.w13_scales = quant.e8m0_decode(raw)
+        self.w13 = quant.fp8_block_dequant(self.w13_codes, raw)
         self.shared_hidden = torch.empty(tokens, self.inner, dtype=torch.bfloat16)
         self.ids = torch.rand(tokens, experts, generator=self.generator).argsort(-1)[:, : self.choices].int()
         self.weights = torch.rand(tokens, self.choices, generator=self.generator)
@@ -124,11 +125,13 @@ class Case:
         shared = SimpleNamespace(codes=self.shared_codes.to(device), scales=self.shared_scales.to(device))
         experts_decode.expert_down(hidden, shared_hidden, shared, ids, groups, slab, out)
         assert not counters.any()
-        linear_decode.shared_gate_up(self.x.to(device), w13, self.limit, shared_hidden)
-        self.shared_hidden = shared_hidden.cpu()
         if experts_sm90.serves(device, self.hidden, self.inner):
-            return quant.fp8_fake_quant(hidden.cpu(), 128), out.cpu()
-        return natural_order(hidden.cpu()), out.cpu()
+            natural = quant.fp8_fake_quant(hidden.cpu(), 128)
+        else:
+            natural = natural_order(hidden.cpu())
+            linear_decode.shared_gate_up(self.x.to(device), w13, self.limit, shared_hidden)
+        self.shared_hidden = shared_hidden.cpu()
+        return natural, out.cpu()
 
     def expected_hidden(self) -> Tensor:
         gate = torch.einsum("td,tkid->tki", self.x.float(), self.routed.w1[self.ids.long()])
@@ -152,6 +155,8 @@ def test_both_halves_match_the_reference(device: torch.device, seed: int, sizes:
     assert relative_error(hidden.float(), expected) < 4e-2
     assert torch.equal(quant.fp8_fake_quant(hidden, 128), hidden)
     assert relative_error(out.float(), case.expected_out(hidden)) < BF16_SUM
+    shared = moe.swiglu(*(case.x.float() @ case.w13.T).chunk(2, dim=-1), case.limit)
+    assert relative_error(case.shared_hidden.float(), shared) < BF16_SUM
 
 
 def test_more_pairs_than_a_tile_for_one_expert(device: torch.device, seed: int, sizes: tuple[int, int]) -> None:
