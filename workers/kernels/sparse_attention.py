@@ -1,16 +1,17 @@
 """Sparse attention of the tokens of a step over fp8 pages: window rows and compressed entries, sink, inverse rope.
 
 Owns: launch shapes of decode and prefill and the size of the workspace. Does not own: the arithmetic
-(`sparse_attention_decode.py`, `sparse_attention_prefill.py`, `sparse_attention_sm90.py`), which entries are selected
+(`sparse_attention_decode.py`, `sparse_attention_prefill.py` and their `_sm90` forms), which entries are selected
 (indexer), or writing rows (`kv_store.py`).
 
-Decode splits a token's keys over programs where there are few tokens, and gives one program all of them where there are
-many. Every split yields the same bits, so a request's result does not depend on its batch.
+Decode splits a token's keys over programs where there are few tokens, and gives one program many or all of them where
+there are many; on sm_90 several tokens have a form of their own (`sparse_attention_decode_sm90.py`). All yield the same
+bits, so a request's result does not depend on its batch.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import triton
@@ -27,7 +28,7 @@ from workers.kernels.sparse_attention_prefill import (
     expand_rows,
     workspace_rows,
 )
-from workers.kernels.tiles import Tile, architecture, tile
+from workers.kernels.tiles import architecture, tile
 
 PAGE_TOKENS = 256
 MOST_CHUNK_PROGRAMS = 1024
@@ -38,6 +39,12 @@ MOST_RUN_PROGRAMS = 4096
 
 ENOUGH_PROGRAMS = 128
 """Programs that fill the GPU when each computes all of a token's keys: from here on keys are not split."""
+
+EXPLICIT_TOKENS = 5
+"""Tokens from which decode runs the form with explicit layouts, where there is one."""
+
+MOST_PAIR_PROGRAMS = 128
+"""Programs of that form, one a multiprocessor, up to which each has two chunks alone."""
 
 
 class StepMetadata(Protocol):
@@ -51,22 +58,48 @@ class StepMetadata(Protocol):
     cu_starts: Tensor  # [B + 1], prefill only
 
 
-def decode_split(
-    num_tokens: int, heads: int, num_pages: int, num_selected: int, ratio: int, shape: Tile, window: int = 128
-) -> tuple[int, int]:
-    """(what a program computes: 1 a chunk, 2 a run, 0 all; parts of a token), by shapes alone.
+class DecodeForm(NamedTuple):
+    """How the keys of a decode step's tokens are dealt to programs. The bits are the same for all."""
 
-    One part needs no workspace and no second launch.
-    """
+    explicit: bool
+    """Whether the form with explicit layouts computes them."""
+    split: int
+    """What a part is: 1 a chunk, 2 a run of chunks, 0 all keys; one part needs no workspace and no second launch."""
+    programs: int
+    """Of a token and its heads."""
+    parts: int
+    """Of a token."""
+    pairs: int = 0
+    """The explicit form's programs have so many times two chunks."""
+
+
+def decode_form(
+    num_tokens: int,
+    heads: int,
+    head_dim: int,
+    num_pages: int,
+    num_selected: int,
+    ratio: int,
+    device: torch.device | str | None,
+    window: int = 128,
+) -> DecodeForm:
+    """By shapes alone."""
+    shape = tile("sparse_attention.decode", device)
     entries = {0: 0, 4: num_selected, 128: num_pages * (PAGE_TOKENS // 128)}[ratio]
     chunks = -(-window // shape.k) + -(-entries // shape.k)
     runs = -(-chunks * shape.k // RUN_KEYS)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if num_tokens >= EXPLICIT_TOKENS and explicit_form(place, heads, head_dim, window):
+        pairs = -(-chunks // 2)
+        if num_tokens * (heads // 64) * pairs <= MOST_PAIR_PROGRAMS:
+            return DecodeForm(True, 1, pairs, chunks, 1)
+        return DecodeForm(True, 2 if runs > 1 else 0, runs, runs, min(pairs, RUN_KEYS // (2 * shape.k)))
     programs = num_tokens * -(-heads // shape.n)
     if programs * chunks <= MOST_CHUNK_PROGRAMS:
-        return 1, chunks
+        return DecodeForm(False, 1, chunks, chunks)
     if runs > 1 and programs < ENOUGH_PROGRAMS and programs * runs <= MOST_RUN_PROGRAMS:
-        return 2, runs
-    return 0, 1
+        return DecodeForm(False, 2, runs, runs)
+    return DecodeForm(False, 0, 1, 1)
 
 
 def work_floats(
@@ -80,9 +113,8 @@ def work_floats(
     window: int = 128,
 ) -> int:
     """fp32 elements of workspace that decode of this shape needs."""
-    shape = tile("sparse_attention.decode", device)
-    split, parts = decode_split(num_tokens, heads, num_pages, num_selected, ratio, shape, window)
-    return num_tokens * heads * parts * (head_dim + 2) if split else 0
+    form = decode_form(num_tokens, heads, head_dim, num_pages, num_selected, ratio, device, window)
+    return num_tokens * heads * form.parts * (head_dim + 2) if form.split else 0
 
 
 def prefill_work_floats(num_tokens: int, num_sequences: int, num_entries: int, head_dim: int) -> int:
@@ -142,8 +174,29 @@ def sparse_attention(
         "SELECTED": 0 if selected is None else selected.shape[1],
         "WIDEN": not q.is_cuda,
     }
-    launch = _decode if mode == "decode" else _prefill
-    launch(q, meta, (window_pool, entries), chosen, (sink, rope_table, out), work, eps, constants, pdl)
+    call = _Call(q, meta, (window_pool, entries), chosen, (sink, rope_table, out), work, eps, constants, pdl)
+    (_decode if mode == "decode" else _prefill)(call)
+
+
+class _Call(NamedTuple):
+    """Arguments of both modes, checked."""
+
+    q: Tensor
+    meta: StepMetadata
+    pools: tuple[Tensor, Tensor]
+    """Window and entries."""
+    selected: Tensor
+    results: tuple[Tensor, Tensor, Tensor]
+    """Sink, rope table, out."""
+    work: Tensor | None
+    eps: float
+    constants: dict[str, Any]
+    pdl: bool | None
+
+    @property
+    def views(self) -> tuple[Tensor, ...]:
+        """Each pool as bytes and as bf16."""
+        return tuple(pool.view(dtype) for pool in self.pools for dtype in (torch.uint8, torch.bfloat16))
 
 
 def _check_sizes(
@@ -156,52 +209,49 @@ def _check_sizes(
         raise ValueError(f"ratio {ratio}: entry pool {entry_pool is not None}, selection {selected is not None}")
 
 
-def _decode(
-    q: Tensor,
-    meta: StepMetadata,
-    pools: tuple[Tensor, Tensor],
-    selected: Tensor,
-    results: tuple[Tensor, Tensor, Tensor],
-    work: Tensor | None,
-    eps: float,
-    constants: dict[str, Any],
-    pdl: bool | None,
-) -> None:
-    """Parts of every token's keys, then their sum. pools: window and entries; results: sink, rope table, out."""
-    sink, rope_table, out = results
-    num_tokens, heads, num_pages = out.shape[0], constants["HEADS"], meta.full_pages.shape[1]
-    head_dim = out.shape[1] // heads
-    shape = tile("sparse_attention.decode", q.device)
-    sizes = (constants["SELECTED"], constants["RATIO"], shape, constants["WINDOW"])
-    split, parts = decode_split(num_tokens, heads, num_pages, *sizes)
-    constants = constants | {"W": head_dim // 64, "KEYS": shape.k, "RUN": RUN_KEYS // shape.k, "SPLIT": split}
-    options = pdl_options(q, pdl)
-    attend_decode[(-(-heads // shape.n), num_tokens, parts)](
-        *(q, meta.positions, meta.sequence_of_token, meta.window_pages, meta.full_pages, num_pages),
-        *(pool.view(dtype) for pool in pools for dtype in (torch.uint8, torch.bfloat16)),
-        *(selected, *results, out if work is None else work, parts, eps),
-        Q_STRIDE=q.stride(0),
-        BH=shape.n,
-        **(shape.options | {"num_warps": head_dim // 64}),
-        WINDOW_STRIDE=pools[0].shape[1],
-        ENTRY_STRIDE=pools[1].shape[1],
-        HW=hardware_formats(q.device),
-        **constants,
-        **options,
-    )
-    if split:
+def _decode(call: _Call) -> None:
+    """Parts of every token's keys, then their sum."""
+    q, meta, results, constants = call.q, call.meta, call.results, call.constants
+    num_tokens, heads, num_pages = results[-1].shape[0], constants["HEADS"], meta.full_pages.shape[1]
+    head_dim, window = results[-1].shape[1] // heads, constants["WINDOW"]
+    step = (num_tokens, heads, head_dim, num_pages, constants["SELECTED"], constants["RATIO"], q.device, window)
+    form, shape, options = decode_form(*step), tile("sparse_attention.decode", q.device), pdl_options(q, call.pdl)
+    work = results[-1] if call.work is None else call.work
+    arguments = (q, meta.positions, meta.sequence_of_token, meta.window_pages, meta.full_pages, num_pages, *call.views)
+    arguments += (call.selected, *results, work, form.parts, call.eps)
+    strides = {"Q_STRIDE": q.stride(0), "WINDOW_STRIDE": call.pools[0].shape[1], "ENTRY_STRIDE": call.pools[1].shape[1]}
+    layout = {"W": head_dim // 64, "KEYS": shape.k, "RUN": RUN_KEYS // shape.k, "SPLIT": form.split}
+    if form.explicit:
+        from workers.kernels.sparse_attention_decode_sm90 import attend
+
+        kept = {name: constants[name] for name in ("HEADS", "WINDOW", "RATIO", "SELECTED")}
+        sizes = kept | strides | {"PAIRS": form.pairs, "FINAL": not form.split}
+        attend(arguments, num_tokens, form.programs, **sizes, **options)
+    else:
+        attend_decode[(-(-heads // shape.n), num_tokens, form.programs)](
+            *arguments,
+            BH=shape.n,
+            **(shape.options | {"num_warps": head_dim // 64}),
+            HW=hardware_formats(q.device),
+            **strides,
+            **layout,
+            **constants,
+            **options,
+        )
+    if form.split:
         combine[(heads, num_tokens)](
-            *(work, parts, meta.positions, *results),
-            MOST=triton.next_power_of_2(parts),
+            *(work, form.parts, meta.positions, *results),
+            MOST=triton.next_power_of_2(form.parts),
             EARLY=options["PDL"] and num_tokens <= EARLY_TOKENS,
             num_warps=4 if head_dim == 512 else 1,
+            **layout,
             **constants,
             **options,
         )
 
 
 def explicit_form(device: torch.device, heads: int, head_dim: int, window: int) -> bool:
-    """Whether prefill runs the form with explicit layouts."""
+    """Whether there are forms with explicit layouts, of decode and prefill."""
     if device.type != "cuda" or architecture(device) != 90:
         return False
     from workers.kernels.sparse_attention_sm90 import serves
@@ -209,18 +259,9 @@ def explicit_form(device: torch.device, heads: int, head_dim: int, window: int) 
     return serves(heads, head_dim, window)
 
 
-def _prefill(
-    q: Tensor,
-    meta: StepMetadata,
-    pools: tuple[Tensor, Tensor],
-    selected: Tensor,
-    results: tuple[Tensor, Tensor, Tensor],
-    work: Tensor | None,
-    eps: float,
-    constants: dict[str, Any],
-    pdl: bool | None,
-) -> None:
-    """Rows to bf16, then the attention of every token. Arguments as in `_decode`."""
+def _prefill(call: _Call) -> None:
+    """Rows to bf16, then the attention of every token."""
+    q, meta, results, work, constants = call.q, call.meta, call.results, call.work, call.constants
     num_sequences, num_pages = meta.full_pages.shape
     num_tokens, heads, ratio = results[-1].shape[0], constants["HEADS"], constants["RATIO"]
     head_dim = results[-1].shape[1] // heads
@@ -234,21 +275,21 @@ def _prefill(
     window_programs = triton.cdiv(num_tokens + MARGIN, ROWS_OF_PROGRAM)
     entry_programs = triton.cdiv(num_pages * PAGE_TOKENS // ratio, ROWS_OF_PROGRAM) if ratio else 0
     step = (meta.positions, meta.sequence_of_token, meta.cu_starts, meta.start)
-    options = pdl_options(q, pdl)
+    options = pdl_options(q, call.pdl)
     expand_rows[(window_programs + entry_programs, num_sequences)](
         *(rows, bases, *step, num_tokens, meta.window_pages, meta.full_pages, num_pages),
-        *(pool.view(dtype) for pool in pools for dtype in (torch.uint8, torch.bfloat16)),
+        *call.views,
         window_programs,
         NOPE=constants["NOPE"],
         RATIO=ratio,
-        WINDOW_STRIDE=pools[0].shape[1],
-        ENTRY_STRIDE=pools[1].shape[1],
+        WINDOW_STRIDE=call.pools[0].shape[1],
+        ENTRY_STRIDE=call.pools[1].shape[1],
         ROWS=ROWS_OF_PROGRAM,
         HW=hardware_formats(q.device),
         num_warps=8,
         **options,
     )
-    arguments = (q, *step, rows, bases, num_sequences, selected, *results, eps)
+    arguments = (q, *step, rows, bases, num_sequences, call.selected, *results, call.eps)
     if explicit_form(q.device, heads, head_dim, constants["WINDOW"]):
         from workers.kernels.sparse_attention_sm90 import attend
 
@@ -294,11 +335,15 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         ),
     ]
     if arch == 90:
+        from workers.kernels.sparse_attention_decode_sm90 import attend_decode_sm90
         from workers.kernels.sparse_attention_sm90 import NUM_WARPS, attend_prefill_sm90
 
+        eight = {"num_warps": NUM_WARPS}
         cases += [
-            (f"prefill_c{ratio}_explicit", attend_prefill_sm90, {"RATIO": ratio}, {"num_warps": NUM_WARPS})
-            for ratio in (0, 4, 128)
+            *((f"prefill_c{ratio}_explicit", attend_prefill_sm90, {"RATIO": ratio}, eight) for ratio in (0, 4, 128)),
+            ("decode_pair_explicit", attend_decode_sm90, {"PAIRS": 1, "FINAL": False}, eight),
+            ("decode_run_explicit", attend_decode_sm90, {"PAIRS": RUN_KEYS // 64, "FINAL": False}, eight),
+            ("decode_window_explicit", attend_decode_sm90, {"PAIRS": 2, "FINAL": True, "RATIO": 0}, eight),
         ]
     return [
         (

@@ -6,6 +6,9 @@ the chunks of a run of RUN chunks first to last, then the runs first to last. So
 or all of a token, and `combine` does the additions that are left: the bits of the output are the same, and the split
 can follow the number of tokens.
 
+Sums whose order would follow a block's layout are made so that they have none, or are laid out alike in both forms of
+the kernel (`sparse_attention_decode_sm90.py`): of a chunk's weights as whole numbers, of queries' squares explicitly.
+
 A program has few heads. Products are bf16 with fp32 accumulation, probabilities are rounded to bf16 for the values and
 their sum is not (official kernel). The rows of a chunk lie in shared memory once, as keys and as values.
 # measured: groups of 64 dimensions as a batch of products, one a warp, spent 7,000 of 18,000 cycles in bank conflicts
@@ -27,7 +30,7 @@ from workers.kernels.kv_rows import as_bf16, unit_and_offset
 AT_ONCE = tl.constexpr(32)
 """Parts that `combine` loads at once; where a token can have more, it walks their runs."""
 
-RUN_KEYS = 256
+RUN_KEYS = 320
 """Keys of a run. A change moves the last bits of every result with more keys than this."""
 
 
@@ -64,7 +67,7 @@ def _queries(q, live, angle, eps, HD: tl.constexpr, WIDEN: tl.constexpr):
     word = tl.load(q.to(tl.pointer_type(tl.uint32))[:, None] + pair, mask=live[:, None], other=0)  # two numbers each
     even = (word << 16).to(tl.float32, bitcast=True)
     odd = (word & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
-    norm = tl.rsqrt(tl.sum(even * even + odd * odd, 1) / HD + eps)
+    norm = tl.rsqrt(tl.sum(tl.fma(even, even, odd * odd), 1) / HD + eps)
     cos, sin = _angles(angle, BH, HD)
     turned = tl.join(tl.fma(even, cos, -(odd * sin)), tl.fma(odd, cos, even * sin))
     x = _computed_once(as_bf16(tl.reshape(turned, (BH, HD)), WIDEN), WIDEN)
@@ -125,7 +128,8 @@ def _weights(q, k, live, scale, WIDEN: tl.constexpr):
     s = tl.where(live[None, :], s, -float("inf"))
     top = tl.ceil(tl.max(s, 1))
     p = tl.exp2(s - finite(top)[:, None])
-    return as_bf16(p, WIDEN), top, tl.sum(p, 1)
+    counts = tl.sum((p + 1.0).to(tl.int32, bitcast=True) - 0x3F800000, 1)  # of 2 ** -23, rounded
+    return as_bf16(p, WIDEN), top, counts.to(tl.float32) * (2.0**-23)
 
 
 @triton.jit(do_not_specialize=["num_pages", "num_parts"])

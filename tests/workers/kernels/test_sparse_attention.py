@@ -136,6 +136,30 @@ def test_a_tokens_bits_do_not_depend_on_its_batch(
     assert torch.equal(attend(step, q=poisoned)[0], whole[0])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [64, 128])
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+def test_every_form_of_decode_gives_the_same_bits(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, ratio: int, heads: int
+) -> None:
+    """Explicit layouts by runs and by pairs of chunks, and the plain form, alone and in every split."""
+    positions = [3000, 5, -1, 1500, 127, 20_000, 128, 90, 2047, 4095, *range(700, 740)]
+    step = attention_step(device, [(p, 1) for p in positions], ratio=ratio, heads=heads, capacity_pages=200)
+    whole = attend(step)
+    check(whole[[0, 1, *range(3, 50)]], step.expected([0, 1, *range(3, 50)]), heads)
+    assert not whole[2].any()
+    for tokens in (range(6), range(4, 13), [0], [1], [3], [5], [9]):
+        chosen = None if step.selected is None else step.selected[list(tokens)]
+        some = attend(step, step.meta.rows(list(tokens)), step.q[list(tokens)], selected=chosen)
+        assert torch.equal(some, whole[list(tokens)])
+    monkeypatch.setattr(module, "EXPLICIT_TOKENS", 1)
+    chosen = None if step.selected is None else step.selected[5:6]
+    assert torch.equal(attend(step, step.meta.rows([5]), step.q[5:6], selected=chosen)[0], whole[5])
+    monkeypatch.setattr(module, "EXPLICIT_TOKENS", 1000)
+    assert torch.equal(split_of(step, monkeypatch, 0, 0), whole)
+    assert torch.equal(split_of(step, monkeypatch, 0, 10_000), whole)
+
+
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
 def test_padding_tokens_yield_zeros_and_disturb_nobody(device: torch.device, mode: str) -> None:
     step = attention_step(device, [(300, 1), (-1, 1), (70, 1)], ratio=4, head_dim=128, num_selected=64)
