@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.tasks import arithmetic, recall, smalltalk, steps
@@ -67,6 +67,7 @@ def test_answer_inside_unfinished_reasoning_is_wrong() -> None:
     assert is_correct(sample, None, "We need 1 + 1.</think>The answer is 2.")
 
 
+@settings(deadline=None)
 @given(a=st.integers(0, 9999), b=st.integers(0, 9999))
 def test_every_written_equation_of_sums_and_differences_holds(a: int, b: int) -> None:
     for text, result in ((steps.add(a, b), a + b), (steps.subtract(a, b), a - b)):
@@ -74,6 +75,7 @@ def test_every_written_equation_of_sums_and_differences_holds(a: int, b: int) ->
         assert_equations_hold(text)
 
 
+@settings(deadline=None)
 @given(a=st.integers(0, 999), b=st.integers(1, 99), c=st.integers(1, 9))
 def test_every_written_equation_of_products_and_quotients_holds(a: int, b: int, c: int) -> None:
     assert steps.multiply(a, b).endswith(f"= {a * b}.")
