@@ -68,6 +68,7 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     from workers.kernels import (
         compressor,
         experts_decode,
+        experts_sm90,
         indexer,
         kv_step,
         linear_decode,
@@ -89,12 +90,18 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         """Few tokens are rounded by the products themselves."""
         return x_quantised if x_quantised.shape[0] > linear_decode.ROUNDED_TOKENS else None
 
+    # The products of the experts round their inputs themselves.
+    experts_round = experts_sm90.serves(device, c.hidden_size, c.moe_intermediate_size)
+
     def hc_pre(*tensors: Any, x_quantised: Tensor) -> None:
         mhc.hc_pre(*tensors, work=streams, x_quantised=for_many(x_quantised), finish=False)
 
     def hc_post_pre(*tensors: Any, x_quantised: Tensor, x_experts: Tensor | None = None) -> None:
-        rounded = for_many(x_quantised)
-        mhc.hc_post_pre(*tensors, work=streams, x_quantised=rounded, x_experts=x_experts, finish=False)
+        if x_experts is not None and experts_round:
+            mhc.hc_post_pre(*tensors, work=streams, finish=False)
+        else:
+            rounded = for_many(x_quantised)
+            mhc.hc_post_pre(*tensors, work=streams, x_quantised=rounded, x_experts=x_experts, finish=False)
 
     def expert_gate_up(*operands: Any, x_quantised: Tensor, **others: Any) -> None:
         rounded = for_many(x_quantised)

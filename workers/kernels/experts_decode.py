@@ -82,6 +82,9 @@ def expert_gate_up(
     tokens, choices, inner = hidden.shape
     if not tokens:
         return
+    if experts_sm90.serves(x.device, x.shape[1], inner):
+        experts_sm90.gate_up(x, shared_w13, weights, groups, slab, hidden, limit, shared_hidden, pdl)
+        return
     shared_gate_up(x, shared_w13, limit, shared_hidden, x_quantised=x_quantised, pdl=pdl)
     most = min(ids.numel(), slab.table.numel())
     experts_plain.gate_up_kernel[(2 * inner // experts_plain.ROWS, most + 1)](
@@ -115,6 +118,9 @@ def expert_down(
     if not tokens:
         return
     wide = out.shape[2]
+    if experts_sm90.serves(hidden.device, wide, inner):
+        experts_sm90.down(hidden, shared_hidden, shared_w2, groups, slab, out, pdl)
+        return
     most = min(ids.numel(), slab.table.numel())
     experts_plain.down_kernel[(wide // experts_plain.ROWS, 1 + most)](
         hidden, shared_hidden, shared_w2.codes.view(torch.uint8), shared_w2.scales, out, groups.num_active,

@@ -28,7 +28,6 @@ from workers.kernels.experts_tiles import (
     SLOTS,
     SUM_ROWS,
     SUM_TOKENS,
-    SUMS,
     TOKENS,
     WARPS,
     WIDE_STEP,
@@ -42,26 +41,25 @@ from workers.kernels.experts_tiles import (
     slots_of_steps,
     tile_product,
 )
-from workers.kernels.launch import L2_LINE_BYTES, num_sms, pdl_options, prefetch_l2
+from workers.kernels.launch import num_sms, pdl_options
 
 gdc_wait = tl.extra.cuda.gdc_wait
 gdc_launch_dependents = tl.extra.cuda.gdc_launch_dependents
 
-OPTIONS = {"num_warps": 4, "maxnreg": 128}
-"""Four programs can share a multiprocessor."""
+OPTIONS = {"num_warps": 4, "maxnreg": 168}
+"""Three programs share a multiprocessor."""
 
 SHARED_BYTES = 227 * 1024
 """Shared memory of a multiprocessor that programs can have, each 1 KB more than it asks for."""
 
-MOST_PROGRAMS = 4
-"""Of a multiprocessor: registers admit no more."""
+MOST_PROGRAMS = 3
+"""Of a multiprocessor."""
 
 UNIT = 1024
 """Columns that `SLOTS` steps of a tile take: sizes must be multiples."""
 
 PLACE = gl.constexpr((1 << TIER_SHIFT) - 1)
 SHIFT = gl.constexpr(TIER_SHIFT)
-TABLE_LINE = gl.constexpr(L2_LINE_BYTES // 4)
 HOST_TIER = gl.constexpr(Tier.HOST.value)
 PEER_TIER = gl.constexpr(Tier.PEER.value)
 
@@ -98,20 +96,13 @@ def _swiglu(gate, up, limit):
 
 
 @gluon.jit
-def _gate_and_up(total):
-    """fp32 `[WARPS, 8, TOKENS]` each, of a tile of both matrices."""
-    return gl.split(gl.permute(gl.reshape(total, [WARPS, 2, 8, TOKENS]), [0, 2, 3, 1]))
-
-
-@gluon.jit
 def _shared_gate_up(
     slots, inputs, input_scales, row_scales, x, pair_order, codes, scales, out, num_tokens, limit,
     D: gl.constexpr, INNER: gl.constexpr,
 ):  # fmt: skip
-    """The shared expert's hidden rows `out [T, INNER]`, eight columns at a time."""
-    piece = gl.program_id(0) * (INNER // 8) // gl.num_programs(0)
-    pieces = (gl.program_id(0) + 1) * (INNER // 8) // gl.num_programs(0)
-    while piece < pieces:
+    """The shared expert's hidden rows: eight columns of `out [T, INNER]` a program and turn."""
+    piece = gl.program_id(0)
+    while piece < INNER // 8:
         rows = codes + (piece * 8).to(gl.int64) * D
         gate_scales = scales + piece // 16 * (D // 128)
         first = 0
@@ -127,21 +118,19 @@ def _shared_gate_up(
             target = out + token.to(gl.int64)[None, :] * INNER + column[:, None]
             gl.store(target, value.to(gl.bfloat16), mask=(token < num_tokens)[None, :])
             first += TOKENS
-        piece += 1
+        piece += gl.num_programs(0)
 
 
 @gluon.jit(do_not_specialize=["num_tokens"])
 def gate_up_kernel(
     x, routing, hidden, num_active, active_experts, active_begin, pair_order, table, base, host, peer,
     shared_codes, shared_scales, shared_hidden, num_tokens, limit,
-    D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr, E: gl.constexpr, EXPERT_BYTES: gl.constexpr,
-    HOST: gl.constexpr, PEER: gl.constexpr, PDL: gl.constexpr,
+    D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr, EXPERT_BYTES: gl.constexpr, HOST: gl.constexpr,
+    PEER: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Any number of programs. A tile is 32 rows of w1 and the same 32 of w3."""
     BLOCKS: gl.constexpr = INNER // (ROWS // 2)
     SCALES: gl.constexpr = 3 * (D * INNER // 2)
-    HIDDEN: gl.constexpr = _gate_and_up(gl.full([ROWS, TOKENS], 0.0, gl.float32, SUMS))[0].type.layout
-    HIDDEN_TOKENS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, HIDDEN))
     slots = slots_of_steps()
     inputs, input_scales = input_buffers(D)
     # `x` is older than the predecessor, `gate_route`, which lets this kernel start only after its own wait.
@@ -150,8 +139,6 @@ def gate_up_kernel(
         num_tokens, limit, D, INNER,
     )  # fmt: skip
     if PDL:
-        line = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-        prefetch_l2(table + gl.minimum(line * TABLE_LINE, E - 1))
         gdc_wait()
         # All programs are here: the successor may take the room of those that end first. It reads the groups before its
         # own wait.
@@ -180,16 +167,17 @@ def gate_up_kernel(
             fill_inputs(inputs, input_scales, x, pair_order, first, gl.minimum(end - first, TOKENS), CHOICES, D)
             fence_async_shared()
             filled = first
-        at = first + gl.arange(0, TOKENS, layout=HIDDEN_TOKENS)
-        pair = gl.load(pair_order + gl.minimum(at, end - 1))
-        weight = gl.load(routing + pair)[None, None, :]
         total = tile_product(
             slots, 0, inputs, input_scales, codes, scales, next_codes, next_scales, next_unit < units, INNER, D
         )
-        gate, up = _gate_and_up(total)
-        value = _swiglu(gate, up, limit) * weight
-        warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, HIDDEN)))[:, None, None]
-        row = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, HIDDEN)))[None, :, None]
+        gate, up = gl.split(gl.permute(gl.reshape(total, [WARPS, 2, 8, TOKENS]), [0, 2, 3, 1]))
+        value = _swiglu(gate, up, limit)
+        LAYOUT: gl.constexpr = value.type.layout
+        at = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+        pair = gl.load(pair_order + gl.minimum(at, end - 1))
+        value *= gl.load(routing + pair)[None, None, :]
+        warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+        row = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
         column = unit % BLOCKS * (ROWS // 2) + warp * 8 + row
         target = hidden + pair.to(gl.int64)[None, None, :] * INNER + column
         gl.store(target, value.to(gl.bfloat16), mask=(at < end)[None, None, :])
@@ -197,40 +185,36 @@ def gate_up_kernel(
 
 
 @gluon.jit
-def _issue_piece(slots, row_scales, piece, codes, scales, INNER: gl.constexpr):
-    """Start the copies of the first steps of 16 rows of the shared w2."""
-    scales += piece // 8 * (INNER // 128)
-    issue_row_scales(row_scales, scales, scales, INNER)
-    issue_first_rows(slots, codes + (piece * 16).to(gl.int64) * INNER, 0, INNER)
-
-
-@gluon.jit
 def _shared_down(
-    slots, inputs, input_scales, row_scales, hidden, pair_order, begin, end, codes, scales, out, num_tokens,
+    slots, inputs, input_scales, row_scales, hidden, pair_order, codes, scales, out, num_tokens,
     next_codes, next_scales, has_next, D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr,
 ):  # fmt: skip
-    """Pieces `begin` .. `end - 1`, 16 rows each, of the shared expert's part of `out [T, CHOICES + 1, D]`; the first
-    one's copies have begun. Leaves the first steps of the program's tiles on their way, if it has any."""
-    piece = begin
-    while piece < end:
+    """The shared expert's part of `out [T, CHOICES + 1, D]`, 16 rows a program and turn, the first steps of the first
+    on their way already. Leaves the first steps of the program's tiles on their way, if it has any."""
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
+    piece = pid
+    while piece < D // 16:
+        rows = codes + (piece * 16).to(gl.int64) * INNER
         first = 0
         while first < num_tokens:
-            if (first > 0) | (piece > begin):
-                _issue_piece(slots, row_scales, piece, codes, scales, INNER)
-            if (num_tokens > TOKENS) | (piece == begin):
-                count = gl.minimum(num_tokens - first, TOKENS)
-                fill_inputs(inputs, input_scales, hidden, pair_order, first, count, 0, INNER)
-            last = (first + TOKENS >= num_tokens) & (piece + 1 == end)
+            if first + piece > pid:
+                issue_row_scales(
+                    row_scales, scales + piece // 8 * (INNER // 128), scales + piece // 8 * (INNER // 128), INNER
+                )
+                issue_first_rows(slots, rows, 0, INNER)
+            last = (first + TOKENS >= num_tokens) & (piece + programs >= D // 16)
+            count = gl.minimum(num_tokens - first, TOKENS)
+            fill_inputs(inputs, input_scales, hidden, pair_order, first, count, 0, INNER)
             value = rows_product(
-                slots, inputs, input_scales, row_scales, codes + (piece * 16).to(gl.int64) * INNER,
-                next_codes, next_scales, last & has_next, 0, INNER, True,
-            )  # fmt: skip
+                slots, inputs, input_scales, row_scales, rows, next_codes, next_scales, last & has_next, 0, INNER, True
+            )
             token = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, value.type.layout))
             row = piece * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, value.type.layout))
             target = out + (token.to(gl.int64) * (CHOICES + 1) + CHOICES)[None, :] * D + row[:, None]
             gl.store(target, value.to(gl.bfloat16), mask=(token < num_tokens)[None, :])
             first += TOKENS
-        piece += 1
+        piece += programs
 
 
 @gluon.jit(do_not_specialize=["num_tokens"])
@@ -244,32 +228,31 @@ def down_kernel(
     BLOCKS: gl.constexpr = D // ROWS
     CODES: gl.constexpr = D * INNER
     SCALES: gl.constexpr = 3 * (D * INNER // 2) + 2 * (D * INNER // 32)
-    PIECES: gl.constexpr = D // 16
     BEGIN: gl.constexpr = INNER // WIDE_STEP // 2  # turns of the slots that the shared expert's rows take
     slots = slots_of_steps()
     inputs, input_scales = input_buffers(INNER)
     row_scales = row_scale_buffer(INNER)
     # Weights and groups are older than the predecessor, `gate_up_kernel`, which lets this kernel start only after its
-    # own wait. A piece is half a tile's work.
-    work = PIECES + gl.load(num_active) * (2 * BLOCKS)
-    begin = gl.program_id(0) * work // gl.num_programs(0)
-    end = (gl.program_id(0) + 1) * work // gl.num_programs(0)
-    piece, pieces = gl.minimum(begin, PIECES), gl.minimum(end, PIECES)
-    unit, units = (gl.maximum(begin - PIECES, 0) + 1) // 2, (gl.maximum(end - PIECES, 0) + 1) // 2
+    # own wait.
+    tiles = gl.load(num_active) * BLOCKS
+    unit = gl.program_id(0) * tiles // gl.num_programs(0)
+    units = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
     slot, first, end = _tile_of(
         unit, units, active_experts, active_begin, table, base, host, peer, BLOCKS, EXPERT_BYTES, HOST, PEER
     )
     codes = slot + CODES + unit % BLOCKS * (ROWS * (INNER // 2))
     scales = slot + SCALES + unit % BLOCKS * (ROWS * (INNER // 32))
-    if piece < pieces:
-        _issue_piece(slots, row_scales, piece, shared_codes, shared_scales, INNER)
+    if gl.program_id(0) < D // 16:
+        row_scales_at = shared_scales + gl.program_id(0) // 8 * (INNER // 128)
+        issue_row_scales(row_scales, row_scales_at, row_scales_at, INNER)
+        issue_first_rows(slots, shared_codes + (gl.program_id(0) * 16).to(gl.int64) * INNER, 0, INNER)
     elif unit < units:
         issue_first(slots, BEGIN, codes, scales, 0, INNER)
     if PDL:
         gdc_wait()
     _shared_down(
-        slots, inputs, input_scales, row_scales, shared_hidden, pair_order, piece, pieces, shared_codes, shared_scales,
-        out, num_tokens, codes, scales, unit < units, D, INNER, CHOICES,
+        slots, inputs, input_scales, row_scales, shared_hidden, pair_order, shared_codes, shared_scales, out,
+        num_tokens, codes, scales, unit < units, D, INNER, CHOICES,
     )  # fmt: skip
     filled = -1
     while unit < units:
@@ -285,11 +268,11 @@ def down_kernel(
             fill_inputs(inputs, input_scales, hidden, pair_order, first, gl.minimum(end - first, TOKENS), 1, INNER)
             fence_async_shared()
             filled = first
-        at = first + gl.arange(0, TOKENS, layout=SUM_TOKENS)
-        pair = gl.load(pair_order + gl.minimum(at, end - 1))
         total = tile_product(
             slots, BEGIN, inputs, input_scales, codes, scales, next_codes, next_scales, next_unit < units, 0, INNER
         )
+        at = first + gl.arange(0, TOKENS, layout=SUM_TOKENS)
+        pair = gl.load(pair_order + gl.minimum(at, end - 1))
         row = unit % BLOCKS * ROWS + gl.arange(0, ROWS, layout=SUM_ROWS)
         target = out + (pair + pair // CHOICES).to(gl.int64)[None, :] * D + row[:, None]
         gl.store(target, total.to(gl.bfloat16), mask=(at < end)[None, :])
@@ -325,7 +308,7 @@ def gate_up(
         x, weights, hidden, groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order,
         slab.table, slab.base, _or_base(slab.host, slab), _or_base(slab.peer, slab),
         shared_w13.codes.view(torch.uint8), shared_w13.scales, shared_hidden, tokens, float(limit),
-        E=slab.table.numel(), **_constants(x.shape[1], inner, choices, slab), **OPTIONS, **pdl_options(x, pdl),
+        **_constants(x.shape[1], inner, choices, slab), **OPTIONS, **pdl_options(x, pdl),
     )  # fmt: skip
 
 
@@ -369,7 +352,6 @@ def compile_list() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[
                 "HOST": tiers, "PEER": tiers, "PDL": True,
             }  # fmt: skip
             name = f"sm90_{kernel.fn.__name__}_{'tiers' if tiers else 'resident'}"
-            constants |= {"E": 256} if kernel is gate_up_kernel else {}
             signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
             cases.append((name, kernel, signature, constants, OPTIONS | {"launch_pdl": True}))
     return cases
