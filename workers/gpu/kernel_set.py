@@ -90,18 +90,16 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         """Few tokens are rounded by the products themselves."""
         return x_quantised if x_quantised.shape[0] > linear_decode.ROUNDED_TOKENS else None
 
-    # The products of the experts round their inputs themselves.
+    # Whether the products of the experts round their inputs themselves.
     experts_round = experts_sm90.serves(device, c.hidden_size, c.moe_intermediate_size)
 
     def hc_pre(*tensors: Any, x_quantised: Tensor) -> None:
         mhc.hc_pre(*tensors, work=streams, x_quantised=for_many(x_quantised), finish=False)
 
     def hc_post_pre(*tensors: Any, x_quantised: Tensor, x_experts: Tensor | None = None) -> None:
-        if x_experts is not None and experts_round:
-            mhc.hc_post_pre(*tensors, work=streams, finish=False)
-        else:
-            rounded = for_many(x_quantised)
-            mhc.hc_post_pre(*tensors, work=streams, x_quantised=rounded, x_experts=x_experts, finish=False)
+        unasked = x_experts is not None and experts_round
+        rounded = {} if unasked else {"x_quantised": for_many(x_quantised), "x_experts": x_experts}
+        mhc.hc_post_pre(*tensors, work=streams, finish=False, **rounded)
 
     def expert_gate_up(*operands: Any, x_quantised: Tensor, **others: Any) -> None:
         rounded = for_many(x_quantised)
