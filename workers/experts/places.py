@@ -67,8 +67,8 @@ class ExpertSizes:
 
     @property
     def table_bytes(self) -> int:
-        """Device bytes beside the slab: table, counters, a prefill step's own table and that of one of its layers, int32
-        each, and a count; what stands in for a slab of another process while there is none."""
+        """Device bytes beside the slab: table, counters, a prefill step's own table and that of one of its layers, all
+        int32, and a count; what stands in for a slab of another process while there is none."""
         stand_in = self.unit_bytes if self.unit_bytes > ALLOCATION_BYTES else 0
         return 4 * (3 * self.pairs + self.experts) + 5 * ALLOCATION_BYTES + stand_in
 
