@@ -41,8 +41,8 @@ BLOCK = 128
 WIDE_TOKENS = 16
 """Largest token tile of the wide kernel: its operand takes 2 * K bytes of shared memory a token."""
 
-MORE_ROWS = 3072
-"""From here on the first projections have tiles enough for two programs a multiprocessor (`linear_stream.py`)."""
+MORE_ROWS = 2048
+"""From here on the first projections have more tiles than a GPU has multiprocessors (`linear_stream.py`)."""
 
 ROUNDED_TOKENS = 8
 """Most tokens whose activations every program rounds for itself although rounded ones are at hand."""
@@ -279,7 +279,7 @@ def project_x(
     N2 = 0 if x_bf16 is None else x_bf16.shape[0]
     if x.shape[0] == 1 and streams(x, N1, K):
         op = "project" if N1 + N2 > MORE_ROWS else "project_less"
-        stream_rows(op, x, x_fp8, out_fp8, words=x_bf16, out_words=out_bf16, pdl=pdl)
+        stream_rows(op, x, x_fp8, out_fp8, words=x_bf16, out_words=out_bf16, signal="waited", pdl=pdl)
         return
     plan = _plan(x, K, pdl, "project")
     BN = plan.constants["BN"]
@@ -311,7 +311,10 @@ def linear(
         return
     N, K = weight.codes.shape
     if act_fp8 and (K <= SHORT or x.shape[0] == 1) and streams(x, N, K):
-        stream_rows("short" if K <= SHORT else "long", x, weight, out, pdl=pdl)
+        if K <= SHORT:
+            stream_rows("short", x, weight, out, pdl=pdl)
+        else:
+            stream_rows("long", x, weight, out, signal="waited", pdl=pdl)
         return
     act = "round" if act_fp8 else "plain"
     if act_fp8 and rounded is not None and x.shape[0] > (WIDE_TOKENS if K <= SHORT else ROUNDED_TOKENS):
@@ -363,7 +366,7 @@ def grouped_linear(x: Tensor, weight: Weight, out: Tensor, *, pdl: bool | None =
     if x.stride(1) != K:
         raise ValueError("groups of the activations must be contiguous")
     if x.shape[0] == 1 and streams(x, rows, K):
-        stream_rows("grouped", x, weight, out, groups=G, signal_first=True, pdl=pdl)
+        stream_rows("grouped", x, weight, out, groups=G, signal="first", pdl=pdl)
         return
     plan = _plan(x, K, pdl, "grouped")
     _project_kernel[(rows // plan.constants["BN"], plan.token_tiles)](

@@ -12,7 +12,7 @@ and their order are those of `row_products.py`, and so are the bits.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -27,6 +27,9 @@ from workers.kernels.launch import num_sms
 from workers.kernels.tiles import Tile, architecture, tile
 
 WARPS = 8
+
+Signal = Literal["first", "waited", "last"]
+"""When a launch lets the next one start: first of all, after its own wait, or when its sums are done."""
 
 SHORT = 1536
 """Weights up to this K have four partial sums (`linear_decode`), and room for the activations of `MOST_TOKENS`."""
@@ -333,13 +336,13 @@ def _stream_kernel(
     x, codes, scales, words, out_codes, out_words, num_tokens, out_codes_stride, out_words_stride, num_tiles,
     X_STRIDE: gl.constexpr, K: gl.constexpr, WORD_ROWS: gl.constexpr, KW: gl.constexpr, ROWS: gl.constexpr,
     SUB: gl.constexpr, R: gl.constexpr, ROUND: gl.constexpr, TILES: gl.constexpr, GROUP_TILES: gl.constexpr,
-    STAGES: gl.constexpr, SIGNAL_FIRST: gl.constexpr,
+    STAGES: gl.constexpr, SIGNAL: gl.constexpr,
 ):  # fmt: skip
     """Programs (walker, token tile). Tiles: first those of bf16 rows, then those of FP8 rows; TILES a program at most.
 
     Rows of group g (`tile // GROUP_TILES`) see the columns of `x` from `g * K` on; 0: there are no groups.
     """
-    if SIGNAL_FIRST:
+    if SIGNAL == "first":
         tl.extra.cuda.gdc_launch_dependents()
     STEPS: gl.constexpr = K // (KW * 128 * SUB)
     PLACES: gl.constexpr = _power(K // (KW * 128))
@@ -360,6 +363,8 @@ def _stream_kernel(
     row_scales = gl.allocate_shared_memory(gl.float32, [_power(TILES), PLACES, KW], FLAT)
     _row_scales(scales, row_scales, num_tiles, WORD_TILES, ROWS, SHAPE)
     tl.extra.cuda.gdc_wait()
+    if SIGNAL == "waited":
+        tl.extra.cuda.gdc_launch_dependents()
     start = gl.program_id(1) * R
     x += start * X_STRIDE
     if GROUP_TILES > 0:
@@ -385,7 +390,7 @@ def _stream_kernel(
             begin = (tile - WORD_TILES) * ROWS
             total = _codes_sums(i, (word_tiles + i) * STEPS, ring, held, weights, walk, BT, MMA, SHAPE)
             _store(total, parts, out_codes, out_codes_stride, begin, begin + ROWS, start, num_tokens)
-    if not SIGNAL_FIRST:
+    if SIGNAL == "last":
         tl.extra.cuda.gdc_launch_dependents()
 
 
@@ -410,14 +415,14 @@ def stream_rows(
     words: Tensor | None = None,
     out_words: Tensor | None = None,
     groups: int = 0,
-    signal_first: bool = False,
+    signal: Signal = "last",
     pdl: bool | None = None,
 ) -> None:
     """`out [T, N]` bf16 = `x [T, K]` times FP8 rows, `out_words [T, M]` fp32 = `x` times bf16 rows `words [M, K]`.
 
     `op`: row of the tile table. `weight`: a `linear_decode.Weight`. `groups`: the FP8 rows are cut into as many, which
-    see K columns each of a wider `x`, as they are (f16). `signal_first`: the next launch may start at once
-    (`launch.py`). One token, or any number where K is at most `SHORT`.
+    see K columns each of a wider `x`, as they are (f16). `signal`: when the next launch may start (`launch.py`).
+    One token, or any number where K is at most `SHORT`.
     """
     codes = weight.codes if weight.codes.dtype == torch.uint8 else weight.codes.view(torch.uint8)
     word_rows = 0 if words is None else words.shape[0]
@@ -426,7 +431,7 @@ def stream_rows(
     more, out_more = (weight.scales, out) if words is None or out_words is None else (words, out_words)
     _stream_kernel[(programs, -(-x.shape[0] // constants["R"]))](
         x, codes, weight.scales, more, out, out_more, x.shape[0], out.stride(0), out_more.stride(0), tiles,
-        X_STRIDE=x.stride(0), ROUND=not groups, SIGNAL_FIRST=signal_first, **constants,
+        X_STRIDE=x.stride(0), ROUND=not groups, SIGNAL=signal, **constants,
         num_warps=WARPS, launch_pdl=pdl is not False,
     )  # fmt: skip
 
@@ -451,17 +456,9 @@ def plan(
     if groups:
         each = next(n for n in range(each, tiles + 1) if tiles // groups % n == 0)
         programs = tiles // each
-    constants = {
-        "K": K,
-        "WORD_ROWS": word_rows,
-        "KW": KW,
-        "ROWS": chosen.n,
-        "SUB": sub,
-        "R": R,
-        "TILES": each,
-        "GROUP_TILES": tiles // groups if groups else 0,
-        "STAGES": chosen.stages * chosen.k // (KW * 128 * sub),
-    }
+    constants = {"K": K, "WORD_ROWS": word_rows, "KW": KW, "ROWS": chosen.n, "SUB": sub, "R": R, "TILES": each}
+    constants["GROUP_TILES"] = tiles // groups if groups else 0
+    constants["STAGES"] = chosen.stages * chosen.k // (KW * 128 * sub)
     return tiles, min(tiles, programs), constants
 
 
@@ -484,12 +481,12 @@ def stream_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, An
 
     def case(name: str, op: str, T: int, rows: int, K: int, word_rows: int = 0, groups: int = 0) -> tuple[Any, ...]:
         constants = plan(op, T, rows, K, word_rows, groups, arch)[2]
-        constants |= {"X_STRIDE": K * max(1, groups), "ROUND": not groups, "SIGNAL_FIRST": bool(groups)}
+        constants |= {"X_STRIDE": K * max(1, groups), "ROUND": not groups, "SIGNAL": "first" if groups else "waited"}
         return name, _stream_kernel, signature, constants, options
 
     return [
         case("project_x streamed", "project", 1, 1536, 4096, 2624),
-        case("project_x streamed, C128", "project_less", 1, 1536, 4096, 1024),
+        case("project_x streamed, C128", "project", 1, 1536, 4096, 1024),
         case("project_x streamed, no bf16 rows", "project_less", 1, 1536, 4096),
         case("project_x of Pro streamed", "project", 1, 2048, 7168, 2624),
         case("grouped_linear streamed", "grouped", 1, 8192, 4096, 0, 8),

@@ -11,7 +11,7 @@ from workers.kernels.tiles import SHARED_BYTES
 
 FLASH = [
     ("project", 1, 1536, 4096, 2624, 0),
-    ("project_less", 1, 1536, 4096, 1024, 0),
+    ("project", 1, 1536, 4096, 1024, 0),
     ("project_less", 1, 1536, 4096, 0, 0),
     ("grouped", 1, 8192, 4096, 0, 8),
     ("long", 1, 4096, 8192, 0, 0),
