@@ -7,6 +7,7 @@ another request's changes the tokens. `oracle_tokens` computes the same function
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,6 +45,7 @@ def _tag(name: PoolName) -> int:
     return list(PoolName).index(name) + 1
 
 
+@functools.cache
 def state_value(name: PoolName, token: int, position: int) -> int:
     return mix(np.array([token, position]), _tag(name))
 
