@@ -3,7 +3,7 @@
 Owns: the split of one slab. Does not own: bytes of one expert, who sits where.
 
     slots     the cache's
-    scratch   absent experts of one layer of a decode step, copied there before its products
+    scratch   absent experts of one layer of a decode step, copied there before its products, where kernels do so
     staging   absent experts of two layers of a prefill step: one is computed while the next one's arrive
 
 Scratch and staging only make steps faster (what does not fit is read in place from host memory), so that the smallest
@@ -59,6 +59,8 @@ class ExpertSizes:
     prefills: bool
     unit_bytes: int = ALLOCATION_BYTES
     """Device memory comes in multiples of this; more for memory that another process may map."""
+    stages: bool = True
+    """Whether a decode step copies absent experts to scratch; else it reads them in place, and all places are slots."""
 
     @property
     def pairs(self) -> int:
@@ -108,6 +110,8 @@ def plan_places(config: ExpertConfig, sizes: ExpertSizes, *, spare_bytes: int | 
 
 def _scratch(sizes: ExpertSizes, held: int) -> int:
     """Places of decode's scratch out of `held`."""
+    if not sizes.stages:
+        return 0
     return min(sizes.experts, sizes.max_running * sizes.top_k, MOST_SCRATCH, held // SCRATCH_SHARE)
 
 

@@ -154,6 +154,15 @@ class ExpertMemory:
         return cache
 
 
+def uses_scratch(config: ModelConfig, device: torch.device) -> bool:
+    """Whether decode's products on the device copy absent experts to scratch before they read them."""
+    if device.type != "cuda":
+        return True
+    from workers.kernels import experts_sm90
+
+    return not experts_sm90.serves(device, config.hidden_size, config.moe_intermediate_size)
+
+
 def homes_in(bank: HostBank | None, num_pairs: int) -> np.ndarray:
     """int32 [pairs]: codes of places in the bank, `NOWHERE` for a pair that has none."""
     if bank is None:

@@ -6,8 +6,8 @@ two halves while the layer before computes, whoever was chosen. A step of fewer 
 keeps those that are used most: what its routing has chosen is copied by a launch between routing and products, into
 both halves (`workers/kernels/experts_bring.py`). What finds no place is read in place.
 
-`ExpertsInPlace` enqueues nothing: the products of a decode step bring absent experts to scratch themselves
-(`workers/kernels/experts_stage.py`).
+`ExpertsInPlace` enqueues nothing: the products of a decode step read absent experts where they are, or bring them to
+scratch themselves (`workers/kernels/experts_stage.py`).
 
 Owns: the use of the slab's places beyond the slots, the tables of one step, the order of copies and products. Does not
 own: residency: a step sees the table as it was when the step began. One owner, the thread that launches; nothing here

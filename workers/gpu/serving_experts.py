@@ -39,7 +39,7 @@ from workers.experts.residency import Residency
 from workers.experts.share import Share
 from workers.experts.shared_bank import open_bank
 from workers.experts.supply import ExpertSupply
-from workers.gpu.cached_experts import ExpertMemory
+from workers.gpu.cached_experts import ExpertMemory, uses_scratch
 from workers.gpu.expert_peer import ExpertPeer
 from workers.gpu.expert_source import Bringer, ExpertSource
 from workers.gpu.expert_stream import ExpertsInPlace, ExpertStream
@@ -113,6 +113,7 @@ class GpuExperts:
             duties.max_running if duties.decodes else 0,
             duties.prefills,
             ALLOCATION_BYTES if self._place is None else SHARED_BYTES,
+            uses_scratch(config, device),
         )
         self._heat = torch.zeros(self.sizes.pairs, dtype=torch.int32, device=device)
         self._decode, self._prefill = _Later(), _Later()

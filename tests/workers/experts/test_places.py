@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ PREFILL = ExpertSizes(43, 256, 6, FLASH, max_running=0, prefills=True)
 BOTH = ExpertSizes(43, 256, 6, FLASH, max_running=4, prefills=True)
 NANO = ExpertSizes(8, 12, 3, 52_224, max_running=2, prefills=True)
 SHARED = ExpertSizes(43, 256, 6, FLASH, max_running=128, prefills=False, unit_bytes=SHARED_BYTES)
+IN_PLACE = dataclasses.replace(DECODE, stages=False)
 
 
-@pytest.mark.parametrize("sizes", [DECODE, PREFILL, BOTH, NANO, SHARED])
+@pytest.mark.parametrize("sizes", [DECODE, PREFILL, BOTH, NANO, SHARED, IN_PLACE])
 @pytest.mark.parametrize("experts", [6, 7, 20, 100, 1000, 5000, 9999, 11_007, 11_008, 20_000])
 def test_places_of_a_budget_in_bytes_fit_it(sizes: ExpertSizes, experts: int) -> None:
     budget = sizes.slab_bytes(Places(experts)) + sizes.table_bytes + 17
@@ -39,6 +41,13 @@ def test_prefill_of_a_large_budget_stages_whatever_a_layer_lacks() -> None:
     places = plan_places(ExpertConfig(hbm_bytes=110 * 10**9), PREFILL)
     absent_a_layer = 256 - places.slots // 43
     assert absent_a_layer <= places.half <= absent_a_layer + 2
+
+
+@pytest.mark.parametrize("values", [{"hbm_bytes": 16 * 10**9}, {"slots": 900}])
+def test_who_reads_absent_experts_in_place_has_slots_instead_of_scratch(values: dict[str, int]) -> None:
+    staged, in_place = (plan_places(ExpertConfig(**values), sizes) for sizes in (DECODE, IN_PLACE))
+    assert staged.scratch > 0 == in_place.scratch
+    assert in_place.slots == (values.get("slots") or staged.total)
 
 
 def test_total_budget_is_what_the_rest_leaves() -> None:
