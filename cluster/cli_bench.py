@@ -163,7 +163,8 @@ def expert_cache(
         str, typer.Option(help=f"Who stays, by commas, the usual one first: {', '.join(POLICIES)}.")
     ] = "lfru,static,lru,lfu,heat",
     scratch: Annotated[
-        bool, typer.Option("--scratch/--in-place", help="Bring absent experts to scratch, or read them in place.")
+        bool,
+        typer.Option("--scratch/--in-place", help="Bring absent experts to scratch (before sm_90), or read in place."),
     ] = True,
     bank_experts: Annotated[
         int | None, typer.Option(min=1, help="Different experts of a layer in host memory; the others share bytes.")

@@ -28,7 +28,7 @@ from workers.experts.layout import ExpertShape
 from workers.experts.places import Places
 from workers.experts.policy import Ids, Policy, Values
 from workers.experts.slots import SlotState
-from workers.gpu.cached_experts import ExpertMemory, homes_in
+from workers.gpu.cached_experts import ExpertMemory, homes_in, uses_scratch
 from workers.gpu.expert_stream import ExpertsInPlace, ExpertStream
 from workers.gpu.synthetic import layer_experts
 from workers.model.config import PAGE_TOKENS, ModelConfig
@@ -66,7 +66,7 @@ class ExpertScene:
         chunk: int = CHUNK,
         device: str = "cuda",
     ) -> None:
-        """`scratch`: absent experts of a decode step are brought to scratch, instead of being read in place.
+        """`scratch`: absent experts of a decode step are brought to scratch, where kernels do so, not read in place.
 
         `bank_experts`: different experts of a layer in the bank, where host memory cannot hold all; others share bytes.
         """
@@ -86,7 +86,8 @@ class ExpertScene:
         self.bank = HostBank(range(layers * self.held), pairs, shape.expert_bytes, places=places)
         self.model_s, self.lock_s, self.fill_s = self._seconds(began), 0.0, 0.0
         self._make_bank(shape, layers, say)
-        num_scratch = min(self.most_running * config.num_experts_per_tok, SCRATCH) if scratch else 0
+        staged = scratch and uses_scratch(config, self.device)
+        num_scratch = min(self.most_running * config.num_experts_per_tok, SCRATCH) if staged else 0
         slab = Places(most_slots, num_scratch, min(STAGED, experts))
         self.memory = ExpertMemory.allocate(self.config, slab, self.bank, device)
         self.codes = homes_in(self.bank, pairs)
