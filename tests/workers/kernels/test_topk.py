@@ -110,6 +110,26 @@ def test_a_row_does_not_depend_on_its_batch(device: torch.device, seed: int) -> 
         assert torch.equal(choose(scores[:count], visible[:count], 64)[:1], alone)
 
 
+@pytest.mark.parametrize("kind", ["many ties", "all equal", "outliers"])
+def test_few_and_many_tokens_choose_in_the_order_of_scores(kind: str, device: torch.device, seed: int) -> None:
+    """By programs that count together, and by one that searches; ties go to the lower entry."""
+    k, visible = 16, torch.tensor([2048, 17, 1024, 1025, 100, 16, 600, 16, 31], device=device)
+    scores = KINDS[kind](normal(seed, device, len(visible), 2048))
+
+    def run(rows: slice) -> Tensor:
+        out = torch.full((len(visible[rows]), k), -7, dtype=torch.int32, device=device)
+        positions = (visible[rows] * 4 - 1).int()
+        select_topk(scores[rows], positions, out, TopkWork.allocate(len(out), 2048, k, device))
+        return out
+
+    many = run(slice(None))
+    for row, (count, chosen) in enumerate(zip(visible.tolist(), many, strict=True)):
+        if count > k:
+            order = scores[row, :count].sort(descending=True, stable=True).indices[:k]
+            assert torch.equal(chosen.long(), order)
+    assert torch.equal(torch.cat((run(slice(0, 5)), run(slice(5, 9)))), many)
+
+
 def test_no_tokens(device: torch.device) -> None:
     scores, positions = torch.zeros(2, 128, device=device), torch.full((2,), 99, dtype=torch.int32, device=device)
     selected = torch.full((2, 16), 7, dtype=torch.int32, device=device)
