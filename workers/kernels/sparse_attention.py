@@ -40,8 +40,10 @@ MOST_RUN_PROGRAMS = 4096
 ENOUGH_PROGRAMS = 128
 """Programs that fill the GPU when each computes all of a token's keys: from here on keys are not split."""
 
-EXPLICIT_TOKENS = 5
-"""Tokens from which decode runs the form with explicit layouts, where there is one."""
+MOST_PLAIN_PROGRAMS = 480
+"""Programs of a chunk each, beyond which the form with explicit layouts is sooner, where there is one.
+# measured (H200, 2026-11-21): C4, which has 80 a token: 4 tokens 16.7 us and 18.8, 6 tokens 19.9 and 19.7, 8 tokens
+# 27.3 and 21.3; C128 at 4K of context, 20 a token: 8 tokens 9.7 and 16.7."""
 
 MOST_PAIR_PROGRAMS = 128
 """Programs of that form, one a multiprocessor, up to which each has two chunks alone."""
@@ -88,13 +90,13 @@ def decode_form(
     entries = {0: 0, 4: num_selected, 128: num_pages * (PAGE_TOKENS // 128)}[ratio]
     chunks = -(-window // shape.k) + -(-entries // shape.k)
     runs = -(-chunks * shape.k // RUN_KEYS)
+    programs = num_tokens * -(-heads // shape.n)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if num_tokens >= EXPLICIT_TOKENS and explicit_form(place, heads, head_dim, window):
+    if programs * chunks > MOST_PLAIN_PROGRAMS and explicit_form(place, heads, head_dim, window):
         pairs = -(-chunks // 2)
-        if num_tokens * (heads // 64) * pairs <= MOST_PAIR_PROGRAMS:
+        if runs > 1 and num_tokens * (heads // 64) * pairs <= MOST_PAIR_PROGRAMS:
             return DecodeForm(True, 1, pairs, chunks, 1)
         return DecodeForm(True, 2 if runs > 1 else 0, runs, runs, min(pairs, RUN_KEYS // (2 * shape.k)))
-    programs = num_tokens * -(-heads // shape.n)
     if programs * chunks <= MOST_CHUNK_PROGRAMS:
         return DecodeForm(False, 1, chunks, chunks)
     if runs > 1 and programs < ENOUGH_PROGRAMS and programs * runs <= MOST_RUN_PROGRAMS:
@@ -221,6 +223,7 @@ def _decode(call: _Call) -> None:
     arguments += (call.selected, *results, work, form.parts, call.eps)
     strides = {"Q_STRIDE": q.stride(0), "WINDOW_STRIDE": call.pools[0].shape[1], "ENTRY_STRIDE": call.pools[1].shape[1]}
     layout = {"W": head_dim // 64, "KEYS": shape.k, "RUN": RUN_KEYS // shape.k, "SPLIT": form.split}
+    layout["EARLY"] = options["PDL"] and num_tokens <= EARLY_TOKENS
     if form.explicit:
         from workers.kernels.sparse_attention_decode_sm90 import attend
 
@@ -242,7 +245,6 @@ def _decode(call: _Call) -> None:
         combine[(heads, num_tokens)](
             *(work, form.parts, meta.positions, *results),
             MOST=triton.next_power_of_2(form.parts),
-            EARLY=options["PDL"] and num_tokens <= EARLY_TOKENS,
             num_warps=4 if head_dim == 512 else 1,
             **layout,
             **constants,
@@ -321,13 +323,13 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     constants: dict[str, Any] = {"HEADS": 64, "WINDOW": 128, "RATIO": 4, "SELECTED": 512, "WIDEN": False}
     constants |= {"PDL": arch >= 90, "Q_STRIDE": 40_960, "WINDOW_STRIDE": 149_760, "ENTRY_STRIDE": 37_440}
     decode, prefill = tile("sparse_attention.decode", arch), tile("sparse_attention.prefill", arch)
-    constants |= {"HW": arch >= 89, "W": 8, "NOPE": 448, "MOST": 32, "RUN": RUN_KEYS // decode.k}
+    constants |= {"HW": arch >= 89, "W": 8, "NOPE": 448, "MOST": 32, "RUN": RUN_KEYS // decode.k, "EARLY": arch >= 90}
     warps = decode.options | {"num_warps": 8}
     cases = [
         ("decode_chunk", attend_decode, {"BH": decode.n, "KEYS": decode.k, "SPLIT": 1}, warps),
         ("decode_run", attend_decode, {"BH": decode.n, "KEYS": decode.k, "SPLIT": 2}, warps),
         ("decode_all", attend_decode, {"BH": decode.n, "KEYS": decode.k, "SPLIT": 0}, warps),
-        ("combine", combine, {"KEYS": decode.k, "SPLIT": 1, "EARLY": arch >= 90}, {}),
+        ("combine", combine, {"KEYS": decode.k, "SPLIT": 1}, {}),
         ("expand_rows", expand_rows, {"ROWS": ROWS_OF_PROGRAM}, {"num_warps": 8}),
         *(
             (f"prefill_c{ratio}", attend_prefill, {"BH": prefill.n, "KEYS": prefill.k, "RATIO": ratio}, prefill.options)

@@ -165,9 +165,12 @@ def attend_decode(
     SPLIT: tl.constexpr,  # a program computes 1: a chunk, 2: a run, 0: all, and writes `out`
     HW: tl.constexpr,
     WIDEN: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (ceil(HEADS / BH), T, parts)."""
+    """Grid (ceil(HEADS / BH), T, parts). EARLY: the launch after the next streams weights. With many parts (C4) that
+    is not worth what the next one's programs take up.
+    """
     HD: tl.constexpr = W * 64
     STRIDES: tl.constexpr = (WINDOW_STRIDE, ENTRY_STRIDE)
     token = tl.program_id(1)
@@ -197,6 +200,8 @@ def attend_decode(
         k, live = _chunk(first, position, num_entries, *place, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN)
         if PDL:
             tl.extra.cuda.gdc_wait()
+            if EARLY and RATIO != 4:
+                tl.extra.cuda.gdc_launch_dependents()
         x, scale = _queries(q, live_head, angle, eps, HD, WIDEN)
         p, maximum, total = _weights(x, k, live, scale, WIDEN)
         values = dot_bf16(p, k, None, WIDEN)

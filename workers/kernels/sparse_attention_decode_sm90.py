@@ -52,7 +52,6 @@ _SQUARES = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 2], [1, 0]))
 """Order of the sum of squares: that of the layout which Triton gives the plain form."""
 
 _LINE = gl.constexpr(gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
-_PAIR = gl.constexpr(gl.BlockedLayout([1, 1], [32, 1], [NUM_WARPS, 1], [1, 0]))
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, CHUNK, 16]))
 _OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))
 _ROWS = gl.constexpr(gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16])))
@@ -100,7 +99,7 @@ def _copy_rows(
 ):  # fmt: skip
     """The stored bytes of a pair to shared memory; rows that do not exist become 0.
 
-    units, offsets: the pair's places; raw: codes [4, KEYS, 128], rope [KEYS, 64], scales [KEYS, 8].
+    units, offsets: the pair's places; raw: four times codes [KEYS, 128], rope [KEYS, 64], scales [KEYS, 8].
     """
     codes, words, shift, stride = sources[0], sources[1], 8, STRIDES[0]
     if RATIO > 0:
@@ -114,7 +113,7 @@ def _copy_rows(
     column = gl.arange(0, 128, gl.SliceLayout(0, _CODES))
     for i in gl.static_range(_PIECES):
         inside = (unit >= 0)[:, None] & (column < (128 if i < _PIECES - 1 else 64))[None, :]
-        async_copy.async_copy_global_to_shared(raw[0].index(i), at[:, None] + (column + i * 128)[None, :], mask=inside)
+        async_copy.async_copy_global_to_shared(raw[0][i], at[:, None] + (column + i * 128)[None, :], mask=inside)
     unit, offset = units.load(gl.SliceLayout(1, _ROPE)), offsets.load(gl.SliceLayout(1, _ROPE))
     word = gl.maximum(unit, 0).to(gl.int64) * (stride // 2) + (offset * (_ROW_BYTES // 2) + (_HD - 64) // 2)
     column = gl.arange(0, 64, gl.SliceLayout(0, _ROPE))
@@ -127,18 +126,21 @@ def _copy_rows(
 
 @gluon.jit
 def _expand(raw, keys):
-    """Stored bytes to bf16 `keys [4, KEYS, 128]`, exact."""
+    """Stored bytes to bf16 `keys`, four times [KEYS, 128], exact."""
+    codes, bytes_ = (), ()
+    for i in gl.static_range(_PIECES):  # all loads before the first store, which they would not be moved across
+        codes += (raw[0][i].load(_CODES),)
+        bytes_ += (raw[2].slice(i * 2, 2, dim=1).load(gl.SliceLayout(2, _GROUPS)),)
+    rope = gl.expand_dims(raw[1].load(gl.SliceLayout(1, _GROUPS)), 1)
     for i in gl.static_range(_PIECES):
-        code = gl.convert_layout(gl.reshape(raw[0].index(i).load(_CODES), (_KEYS, 2, 64)), _GROUPS)
-        byte = raw[2].slice(i * 2, 2, dim=1).load(gl.SliceLayout(2, _GROUPS))
-        factor = (byte.to(gl.uint32) << 23).to(gl.float32, bitcast=True)  # byte 0 stands for zeros only
+        code = gl.convert_layout(gl.reshape(codes[i], (_KEYS, 2, 64)), _GROUPS)
+        factor = (bytes_[i].to(gl.uint32) << 23).to(gl.float32, bitcast=True)  # byte 0 stands for zeros only
         value = code.to(gl.float8e4nv, bitcast=True).to(gl.float16).to(gl.float32) * factor[:, :, None]
         value = value.to(gl.bfloat16)
         if i == _PIECES - 1:
-            rope = gl.expand_dims(raw[1].load(gl.SliceLayout(1, _GROUPS)), 1)
             first = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, _GROUPS))) == 0
             value = gl.where(gl.expand_dims(gl.expand_dims(first, 0), 2), value, rope)
-        keys.index(i).store(gl.convert_layout(gl.reshape(value, (_KEYS, 128)), _CODES))
+        keys[i].store(gl.convert_layout(gl.reshape(value, (_KEYS, 128)), _CODES))
 
 
 @gluon.jit
@@ -154,7 +156,7 @@ def _rotated(x, angle, SIGN: gl.constexpr):
 
 @gluon.jit
 def _queries(q, angle, eps, query):
-    """Raw queries, rotated, to `query [4, BH, 128]`; fp32 [BH] factors of the scores. q: pointer to the first head."""
+    """Raw queries, rotated, to `query`, four times [BH, 128]; fp32 [BH] factors of the scores. q: of the first head."""
     head, column = gl.arange(0, _BH, gl.SliceLayout(1, _SQUARES)), gl.arange(0, _HD, gl.SliceLayout(0, _SQUARES))
     x = gl.load(q + (head * _HD)[:, None] + column[None, :]).to(gl.float32)
     even, odd = gl.split(gl.reshape(x, (_BH, _HD // 2, 2)))
@@ -164,17 +166,16 @@ def _queries(q, angle, eps, query):
         piece = gl.load(q + (head * _HD)[:, None] + (column + i * 128)[None, :])
         if i == _PIECES - 1:
             piece = _rotated(piece.to(gl.float32), angle, 1.0).to(gl.bfloat16)
-        query.index(i).store(piece)
+        query[i].store(piece)
     return norm * (_HD**-0.5 * _LOG2E)
 
 
 @gluon.jit
-def _values(weights, keys, i: gl.constexpr):
-    """Products of both chunks' weights with 128 of their dimensions, on their way: fp32 [BH, 128] each."""
+def _values(weights, rows):
+    """Products of both chunks' weights with 128 dimensions of their `rows`, on their way: fp32 [BH, 128] each."""
     nothing = gl.zeros([_BH, 128], gl.float32, _OUTPUT)
     CHUNK: gl.constexpr = _KEYS // 2
     one, two = weights.slice(0, CHUNK, dim=1), weights.slice(CHUNK, CHUNK, dim=1)
-    rows = keys.index(i)
     a = warpgroup_mma(one, rows.slice(0, CHUNK, dim=0), nothing, use_acc=False, is_async=True)
     return a, warpgroup_mma(two, rows.slice(CHUNK, CHUNK, dim=0), nothing, use_acc=False, is_async=True)
 
@@ -189,6 +190,24 @@ def _taken(values, a, b, factors, to, second, PART: gl.constexpr, APART: gl.cons
     else:
         values = values * factors[0] + a * factors[1] + b * factors[2]
     return values
+
+
+@gluon.jit
+def _finish(values, maximum, total, sink, angle, buffers, out):
+    """Values of all keys to the program's heads of `out`: divided, rotated back, through shared memory."""
+    sinks = gl.load(sink + gl.arange(0, _BH, _ROWS)) * _LOG2E
+    top = _finite(gl.maximum(maximum, sinks))
+    kept = gl.exp2(maximum - top)
+    denominator = gl.fma(total, kept, gl.exp2(sinks - top))
+    factor = gl.where(denominator > 0, kept / denominator, 0.0)[:, None]
+    buffers[0].store((values[0] * factor).to(gl.bfloat16))
+    buffers[1].store((values[1] * factor).to(gl.bfloat16))
+    buffers[2].store((values[2] * factor).to(gl.bfloat16))
+    buffers[3].store(_rotated(values[3] * factor, angle, -1.0).to(gl.bfloat16))
+    row = gl.program_id(0) * _BH + gl.arange(0, _BH, gl.SliceLayout(1, _QUERIES))
+    place = (row * _HD)[:, None] + gl.arange(0, 128, gl.SliceLayout(0, _QUERIES))[None, :]
+    for i in gl.static_range(_PIECES):
+        gl.store(out + (place + i * 128), buffers[i].load(_QUERIES))
 
 
 @gluon.jit(do_not_specialize=["num_pages", "num_parts"])
@@ -239,21 +258,25 @@ def attend_decode_sm90(
     sources = (window_codes, window_words, entry_codes, entry_words)
     selected += token * SELECTED
     angle = rope_table + gl.maximum(position, 0).to(gl.int64) * 64
-    query = gl.allocate_shared_memory(gl.bfloat16, [_PIECES, _BH, 128], _OPERAND)
-    keys = gl.allocate_shared_memory(gl.bfloat16, [_PIECES, _KEYS, 128], _OPERAND)
+    query, keys, codes = (), (), ()  # each piece by itself: between uses of one buffer the compiler puts barriers
+    for _ in gl.static_range(_PIECES):
+        query += (gl.allocate_shared_memory(gl.bfloat16, [_BH, 128], _OPERAND),)
+        keys += (gl.allocate_shared_memory(gl.bfloat16, [_KEYS, 128], _OPERAND),)
+        codes += (gl.allocate_shared_memory(gl.uint8, [_KEYS, 128], _BYTES),)
     weights = gl.allocate_shared_memory(gl.bfloat16, [_BH, _KEYS], _OPERAND)
-    codes = gl.allocate_shared_memory(gl.uint8, [_PIECES, _KEYS, 128], _BYTES)
     rope = gl.allocate_shared_memory(gl.bfloat16, [_KEYS, 64], _BYTES)
     scales = gl.allocate_shared_memory(gl.uint8, [_KEYS, 8], _BYTES)
     raw = (codes, rope, scales)
     units = gl.allocate_shared_memory(gl.int32, [PAIRS, _KEYS], _WORDS)
     offsets = gl.allocate_shared_memory(gl.int32, [PAIRS, _KEYS], _WORDS)
-    tops = gl.allocate_shared_memory(gl.float32, [_BH, 2], _TWO)
-    sums = gl.allocate_shared_memory(gl.float32, [_BH, 2], _TWO)
+    tops = gl.allocate_shared_memory(gl.float32, [2, _BH], _WORDS)
+    sums = gl.allocate_shared_memory(gl.float32, [2, _BH], _WORDS)
+    places = ()  # all lookups at once
     for i in gl.static_range(PAIRS):
-        unit, offset = _places(first + i, position, num_entries, selected, tables, WINDOW, RATIO)
-        units.index(i).store(gl.where(first + i < end, unit, -1))
-        offsets.index(i).store(offset)
+        places += (_places(first + i, position, num_entries, selected, tables, WINDOW, RATIO),)
+    for i in gl.static_range(PAIRS):
+        units.index(i).store(gl.where(first + i < end, places[i][0], -1))
+        offsets.index(i).store(places[i][1])
     _copy_rows(first, units.index(0), offsets.index(0), raw, sources, WINDOW, RATIO, STRIDES)
     async_copy.commit_group()
     q += token.to(gl.int64) * Q_STRIDE + gl.program_id(0) * (_BH * _HD)
@@ -275,9 +298,9 @@ def attend_decode_sm90(
         seen = units.index(pair - first).load(gl.SliceLayout(0, _SCORES)) >= 0
         fence_async_shared()
         nothing = gl.zeros([_BH, _KEYS], gl.float32, _SCORES)
-        s = warpgroup_mma(query.index(0), keys.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        s = warpgroup_mma(query[0], keys[0].permute((1, 0)), nothing, use_acc=False, is_async=True)
         for i in gl.static_range(1, _PIECES):
-            s = warpgroup_mma(query.index(i), keys.index(i).permute((1, 0)), s, is_async=True)
+            s = warpgroup_mma(query[i], keys[i].permute((1, 0)), s, is_async=True)
         after = gl.minimum(pair + 1 - first, PAIRS - 1)
         if pair + 1 < end:
             _copy_rows(pair + 1, units.index(after), offsets.index(after), raw, sources, WINDOW, RATIO, STRIDES)
@@ -289,14 +312,12 @@ def attend_decode_sm90(
         p = gl.exp2(s - gl.expand_dims(_finite(top), 2))
         counts = gl.sum((p + 1.0).to(gl.int32, bitcast=True) - 0x3F800000, 2)
         weights.store(gl.convert_layout(gl.reshape(p, (_BH, _KEYS)).to(gl.bfloat16), _SCORES))
-        tops.store(top)
-        sums.store(counts.to(gl.float32) * (2.0**-23))
+        tops._reinterpret(gl.float32, [2, _BH], _TWO).store(gl.permute(top, (1, 0)))
+        sums._reinterpret(gl.float32, [2, _BH], _TWO).store(gl.permute(counts.to(gl.float32) * (2.0**-23), (1, 0)))
         fence_async_shared()
-        a, b = _values(weights, keys, 0)
-        top_a = gl.convert_layout(gl.reshape(tops.slice(0, 1, dim=1).load(_PAIR), (_BH,)), _ROWS)
-        top_b = gl.convert_layout(gl.reshape(tops.slice(1, 1, dim=1).load(_PAIR), (_BH,)), _ROWS)
-        sum_a = gl.convert_layout(gl.reshape(sums.slice(0, 1, dim=1).load(_PAIR), (_BH,)), _ROWS)
-        sum_b = gl.convert_layout(gl.reshape(sums.slice(1, 1, dim=1).load(_PAIR), (_BH,)), _ROWS)
+        a, b = _values(weights, keys[0])
+        top_a, top_b = tops.index(0).load(_ROWS), tops.index(1).load(_ROWS)
+        sum_a, sum_b = sums.index(0).load(_ROWS), sums.index(1).load(_ROWS)
         new_maximum = gl.maximum(maximum, gl.maximum(top_a, top_b))
         kept = _power_of_two(maximum - _finite(new_maximum))
         added_a = _power_of_two(top_a - _finite(new_maximum))
@@ -310,26 +331,18 @@ def attend_decode_sm90(
             gl.store(statistics + 3, sum_b, mask=second)
         factors = (kept[:, None], added_a[:, None], added_b[:, None])
         v0 = _taken(v0, a, b, factors, to, second, _HD, PAIRS == 1)
-        a, b = _values(weights, keys, 1)
+        a, b = _values(weights, keys[1])
         v1 = _taken(v1, a, b, factors, to + 128, second, _HD, PAIRS == 1)
-        a, b = _values(weights, keys, 2)
+        a, b = _values(weights, keys[2])
         v2 = _taken(v2, a, b, factors, to + 256, second, _HD, PAIRS == 1)
-        a, b = _values(weights, keys, 3)
+        a, b = _values(weights, keys[3])
         v3 = _taken(v3, a, b, factors, to + 384, second, _HD, PAIRS == 1)
     async_copy.wait_group(0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     if FINAL:
-        sinks = gl.load(sink + head) * _LOG2E
-        top = _finite(gl.maximum(maximum, sinks))
-        kept = gl.exp2(maximum - top)
-        denominator = gl.fma(total, kept, gl.exp2(sinks - top))
-        factor = gl.where(denominator > 0, kept / denominator, 0.0)[:, None]
-        to = out + token.to(gl.int64) * (HEADS * _HD) + (head * _HD)[:, None] + column[None, :]
-        gl.store(to, (v0 * factor).to(gl.bfloat16))
-        gl.store(to + 128, (v1 * factor).to(gl.bfloat16))
-        gl.store(to + 256, (v2 * factor).to(gl.bfloat16))
-        gl.store(to + 384, _rotated(v3 * factor, angle, -1.0).to(gl.bfloat16))
+        out += token.to(gl.int64) * (HEADS * _HD)
+        _finish((v0, v1, v2, v3), maximum, total, sink + gl.program_id(0) * _BH, angle, keys, out)
     elif PAIRS > 1:
         gl.store(to, v0)
         gl.store(to + 128, v1)

@@ -152,10 +152,10 @@ def test_every_form_of_decode_gives_the_same_bits(
         chosen = None if step.selected is None else step.selected[list(tokens)]
         some = attend(step, step.meta.rows(list(tokens)), step.q[list(tokens)], selected=chosen)
         assert torch.equal(some, whole[list(tokens)])
-    monkeypatch.setattr(module, "EXPLICIT_TOKENS", 1)
+    monkeypatch.setattr(module, "MOST_PLAIN_PROGRAMS", 0)
     chosen = None if step.selected is None else step.selected[5:6]
     assert torch.equal(attend(step, step.meta.rows([5]), step.q[5:6], selected=chosen)[0], whole[5])
-    monkeypatch.setattr(module, "EXPLICIT_TOKENS", 1000)
+    monkeypatch.setattr(module, "MOST_PLAIN_PROGRAMS", 1 << 30)
     assert torch.equal(split_of(step, monkeypatch, 0, 0), whole)
     assert torch.equal(split_of(step, monkeypatch, 0, 10_000), whole)
 
