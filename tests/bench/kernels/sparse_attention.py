@@ -15,8 +15,12 @@ were about 4 by ncu; 12.7 once `combine` loaded all parts at once and the window
 products. At 64 tokens 338 us, then 110: queries as operands of every warp had filled the registers. Chunks of 16 keys
 are 0.2 us faster for the window alone and 4.5 us slower for C4. Tried before: 64 heads by wgmma, a chunk a program:
 13.1, 16.0, 15.3 us; the same in a loop: 18-24 us; 16 warps of 32 dimensions, in 43 layers: 18.1, 21.0, 19.2 us.
-Prefill of 8,192 tokens (kernel table of `dsv4 bench model`): C4 3.04 ms (203 TFLOP/s), C128 1.18, sliding 0.90; C4 took
-4.0 to 8.6 ms when every program undid the fp8 of its rows.
+Prefill of 8,192 tokens in Triton's form: C4 3.03 ms (204 TFLOP/s), C128 1.11, sliding 0.84; after 57,344 tokens C4
+3.38, C128 2.73. C4 took 4.0 to 8.6 ms when every program undid the fp8 of its rows. With explicit layouts (sm_90): C4
+1.93 (320), C128 0.93, sliding 0.77; after 57,344 C4 2.08, C128 1.87 (349). There, by ncu: with one allocation for
+both buffers of keys C4 took 2.08, a barrier between scores and copies being 13 % of all samples; copies issued before
+the scores let the compiler put the next rows' addresses before them, too. One program a multiprocessor that walks all
+tokens and brings the next one's queries early: sliding 0.65, C128 0.88, but C4 2.23, since what it carries spills.
 """
 
 from __future__ import annotations
