@@ -7,7 +7,7 @@ The tiles of a launch, expert by expert, are cut into as many runs as programs f
 inputs once per expert and has the next tile's copies on their way while it multiplies; so a launch begins and ends
 once, however many experts there are. A tile's pairs beyond eight take further turns over its weights. The shared expert
 comes first, 16 rows a program, because its weights are there before the launch's wait. An expert that is not in the
-slab is read where it is: copies of whole lines, many on their way, each byte once per eight pairs. Between the launches
+slab is read where it is, by boxes over its own memory, each byte once per eight pairs. Between the launches
 `hidden` and `shared_hidden` are natural columns, not rounded: `down` quantises what it reads.
 """
 
@@ -20,72 +20,74 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from workers.experts.layout import TIER_SHIFT, ExpertShape, ExpertSlab, Tier
-from workers.kernels.experts_tiles import (
-    ROWS,
-    SLOTS,
-    SUM_ROWS,
-    SUM_TOKENS,
-    TOKENS,
-    WARPS,
+from workers.experts.layout import ExpertSlab
+from workers.kernels.experts_rows import (
     WIDE_STEP,
-    fill_inputs,
-    input_buffers,
-    issue_first,
     issue_first_rows,
     issue_row_scales,
     row_scale_buffer,
     rows_product,
+)
+from workers.kernels.experts_tiles import (
+    BOX3,
+    BOX5,
+    ROWS,
+    SCALE_BOX3,
+    SCALE_BOX5,
+    STEP,
+    SUM_ROWS,
+    SUM_TOKENS,
+    SUMS,
+    TOKENS,
+    WARPS,
+    fill_inputs,
+    fill_row,
+    input_buffers,
+    issue_first,
     slots_of_steps,
     tile_product,
 )
-from workers.kernels.launch import num_sms, pdl_options
+from workers.kernels.launch import L2_LINE_BYTES, num_sms, pdl_options, prefetch_l2
 
 gdc_wait = tl.extra.cuda.gdc_wait
 gdc_launch_dependents = tl.extra.cuda.gdc_launch_dependents
 
-OPTIONS = {"num_warps": 4, "maxnreg": 168}
-"""Three programs share a multiprocessor."""
+OPTIONS = {"num_warps": 4, "maxnreg": 128}
+"""Four programs can share a multiprocessor."""
 
 SHARED_BYTES = 227 * 1024
 """Shared memory of a multiprocessor that programs can have, each 1 KB more than it asks for."""
 
-MOST_PROGRAMS = 3
-"""Of a multiprocessor."""
+MOST_PROGRAMS = 4
+"""Of a multiprocessor: registers admit no more."""
+
+LEAVES_ROOM = 4
+"""Tokens from which on `down` has one program a multiprocessor less. Who does what changes no bit.
+# measured (H200, 2026-11-21, V4-Flash): both launches 39.9, 102.6, 282 and 554 us at 1, 4, 16 and 64 tokens with four
+# programs of `down`, 41.8, 99.3, 262 and 510 with three."""
 
 UNIT = 1024
-"""Columns that `SLOTS` steps of a tile take: sizes must be multiples."""
+"""Columns of two turns of a tile: sizes must be multiples."""
 
-PLACE = gl.constexpr((1 << TIER_SHIFT) - 1)
-SHIFT = gl.constexpr(TIER_SHIFT)
-HOST_TIER = gl.constexpr(Tier.HOST.value)
-PEER_TIER = gl.constexpr(Tier.PEER.value)
+TABLE_LINE = gl.constexpr(L2_LINE_BYTES // 4)
 
 
 # -- kernels ------------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
-def _tile_of(
-    unit, units, active_experts, active_begin, table, base, host, peer,
-    BLOCKS: gl.constexpr, EXPERT_BYTES: gl.constexpr, HOST: gl.constexpr, PEER: gl.constexpr,
-):  # fmt: skip
-    """Where the expert of a tile lies, and the first and last of its pairs; harmless beyond the last tile."""
+def _tile_of(unit, units, active_experts, active_begin, table, BLOCKS: gl.constexpr):
+    """Code of the place of a tile's expert, and the first and last of its pairs; harmless beyond the last tile."""
     inside = unit < units
     member = unit // BLOCKS
     expert = gl.load(active_experts + member, mask=inside, other=0)
     begin = gl.load(active_begin + member, mask=inside, other=0)
     end = gl.load(active_begin + member + 1, mask=inside, other=0)
-    code = gl.load(table + expert)
-    offset = (code & PLACE).to(gl.int64) * EXPERT_BYTES
-    slot = base + offset
-    if HOST:
-        slot = gl.where(code >> SHIFT == HOST_TIER, host + offset, slot)
-    if PEER:
-        slot = gl.where(code >> SHIFT == PEER_TIER, peer + offset, slot)
-    return slot, begin, end
+    return gl.load(table + expert), begin, end
 
 
 @gluon.jit
@@ -96,41 +98,71 @@ def _swiglu(gate, up, limit):
 
 
 @gluon.jit
+def _gate_and_up(total):
+    """fp32 `[WARPS, 8, TOKENS]` each, of a tile of both matrices."""
+    return gl.split(gl.permute(gl.reshape(total, [WARPS, 2, 8, TOKENS]), [0, 2, 3, 1]))
+
+
+@gluon.jit
 def _shared_gate_up(
     slots, inputs, input_scales, row_scales, x, pair_order, codes, scales, out, num_tokens, limit,
     D: gl.constexpr, INNER: gl.constexpr,
 ):  # fmt: skip
-    """The shared expert's hidden rows: eight columns of `out [T, INNER]` a program and turn."""
-    piece = gl.program_id(0)
-    while piece < INNER // 8:
+    """The shared expert's hidden rows `out [T, INNER]`: eight columns of eight tokens at a time, tokens outermost."""
+    PIECES: gl.constexpr = INNER // 8
+    items = (num_tokens + TOKENS - 1) // TOKENS * PIECES
+    item = gl.program_id(0) * items // gl.num_programs(0)
+    items = (gl.program_id(0) + 1) * items // gl.num_programs(0)
+    begin = 0
+    filled = -1
+    loaded = item % PIECES // 16
+    if item < items:
+        row = scales + loaded * (D // 128)
+        issue_row_scales(row_scales, row, row + INNER // 128 * (D // 128), D)
+        issue_first_rows(slots, begin, codes + (item % PIECES * 8).to(gl.int64) * D, INNER, D)
+    if num_tokens == 1:
+        fill_row(inputs, input_scales, x, D)
+        filled = 0
+    while item < items:
+        piece = item % PIECES
+        first = item // PIECES * TOKENS
         rows = codes + (piece * 8).to(gl.int64) * D
-        gate_scales = scales + piece // 16 * (D // 128)
-        first = 0
-        while first < num_tokens:
-            issue_row_scales(row_scales, gate_scales, gate_scales + INNER // 128 * (D // 128), D)
-            issue_first_rows(slots, rows, INNER, D)
+        next_rows = codes + ((item + 1) % PIECES * 8).to(gl.int64) * D
+        if piece // 16 != loaded:
+            row = scales + piece // 16 * (D // 128)
+            issue_row_scales(row_scales, row, row + INNER // 128 * (D // 128), D)
+            async_copy.commit_group()
+            async_copy.wait_group(0)
+            loaded = piece // 16
+        if first != filled:
             fill_inputs(inputs, input_scales, x, pair_order, first, gl.minimum(num_tokens - first, TOKENS), 0, D)
-            both = rows_product(slots, inputs, input_scales, row_scales, rows, rows, rows, False, INNER, D, False)
-            gate, up = gl.split(gl.permute(gl.reshape(both, [2, 8, TOKENS]), [1, 2, 0]))
-            value = _swiglu(gate, up, limit)
-            token = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, value.type.layout))
-            column = piece * 8 + gl.arange(0, 8, layout=gl.SliceLayout(1, value.type.layout))
-            target = out + token.to(gl.int64)[None, :] * INNER + column[:, None]
-            gl.store(target, value.to(gl.bfloat16), mask=(token < num_tokens)[None, :])
-            first += TOKENS
-        piece += gl.num_programs(0)
+            filled = first
+        both = rows_product(
+            slots, begin, inputs, input_scales, row_scales, rows, next_rows, item + 1 < items, (0, 0), 0, 0, False,
+            INNER, D, False, False, False,
+        )  # fmt: skip
+        begin += D // WIDE_STEP // 2
+        gate, up = gl.split(gl.permute(gl.reshape(both, [2, 8, TOKENS]), [1, 2, 0]))
+        value = _swiglu(gate, up, limit)
+        token = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, value.type.layout))
+        column = piece * 8 + gl.arange(0, 8, layout=gl.SliceLayout(1, value.type.layout))
+        target = out + token.to(gl.int64)[None, :] * INNER + column[:, None]
+        gl.store(target, value.to(gl.bfloat16), mask=(token < num_tokens)[None, :])
+        item += 1
 
 
 @gluon.jit(do_not_specialize=["num_tokens"])
 def gate_up_kernel(
-    x, routing, hidden, num_active, active_experts, active_begin, pair_order, table, base, host, peer,
+    x, routing, hidden, num_active, active_experts, active_begin, pair_order, table,
+    slab_codes, slab_scales, host_codes, host_scales, peer_codes, peer_scales,
     shared_codes, shared_scales, shared_hidden, num_tokens, limit,
-    D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr, EXPERT_BYTES: gl.constexpr, HOST: gl.constexpr,
+    D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr, E: gl.constexpr, HOST: gl.constexpr,
     PEER: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Any number of programs. A tile is 32 rows of w1 and the same 32 of w3."""
     BLOCKS: gl.constexpr = INNER // (ROWS // 2)
-    SCALES: gl.constexpr = 3 * (D * INNER // 2)
+    HIDDEN: gl.constexpr = _gate_and_up(gl.full([ROWS, TOKENS], 0.0, gl.float32, SUMS))[0].type.layout
+    HIDDEN_TOKENS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, HIDDEN))
     slots = slots_of_steps()
     inputs, input_scales = input_buffers(D)
     # `x` is older than the predecessor, `gate_route`, which lets this kernel start only after its own wait.
@@ -139,6 +171,8 @@ def gate_up_kernel(
         num_tokens, limit, D, INNER,
     )  # fmt: skip
     if PDL:
+        line = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+        prefetch_l2(table + gl.minimum(line * TABLE_LINE, E - 1))
         gdc_wait()
         # All programs are here: the successor may take the room of those that end first. It reads the groups before its
         # own wait.
@@ -146,137 +180,141 @@ def gate_up_kernel(
     tiles = gl.load(num_active) * BLOCKS
     unit = gl.program_id(0) * tiles // gl.num_programs(0)
     units = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
-    slot, first, end = _tile_of(
-        unit, units, active_experts, active_begin, table, base, host, peer, BLOCKS, EXPERT_BYTES, HOST, PEER
-    )
-    codes = slot + unit % BLOCKS * (ROWS // 2 * (D // 2))
-    scales = slot + SCALES + unit % BLOCKS * (ROWS // 2 * (D // 32))
+    code, first, end = _tile_of(unit, units, active_experts, active_begin, table, BLOCKS)
+    experts = (slab_codes, slab_scales, host_codes, host_scales, peer_codes, peer_scales)
+    tile_row = unit % BLOCKS * (ROWS // 2)
     if unit < units:
-        issue_first(slots, 0, codes, scales, INNER, D)
+        issue_first(slots, 0, experts, code, tile_row, True, HOST, PEER)
+    turns = 0
     filled = -1
     while unit < units:
         more = first + TOKENS < end
         next_unit = gl.where(more, unit, unit + 1)
-        slot, next_first, next_end = _tile_of(
-            next_unit, units, active_experts, active_begin, table, base, host, peer, BLOCKS, EXPERT_BYTES, HOST, PEER
-        )
+        next_code, next_first, next_end = _tile_of(next_unit, units, active_experts, active_begin, table, BLOCKS)
         next_first = gl.where(more, first + TOKENS, next_first)
-        next_codes = slot + next_unit % BLOCKS * (ROWS // 2 * (D // 2))
-        next_scales = slot + SCALES + next_unit % BLOCKS * (ROWS // 2 * (D // 32))
+        next_row = next_unit % BLOCKS * (ROWS // 2)
         if first != filled:
-            fill_inputs(inputs, input_scales, x, pair_order, first, gl.minimum(end - first, TOKENS), CHOICES, D)
+            if num_tokens > 1:
+                fill_inputs(inputs, input_scales, x, pair_order, first, gl.minimum(end - first, TOKENS), CHOICES, D)
             fence_async_shared()
             filled = first
-        total = tile_product(
-            slots, 0, inputs, input_scales, codes, scales, next_codes, next_scales, next_unit < units, INNER, D
-        )
-        gate, up = gl.split(gl.permute(gl.reshape(total, [WARPS, 2, 8, TOKENS]), [0, 2, 3, 1]))
-        value = _swiglu(gate, up, limit)
-        LAYOUT: gl.constexpr = value.type.layout
-        at = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+        at = first + gl.arange(0, TOKENS, layout=HIDDEN_TOKENS)
         pair = gl.load(pair_order + gl.minimum(at, end - 1))
-        value *= gl.load(routing + pair)[None, None, :]
-        warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
-        row = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+        weight = gl.load(routing + pair)[None, None, :]
+        total = tile_product(
+            slots, 0, turns, inputs, input_scales, experts, code, tile_row, next_code, next_row, next_unit < units,
+            True, HOST, PEER, D,
+        )  # fmt: skip
+        turns += D // STEP // 2
+        gate, up = _gate_and_up(total)
+        value = _swiglu(gate, up, limit) * weight
+        warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, HIDDEN)))[:, None, None]
+        row = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, HIDDEN)))[None, :, None]
         column = unit % BLOCKS * (ROWS // 2) + warp * 8 + row
         target = hidden + pair.to(gl.int64)[None, None, :] * INNER + column
         gl.store(target, value.to(gl.bfloat16), mask=(at < end)[None, None, :])
-        unit, first, end, codes, scales = next_unit, next_first, next_end, next_codes, next_scales
+        unit, first, end, code, tile_row = next_unit, next_first, next_end, next_code, next_row
 
 
 @gluon.jit
 def _shared_down(
-    slots, inputs, input_scales, row_scales, hidden, pair_order, codes, scales, out, num_tokens,
-    next_codes, next_scales, has_next, D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr,
+    slots, inputs, input_scales, row_scales, hidden, pair_order, item, items, codes, scales, out, num_tokens,
+    experts, code, tile_row, has_tile, D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr,
+    HOST: gl.constexpr, PEER: gl.constexpr,
 ):  # fmt: skip
-    """The shared expert's part of `out [T, CHOICES + 1, D]`, 16 rows a program and turn, the first steps of the first
-    on their way already. Leaves the first steps of the program's tiles on their way, if it has any."""
-    pid = gl.program_id(0)
-    programs = gl.num_programs(0)
-    piece = pid
-    while piece < D // 16:
-        rows = codes + (piece * 16).to(gl.int64) * INNER
-        first = 0
-        while first < num_tokens:
-            if first + piece > pid:
-                issue_row_scales(
-                    row_scales, scales + piece // 8 * (INNER // 128), scales + piece // 8 * (INNER // 128), INNER
-                )
-                issue_first_rows(slots, rows, 0, INNER)
-            last = (first + TOKENS >= num_tokens) & (piece + programs >= D // 16)
+    """The shared expert's part of `out [T, CHOICES + 1, D]`: items `item` .. `items - 1`, 16 rows of eight tokens each,
+    tokens outermost; the first one's copies and its scales' have begun. Leaves the first steps of the program's tiles
+    on their way, if it has any. Gives the slot pair in which they begin."""
+    PIECES: gl.constexpr = D // 16
+    begin = 0
+    filled = -1
+    loaded = item % PIECES // 8
+    while item < items:
+        piece = item % PIECES
+        first = item // PIECES * TOKENS
+        if piece // 8 != loaded:
+            row = scales + piece // 8 * (INNER // 128)
+            issue_row_scales(row_scales, row, row, INNER)
+            async_copy.commit_group()
+            async_copy.wait_group(0)
+            loaded = piece // 8
+        if first != filled:
             count = gl.minimum(num_tokens - first, TOKENS)
             fill_inputs(inputs, input_scales, hidden, pair_order, first, count, 0, INNER)
-            value = rows_product(
-                slots, inputs, input_scales, row_scales, rows, next_codes, next_scales, last & has_next, 0, INNER, True
-            )
-            token = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, value.type.layout))
-            row = piece * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, value.type.layout))
-            target = out + (token.to(gl.int64) * (CHOICES + 1) + CHOICES)[None, :] * D + row[:, None]
-            gl.store(target, value.to(gl.bfloat16), mask=(token < num_tokens)[None, :])
-            first += TOKENS
-        piece += programs
+            filled = first
+        value = rows_product(
+            slots, begin, inputs, input_scales, row_scales, codes + (piece * 16).to(gl.int64) * INNER,
+            codes + ((item + 1) % PIECES * 16).to(gl.int64) * INNER, item + 1 < items, experts, code, tile_row,
+            has_tile, 0, INNER, True, HOST, PEER,
+        )  # fmt: skip
+        begin += INNER // WIDE_STEP // 2
+        token = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, value.type.layout))
+        row = piece * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, value.type.layout))
+        target = out + (token.to(gl.int64) * (CHOICES + 1) + CHOICES)[None, :] * D + row[:, None]
+        gl.store(target, value.to(gl.bfloat16), mask=(token < num_tokens)[None, :])
+        item += 1
+    return begin
 
 
 @gluon.jit(do_not_specialize=["num_tokens"])
 def down_kernel(
     hidden, shared_hidden, shared_codes, shared_scales, out, num_active, active_experts, active_begin, pair_order,
-    table, base, host, peer, num_tokens,
-    D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr, EXPERT_BYTES: gl.constexpr, HOST: gl.constexpr,
+    table, slab_codes, slab_scales, host_codes, host_scales, peer_codes, peer_scales, num_tokens,
+    D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr, HOST: gl.constexpr,
     PEER: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Any number of programs. A tile is 64 rows of w2."""
     BLOCKS: gl.constexpr = D // ROWS
-    CODES: gl.constexpr = D * INNER
-    SCALES: gl.constexpr = 3 * (D * INNER // 2) + 2 * (D * INNER // 32)
-    BEGIN: gl.constexpr = INNER // WIDE_STEP // 2  # turns of the slots that the shared expert's rows take
+    PIECES: gl.constexpr = D // 16
     slots = slots_of_steps()
     inputs, input_scales = input_buffers(INNER)
     row_scales = row_scale_buffer(INNER)
     # Weights and groups are older than the predecessor, `gate_up_kernel`, which lets this kernel start only after its
-    # own wait.
-    tiles = gl.load(num_active) * BLOCKS
-    unit = gl.program_id(0) * tiles // gl.num_programs(0)
-    units = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
-    slot, first, end = _tile_of(
-        unit, units, active_experts, active_begin, table, base, host, peer, BLOCKS, EXPERT_BYTES, HOST, PEER
-    )
-    codes = slot + CODES + unit % BLOCKS * (ROWS * (INNER // 2))
-    scales = slot + SCALES + unit % BLOCKS * (ROWS * (INNER // 32))
-    if gl.program_id(0) < D // 16:
-        row_scales_at = shared_scales + gl.program_id(0) // 8 * (INNER // 128)
-        issue_row_scales(row_scales, row_scales_at, row_scales_at, INNER)
-        issue_first_rows(slots, shared_codes + (gl.program_id(0) * 16).to(gl.int64) * INNER, 0, INNER)
+    # own wait. A piece is half a tile's work.
+    shared = (num_tokens + TOKENS - 1) // TOKENS * PIECES
+    work = shared + gl.load(num_active) * (2 * BLOCKS)
+    begin = gl.program_id(0) * work // gl.num_programs(0)
+    end = (gl.program_id(0) + 1) * work // gl.num_programs(0)
+    item, items = gl.minimum(begin, shared), gl.minimum(end, shared)
+    unit, units = (gl.maximum(begin - shared, 0) + 1) // 2, (gl.maximum(end - shared, 0) + 1) // 2
+    code, first, end = _tile_of(unit, units, active_experts, active_begin, table, BLOCKS)
+    experts = (slab_codes, slab_scales, host_codes, host_scales, peer_codes, peer_scales)
+    tile_row = unit % BLOCKS * ROWS
+    if item < items:
+        row = shared_scales + item % PIECES // 8 * (INNER // 128)
+        issue_row_scales(row_scales, row, row, INNER)
+        issue_first_rows(slots, 0, shared_codes + (item % PIECES * 16).to(gl.int64) * INNER, 0, INNER)
     elif unit < units:
-        issue_first(slots, BEGIN, codes, scales, 0, INNER)
+        issue_first(slots, 0, experts, code, tile_row, False, HOST, PEER)
     if PDL:
         gdc_wait()
-    _shared_down(
-        slots, inputs, input_scales, row_scales, shared_hidden, pair_order, shared_codes, shared_scales, out,
-        num_tokens, codes, scales, unit < units, D, INNER, CHOICES,
+    turns = 0
+    begin = _shared_down(
+        slots, inputs, input_scales, row_scales, shared_hidden, pair_order, item, items, shared_codes, shared_scales,
+        out, num_tokens, experts, code, tile_row, unit < units, D, INNER, CHOICES, HOST, PEER,
     )  # fmt: skip
     filled = -1
     while unit < units:
         more = first + TOKENS < end
         next_unit = gl.where(more, unit, unit + 1)
-        slot, next_first, next_end = _tile_of(
-            next_unit, units, active_experts, active_begin, table, base, host, peer, BLOCKS, EXPERT_BYTES, HOST, PEER
-        )
+        next_code, next_first, next_end = _tile_of(next_unit, units, active_experts, active_begin, table, BLOCKS)
         next_first = gl.where(more, first + TOKENS, next_first)
-        next_codes = slot + CODES + next_unit % BLOCKS * (ROWS * (INNER // 2))
-        next_scales = slot + SCALES + next_unit % BLOCKS * (ROWS * (INNER // 32))
+        next_row = next_unit % BLOCKS * ROWS
         if first != filled:
             fill_inputs(inputs, input_scales, hidden, pair_order, first, gl.minimum(end - first, TOKENS), 1, INNER)
             fence_async_shared()
             filled = first
-        total = tile_product(
-            slots, BEGIN, inputs, input_scales, codes, scales, next_codes, next_scales, next_unit < units, 0, INNER
-        )
         at = first + gl.arange(0, TOKENS, layout=SUM_TOKENS)
         pair = gl.load(pair_order + gl.minimum(at, end - 1))
+        total = tile_product(
+            slots, begin % 2, turns, inputs, input_scales, experts, code, tile_row, next_code, next_row,
+            next_unit < units, False, HOST, PEER, INNER,
+        )  # fmt: skip
+        turns += INNER // STEP // 2
         row = unit % BLOCKS * ROWS + gl.arange(0, ROWS, layout=SUM_ROWS)
         target = out + (pair + pair // CHOICES).to(gl.int64)[None, :] * D + row[:, None]
         gl.store(target, total.to(gl.bfloat16), mask=(at < end)[None, :])
-        unit, first, end, codes, scales = next_unit, next_first, next_end, next_codes, next_scales
+        unit, first, end, code, tile_row = next_unit, next_first, next_end, next_code, next_row
     if PDL:
         # Late: the successor is small, and its programs would stand where this launch's work is.
         gdc_launch_dependents()
@@ -291,11 +329,11 @@ def serves(device: torch.device, wide: int, inner: int) -> bool:
     return sizes and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def num_programs(columns: int, device: torch.device) -> int:
-    """Programs that the GPU holds at a time, of a product over `columns`."""
-    slots = SLOTS.value * ROWS.value * (128 + 8)
+def num_programs(columns: int, device: torch.device, most: int = MOST_PROGRAMS) -> int:
+    """Programs that the GPU holds at a time, of a product over `columns`; at most `most` a multiprocessor."""
+    slots = 4 * ROWS.value * (128 + 8)
     own = slots + TOKENS.value * (columns + 4 * columns // 128) + 3072
-    return num_sms(device) * min(MOST_PROGRAMS, SHARED_BYTES // own)
+    return num_sms(device) * min(most, SHARED_BYTES // own)
 
 
 def gate_up(
@@ -306,9 +344,9 @@ def gate_up(
     tokens, choices, inner = hidden.shape
     gate_up_kernel[(num_programs(x.shape[1], x.device),)](
         x, weights, hidden, groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order,
-        slab.table, slab.base, _or_base(slab.host, slab), _or_base(slab.peer, slab),
+        slab.table, *boxes(slab, x.shape[1], inner, gates=True),
         shared_w13.codes.view(torch.uint8), shared_w13.scales, shared_hidden, tokens, float(limit),
-        **_constants(x.shape[1], inner, choices, slab), **OPTIONS, **pdl_options(x, pdl),
+        E=slab.table.numel(), **_constants(x.shape[1], inner, choices, slab), **OPTIONS, **pdl_options(x, pdl),
     )  # fmt: skip
 
 
@@ -318,40 +356,74 @@ def down(
 ) -> None:  # fmt: skip
     """`experts_decode.expert_down` of what `gate_up` leaves."""
     tokens, choices, inner = hidden.shape
-    down_kernel[(num_programs(inner, hidden.device),)](
+    most = MOST_PROGRAMS if tokens < LEAVES_ROOM else MOST_PROGRAMS - 1
+    down_kernel[(num_programs(inner, hidden.device, most),)](
         hidden, shared_hidden, shared_w2.codes.view(torch.uint8), shared_w2.scales, out, groups.num_active,
-        groups.active_experts, groups.active_begin, groups.pair_order, slab.table, slab.base,
-        _or_base(slab.host, slab), _or_base(slab.peer, slab), tokens,
+        groups.active_experts, groups.active_begin, groups.pair_order, slab.table,
+        *boxes(slab, out.shape[2], inner, gates=False), tokens,
         **_constants(out.shape[2], inner, choices, slab), **OPTIONS, **pdl_options(hidden, pdl),
     )  # fmt: skip
 
 
 def _constants(wide: int, inner: int, choices: int, slab: ExpertSlab) -> dict[str, Any]:
     return {
-        "D": wide, "INNER": inner, "CHOICES": choices, "EXPERT_BYTES": ExpertShape(wide, inner).expert_bytes,
-        "HOST": slab.host is not None, "PEER": slab.peer is not None,
+        "D": wide, "INNER": inner, "CHOICES": choices, "HOST": slab.host is not None, "PEER": slab.peer is not None,
     }  # fmt: skip
 
 
-def _or_base(tensor: Any, slab: ExpertSlab) -> Any:
-    return slab.base if tensor is None else tensor
+def boxes(slab: ExpertSlab, wide: int, inner: int, *, gates: bool) -> list[TensorDescriptor]:
+    """Descriptors of codes and scales in the slab, the host bank and the peer's slab, for `experts_tiles.issue`.
+
+    Dimensions, `gates`: expert, eight rows, w1 or w3, row, byte; else: expert, row of w2, byte. A box has the rows of a
+    tile, and 128 bytes of codes or 16 of scales. A tier that is not there has the slab's.
+    """
+    codes, scales = wide * inner // 2, wide * inner // 32
+    found = []
+    for tier in (slab.base, slab.host, slab.peer):
+        base = slab.base if tier is None else tier
+        experts, stride = base.numel() // (3 * (codes + scales)), 3 * (codes + scales)
+        for start, size, group, width in ((0, codes, 2, 128), (3 * codes, scales, 32, 16)):
+            if gates:
+                row = wide // group
+                shape, strides = [experts, inner // 8, 2, 8, row], [stride, 8 * row, size, row, 1]
+                box, layout = [1, ROWS.value // 16, 2, 8, width], BOX5 if width == 128 else SCALE_BOX5
+            else:
+                row = inner // group
+                shape, strides = [experts, wide, row], [stride, row, 1]
+                box, layout = [1, ROWS.value, width], BOX3 if width == 128 else SCALE_BOX3
+                start += 2 * size
+            found.append(TensorDescriptor(base[start:], shape, strides, box, layout.value))
+    return found
 
 
 def compile_list() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Compilations of V4-Flash for sm_90: name, function, signature, constants, options."""
     wide, inner = 4096, 2048
     pointers = dict.fromkeys(("num_active", "active_experts", "active_begin", "pair_order", "table"), "*i32")
-    pointers |= dict.fromkeys(("base", "host", "peer", "shared_codes"), "*u8")
+    pointers |= {"shared_codes": "*u8"}
     pointers |= dict.fromkeys(("x", "hidden", "shared_hidden", "out"), "*bf16")
     types = pointers | {"routing": "*fp32", "shared_scales": "*fp32", "num_tokens": "i32", "limit": "fp32"}
     cases = []
     for kernel in (gate_up_kernel, down_kernel):
         for tiers in (False, True):
             constants = {
-                "D": wide, "INNER": inner, "CHOICES": 6, "EXPERT_BYTES": ExpertShape(wide, inner).expert_bytes,
-                "HOST": tiers, "PEER": tiers, "PDL": True,
+                "D": wide, "INNER": inner, "CHOICES": 6, "HOST": tiers, "PEER": tiers, "PDL": True,
             }  # fmt: skip
             name = f"sm90_{kernel.fn.__name__}_{'tiers' if tiers else 'resident'}"
+            constants |= {"E": 256} if kernel is gate_up_kernel else {}
+            types |= _box_types(gates=kernel is gate_up_kernel)
             signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
             cases.append((name, kernel, signature, constants, OPTIONS | {"launch_pdl": True}))
     return cases
+
+
+def _box_types(*, gates: bool) -> dict[str, str]:
+    """Types of the arguments that `boxes` makes, as the compiler writes them."""
+    codes, scales = ("1, 4, 2, 8, 128", BOX5), ("1, 4, 2, 8, 16", SCALE_BOX5)
+    if not gates:
+        codes, scales = ("1, 64, 128", BOX3), ("1, 64, 16", SCALE_BOX3)
+    return {
+        f"{tier}_{part}": f"tensordesc<u8[{shape}],{layout.value!r}>"
+        for tier in ("slab", "host", "peer")
+        for part, (shape, layout) in (("codes", codes), ("scales", scales))
+    }

@@ -1,11 +1,17 @@
 """Device functions of decode's expert products on sm_90: tiles of weights in a ring of shared memory, Gluon.
 
-Owns: the products of one tile, from asynchronous copies to fp32 sums, for FP4 rows (`tile_product`) and for FP8 rows
-(`rows_step`), and the inputs of both (`fill_inputs`). Does not own: which program does which tile (`experts_sm90.py`).
-A program has `WARPS` warps, one tensor-core group, and `SLOTS` slots of a tile's step; copies run `AHEAD` steps ahead
-and go on from one tile to the next. Step n has slot n % SLOTS. Slots of even and of odd steps are two buffers, because
-the compiler puts a barrier between a read and a later write of one buffer: so a step has one barrier, that of its wait.
-Loops are rolled up where they can be: three programs at different places do not share the instruction cache otherwise.
+Owns: the products of one FP4 tile, from asynchronous copies to fp32 sums (`tile_product`), the slots, and the inputs
+(`fill_inputs`). Does not own: FP8 rows (`experts_rows.py`), which program does which tile (`experts_sm90.py`).
+A program has `WARPS` warps, one tensor-core group, and two pairs of slots. A turn, two steps of a tile, takes a pair;
+copies go on from one tile to the next. They are boxes of the tensor memory accelerator, 512 columns with their scales,
+asked for by one thread when the pair's last ones have been read. Copies by all threads, 16 bytes each, stand in the way
+of the warps that multiply: memory takes them up only as fast as it answers.
+# measured (H200, 2026-11-21, V4-Flash): both launches 41.0, 66.7, 110.7, 295 and 543 us at 1, 2, 4, 16, 64 tokens with
+such copies, and 40.2, 64.1, 100.2, 259 and 506 with boxes; boxes alone, without products and the shared expert, 22 and
+72 us at 1 and 4 tokens. From the host's memory 0.30 ms an expert, from the other GPU's 186 to 331 GB/s.
+Slots of even and of odd steps are two buffers, because the compiler puts a barrier between a read and a later write of
+one buffer. Loops are rolled up where they can be: programs at different places do not share the instruction cache
+otherwise.
 
 An FP4 tile is `ROWS` rows; a step 256 columns of them. Codes go from shared memory to registers, become e4m3 there
 (seven instructions for eight; exact, times 2**-6) and meet inputs in e4m3 with one instruction per 32 columns, the
@@ -13,15 +19,22 @@ reach of a weight scale: a sum of 32 products in the tensor core, then `sum * we
 scale of the 128 columns, in fp32. The products of one half step run while the next codes are unpacked.
 
 Of the eight codes in a word the even ones come out first. Inputs therefore stand so, too: place `16 h + b` of every 32
-holds column `2 b + h`. The FP8 rows, one warp to 128 columns, take bytes apart in the same order.
+holds column `2 b + h`.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from workers.experts.layout import TIER_SHIFT, Tier
 
 WARPS = gl.constexpr(4)
 ROWS = gl.constexpr(64)
@@ -30,13 +43,13 @@ ROWS = gl.constexpr(64)
 TOKENS = gl.constexpr(8)
 """Inputs of a tile: the fewest columns of the tensor cores. Must not depend on the batch."""
 
-SLOTS = gl.constexpr(4)
-AHEAD = gl.constexpr(3)
+PLACE = gl.constexpr((1 << TIER_SHIFT) - 1)
+SHIFT = gl.constexpr(TIER_SHIFT)
+SLAB_TIER = gl.constexpr(Tier.SLAB.value)
+HOST_TIER = gl.constexpr(Tier.HOST.value)
+PEER_TIER = gl.constexpr(Tier.PEER.value)
 STEP = gl.constexpr(256)
 """FP4 columns of a step: 128 bytes a row."""
-
-WIDE_STEP = gl.constexpr(512)
-"""FP8 columns of a step: 128 a warp, of 16 rows."""
 
 UNSCALE = gl.constexpr(64.0)
 """e2m1 as e4m3 is 2**-6 of its value; the input scales in shared memory make up for it."""
@@ -62,36 +75,24 @@ SCALES = gl.constexpr(
         [[0, 1], [0, 2], [8, 0], [0, 4]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 8]
     )
 )
-COPY_CODES = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
-COPY_SCALES = gl.constexpr(gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0]))
-WIDE_SUMS = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8]))
-WIDE_CODES = gl.constexpr(
+SCALES_OF_TURN = gl.constexpr(
     gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 8, 0], [0, 0, 32], [0, 0, 64]],
-        [[0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        [[1, 0, 0], [2, 0, 0]],
+        [[0, 1], [0, 2], [8, 0], [0, 4], [0, 8]],
+        [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
         [],
-        [4, 16, 128],
+        [64, 16],
     )
 )
-"""`[WARPS, 16, 128]` bytes: thread t of a row's four has bytes 8t .. 8t + 7 of every 32."""
-WIDE_INPUTS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [0, 0, 16], [1, 0, 0], [2, 0, 0]],
-        [[0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        [[4, 0, 0], [8, 0, 0]],
-        [],
-        [16, 8, 32],
-    )
-)
-COPY_WIDE = gl.constexpr(gl.BlockedLayout([1, 1, 16], [4, 1, 8], [1, 4, 1], [2, 1, 0]))
-
-SWIZZLED = gl.constexpr(gl.SwizzledSharedLayout(16, 1, 8, [1, 0]))
-SWIZZLED3 = gl.constexpr(gl.SwizzledSharedLayout(16, 1, 8, [2, 1, 0]))
+BOX = gl.constexpr(gl.NVMMASharedLayout(128, 8, rank=2))
+BOX3 = gl.constexpr(gl.NVMMASharedLayout(128, 8, rank=3))
+BOX5 = gl.constexpr(gl.NVMMASharedLayout(128, 8, rank=5))
+SCALE_BOX3 = gl.constexpr(gl.NVMMASharedLayout(0, 8, rank=3))
+SCALE_BOX5 = gl.constexpr(gl.NVMMASharedLayout(0, 8, rank=5))
+"""What the accelerator writes: `[ROWS, 128]` codes, `[ROWS, 16]` scales; as tile, by one row, by eight rows."""
 FLAT1 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 FLAT2 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 INPUTS = gl.constexpr(gl.NVMMASharedLayout(32, 8, rank=2))
-INPUTS3 = gl.constexpr(gl.NVMMASharedLayout(32, 8, rank=3))
 INPUT_WORDS3 = gl.constexpr(gl.NVMMASharedLayout(32, 32, rank=3))
 
 
@@ -173,6 +174,12 @@ def fill_inputs(codes, scales, x, pair_order, first, count, CHOICES: gl.constexp
 
 
 @gluon.jit
+def fill_row(codes, scales, x, K: gl.constexpr):
+    """Quantise the first row of `x`."""
+    _fill(codes, scales, x, x, 0, 0, 0, K, part_columns(K, 4096), 1)
+
+
+@gluon.jit
 def _fill(
     codes, scales, x, pair_order, first, last,
     CHOICES: gl.constexpr, K: gl.constexpr, KC: gl.constexpr, R: gl.constexpr,
@@ -194,42 +201,77 @@ def _fill(
 
 @gluon.jit
 def slots_of_steps():
-    """Shared memory of the steps: codes of even and of odd ones, scales of even and of odd ones."""
+    """Shared memory of the steps: codes of even and of odd ones, scales of both, and the barriers of the pairs."""
+    arrivals = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for pair in gl.static_range(2):
+        mbarrier.init(arrivals.index(pair), count=1)
     return (
-        gl.allocate_shared_memory(gl.uint8, [SLOTS // 2, ROWS, 128], SWIZZLED),
-        gl.allocate_shared_memory(gl.uint8, [SLOTS // 2, ROWS, 128], SWIZZLED),
-        gl.allocate_shared_memory(gl.uint8, [SLOTS // 2, ROWS, 8], FLAT2),
-        gl.allocate_shared_memory(gl.uint8, [SLOTS // 2, ROWS, 8], FLAT2),
+        gl.allocate_shared_memory(gl.uint8, [2, ROWS, 128], BOX),
+        gl.allocate_shared_memory(gl.uint8, [2, ROWS, 128], BOX),
+        gl.allocate_shared_memory(gl.uint8, [2, ROWS, 16], FLAT2),
+        arrivals,
     )
 
 
 @gluon.jit
-def _tile_rows(rows, BESIDE: gl.constexpr):
-    """Rows of a tile. BESIDE > 0: rows 0 .. 7 of every 16 belong to one matrix, 8 .. 15 are the same rows of the one
-    that begins BESIDE rows later, so that a gate and its up share a thread."""
-    if BESIDE > 0:
-        rows = rows // 16 * 8 + rows % 8 + rows // 8 % 2 * BESIDE
-    return rows
+def _box(descriptor, place, row, column, arrival, target, BESIDE: gl.constexpr):
+    if BESIDE:
+        tma.async_copy_global_to_shared(descriptor, [place, row // 8, 0, 0, column], arrival, target)
+    else:
+        tma.async_copy_global_to_shared(descriptor, [place, row, column], arrival, target)
 
 
 @gluon.jit
-def issue(slots, odd: gl.constexpr, turn, codes, scales, BESIDE: gl.constexpr, K: gl.constexpr):
-    """Start the copies of a step, to slot `2 turn + odd`, of a matrix of K columns; the caller closes the group, also
-    an empty one. `codes`, `scales`: uint8 pointers to the tile's first row at this step."""
-    rows = _tile_rows(gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY_CODES)), BESIDE)[:, None]
-    at = rows * (K // 2) + gl.arange(0, 128, layout=gl.SliceLayout(0, COPY_CODES))[None, :]
-    async_copy.async_copy_global_to_shared(slots[odd].index(turn % 2), codes + at)
-    rows = _tile_rows(gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY_SCALES)), BESIDE)[:, None]
-    at = rows * (K // 32) + gl.arange(0, 8, layout=gl.SliceLayout(0, COPY_SCALES))[None, :]
-    async_copy.async_copy_global_to_shared(slots[2 + odd].index(turn % 2), scales + at)
+def _boxes(codes, scales, place, row, turn, arrival, targets, BESIDE: gl.constexpr):
+    _box(codes, place, row, turn * 256, arrival, targets[0], BESIDE)
+    _box(codes, place, row, turn * 256 + 128, arrival, targets[1], BESIDE)
+    _box(scales, place, row, turn * 16, arrival, targets[2], BESIDE)
 
 
 @gluon.jit
-def issue_first(slots, begin: gl.constexpr, codes, scales, BESIDE: gl.constexpr, K: gl.constexpr):
-    """Start the copies of a tile's first `AHEAD` steps, from slot `2 begin` on."""
-    for step in gl.static_range(AHEAD):
-        issue(slots, step % 2, begin + step // 2, codes + step * 128, scales + step * 8, BESIDE, K)
-        async_copy.commit_group()
+def issue(
+    slots, pair, experts, code, row, turn, BESIDE: gl.constexpr, HOST: gl.constexpr, PEER: gl.constexpr
+):  # fmt: skip
+    """Start the copies of a turn of the tile that begins at `row` of the expert at `code`, to a pair of slots.
+
+    `experts`: descriptors of codes and of scales in the slab, the host bank and the peer's slab (`experts_sm90.boxes`).
+    BESIDE: rows 0 .. 7 of every 16 of the tile belong to one matrix, 8 .. 15 are the same rows of the other one, so
+    that a gate and its up share a thread.
+    """
+    arrival = slots[3].index(pair)
+    mbarrier.expect(arrival, ROWS * (2 * 128 + 16))
+    if BESIDE:
+        targets = (
+            slots[0].index(pair)._reinterpret(gl.uint8, [1, 4, 2, 8, 128], BOX5),
+            slots[1].index(pair)._reinterpret(gl.uint8, [1, 4, 2, 8, 128], BOX5),
+            slots[2].index(pair)._reinterpret(gl.uint8, [1, 4, 2, 8, 16], SCALE_BOX5),
+        )
+    else:
+        targets = (
+            slots[0].index(pair)._reinterpret(gl.uint8, [1, ROWS, 128], BOX3),
+            slots[1].index(pair)._reinterpret(gl.uint8, [1, ROWS, 128], BOX3),
+            slots[2].index(pair)._reinterpret(gl.uint8, [1, ROWS, 16], SCALE_BOX3),
+        )
+    place = code & PLACE
+    if HOST or PEER:
+        tier = code >> SHIFT
+        if tier == SLAB_TIER:
+            _boxes(experts[0], experts[1], place, row, turn, arrival, targets, BESIDE)
+        if HOST and tier == HOST_TIER:
+            _boxes(experts[2], experts[3], place, row, turn, arrival, targets, BESIDE)
+        if PEER and tier == PEER_TIER:
+            _boxes(experts[4], experts[5], place, row, turn, arrival, targets, BESIDE)
+    else:
+        _boxes(experts[0], experts[1], place, row, turn, arrival, targets, BESIDE)
+
+
+@gluon.jit
+def issue_first(
+    slots, pair, experts, code, row, BESIDE: gl.constexpr, HOST: gl.constexpr, PEER: gl.constexpr
+):  # fmt: skip
+    """Start the copies of a tile's first two turns; the first one takes `pair`."""
+    issue(slots, pair, experts, code, row, 0, BESIDE, HOST, PEER)
+    issue(slots, 1 - pair, experts, code, row, 1, BESIDE, HOST, PEER)
 
 
 @gluon.jit
@@ -307,7 +349,7 @@ def _finish(total, parts, factors, input_factor):
 @gluon.jit
 def _step(total, parts, factors, input_factor, codes, scales, inputs, input_scales, step):
     """Products of one step. Those of its second half are left running, for the next step to add."""
-    low, high = _halves(scales.load(SCALES))
+    low, high = _halves(gl.convert_layout(scales, SCALES, assert_trivial=True))
     first, second = _halves(codes.load(CODES))
     x0 = input_scales.index(step * 2).load(SUM_TOKENS)[None, :]
     x1 = input_scales.index(step * 2 + 1).load(SUM_TOKENS)[None, :]
@@ -325,11 +367,11 @@ def _step(total, parts, factors, input_factor, codes, scales, inputs, input_scal
 
 @gluon.jit
 def tile_product(
-    slots, begin: gl.constexpr, inputs, input_scales, codes, scales, next_codes, next_scales, has_next,
-    BESIDE: gl.constexpr, K: gl.constexpr,
+    slots, pair, turns, inputs, input_scales, experts, code, row, next_code, next_row, has_next,
+    BESIDE: gl.constexpr, HOST: gl.constexpr, PEER: gl.constexpr, K: gl.constexpr,
 ):  # fmt: skip
-    """fp32 `[ROWS, TOKENS]`: the tile whose first row begins at `codes` and `scales` times the inputs. Its first steps
-    are on their way, from slot `2 begin` on; those of the next tile are when it ends, if there is one."""
+    """fp32 `[ROWS, TOKENS]`: a tile times the inputs. Its first two turns are on their way; those of the next tile are
+    when it ends, if there is one. `pair`: that of the program's first tile; `turns`: those of the tiles before."""
     TURNS: gl.constexpr = K // STEP // 2
     total = gl.full([ROWS, TOKENS], 0.0, gl.float32, SUMS)
     nothing = warpgroup_mma_init(total)
@@ -337,116 +379,19 @@ def tile_product(
     parts = (nothing, nothing, nothing, nothing)
     factors = (none, none, none, none)
     input_factor = gl.full([TOKENS], 0.0, gl.float32, SUM_TOKENS)[None, :]
-    codes += AHEAD * 128
-    scales += AHEAD * 8
     for turn in range(TURNS):
-        for odd in gl.static_range(2):
-            async_copy.wait_group(AHEAD - 1)
-            # Step 2 turn + odd + AHEAD; the tile's last steps copy the next one's first.
-            if has_next | (turn < TURNS - 1 - odd):
-                issue(slots, 1 - odd, begin + turn + 1 + odd, codes, scales, BESIDE, K)
-            async_copy.commit_group()
-            if odd == 0:
-                ends = turn == TURNS - 2
-                codes = gl.where(ends, next_codes, codes + 128)
-                scales = gl.where(ends, next_scales, scales + 8)
-            else:
-                codes += 128
-                scales += 8
-            slot = (begin + turn) % 2
-            total, parts, factors, input_factor = _step(
-                total, parts, factors, input_factor, slots[odd].index(slot), slots[2 + odd].index(slot), inputs,
-                input_scales, turn * 2 + odd,
-            )  # fmt: skip
+        here = (pair + turns + turn) % 2
+        mbarrier.wait(slots[3].index(here), (turns + turn) // 2 & 1)
+        low, high = _halves(slots[2].index(here).load(SCALES_OF_TURN))
+        total, parts, factors, input_factor = _step(
+            total, parts, factors, input_factor, slots[0].index(here), low, inputs, input_scales, turn * 2
+        )
+        total, parts, factors, input_factor = _step(
+            total, parts, factors, input_factor, slots[1].index(here), high, inputs, input_scales, turn * 2 + 1
+        )
+        last = turn >= TURNS - 2
+        if has_next | (turn < TURNS - 2):
+            gl.thread_barrier()  # all warps have read this pair
+            from_code, from_row = gl.where(last, next_code, code), gl.where(last, next_row, row)
+            issue(slots, here, experts, from_code, from_row, (turn + 2) % TURNS, BESIDE, HOST, PEER)
     return _finish(total, parts, factors, input_factor)
-
-
-# -- FP8 rows -----------------------------------------------------------------------------------------------------
-
-
-@gluon.constexpr_function
-def padded(count):
-    return 1 << (count - 1).bit_length()
-
-
-@gluon.jit
-def row_scale_buffer(K: gl.constexpr):
-    """Shared memory for the fp32 scales of two rows of FP8 blocks."""
-    return gl.allocate_shared_memory(gl.float32, [2, padded(K // 128)], FLAT1)
-
-
-@gluon.jit
-def issue_row_scales(buffer, scales, other_scales, K: gl.constexpr):
-    """Start the copies of both rows of scales; they belong to the next group that is closed."""
-    at = gl.arange(0, padded(K // 128), layout=gl.BlockedLayout([4], [32], [WARPS], [0]))
-    async_copy.async_copy_global_to_shared(buffer.index(0), scales + at, mask=at < K // 128)
-    async_copy.async_copy_global_to_shared(buffer.index(1), other_scales + at, mask=at < K // 128)
-
-
-@gluon.jit
-def issue_rows(slots, odd: gl.constexpr, turn, codes, BESIDE: gl.constexpr, K: gl.constexpr):
-    """Start the copies of a step of 16 FP8 rows from `codes` on, or of eight there and the eight BESIDE rows later."""
-    INNERMOST: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, COPY_WIDE))
-    block = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, COPY_WIDE)))[:, None, None]
-    rows = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, COPY_WIDE)))[None, :, None]
-    if BESIDE > 0:
-        rows = rows % 8 + rows // 8 * BESIDE
-    at = rows * K + block * 128 + gl.arange(0, 128, layout=INNERMOST)[None, None, :]
-    slot = slots[odd].index(turn % 2)._reinterpret(gl.uint8, [WARPS, 16, 128], SWIZZLED3)
-    async_copy.async_copy_global_to_shared(slot, codes + at)
-
-
-@gluon.jit
-def issue_first_rows(slots, codes, BESIDE: gl.constexpr, K: gl.constexpr):
-    """Start the copies of the rows' first `AHEAD` steps, from slot 0 on."""
-    for step in gl.static_range(AHEAD):
-        issue_rows(slots, step % 2, step // 2, codes + step * WIDE_STEP, BESIDE, K)
-        async_copy.commit_group()
-
-
-@gluon.jit
-def _rows_step(total, codes, inputs, input_scales, row_scales, step, K: gl.constexpr):
-    """Adds one step to fp32 `total [WARPS, 16, TOKENS]`; sums of 128 columns come exact from the tensor cores."""
-    STEPS: gl.constexpr = K // WIDE_STEP
-    BLOCK: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, WIDE_SUMS))
-    weights = gl.reshape(codes._reinterpret(gl.uint8, [WARPS, 16, 128], SWIZZLED3).load(WIDE_CODES), [4, 16, 4, 16, 2])
-    weights = gl.reshape(gl.permute(weights, [0, 1, 2, 4, 3]), [WARPS, 16, 128])
-    weights = weights.to(gl.float8e4nv, bitcast=True).to(gl.float16)
-    weights = gl.convert_layout(weights, gl.DotOperandLayout(0, WIDE_SUMS, 4), assert_trivial=True)
-    x = inputs._reinterpret(gl.float8e4nv, [STEPS, 4 * WARPS, TOKENS, 32], INPUTS3).index(step).load(WIDE_INPUTS)
-    x = gl.reshape(gl.permute(gl.reshape(x, [WARPS, 4, TOKENS, 32]), [0, 1, 3, 2]), [WARPS, 128, TOKENS])
-    x = gl.convert_layout(x.to(gl.float16), gl.DotOperandLayout(1, WIDE_SUMS, 4), assert_trivial=True)
-    part = mma_v2(weights, x, gl.full([WARPS, 16, TOKENS], 0.0, gl.float32, WIDE_SUMS))
-    scales = row_scales._reinterpret(gl.float32, [2 * padded(K // 128) // WARPS, WARPS], FLAT1)
-    low = scales.index(step).load(BLOCK)[:, None, None]
-    high = scales.index(padded(K // 128) // WARPS + step).load(BLOCK)[:, None, None]
-    first = (gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, WIDE_SUMS))) < 8)[None, :, None]
-    input_factor = input_scales._reinterpret(gl.float32, [STEPS, WARPS, TOKENS], FLAT2).index(step)
-    input_factor = gl.expand_dims(input_factor.load(gl.SliceLayout(1, WIDE_SUMS)), 1)
-    return total + part * (gl.where(first, low, high) * input_factor)
-
-
-@gluon.jit
-def rows_product(
-    slots, inputs, input_scales, row_scales, codes, next_codes, next_scales, has_next,
-    BESIDE: gl.constexpr, K: gl.constexpr, NEXT: gl.constexpr,
-):  # fmt: skip
-    """fp32 `[16, TOKENS]`: FP8 rows times the inputs; `codes`: to the first row. The first steps are on their way from
-    slot 0 on. NEXT: leaves those of the FP4 tile `next_codes` on their way, if there is one."""
-    TURNS: gl.constexpr = K // WIDE_STEP // 2
-    total = gl.full([WARPS, 16, TOKENS], 0.0, gl.float32, WIDE_SUMS)
-    codes += AHEAD * WIDE_STEP
-    for turn in range(TURNS):
-        for odd in gl.static_range(2):
-            async_copy.wait_group(AHEAD - 1)
-            if turn < TURNS - 1 - odd:
-                issue_rows(slots, 1 - odd, turn + 1 + odd, codes, BESIDE, K)
-            elif NEXT and has_next:
-                issue(slots, 1 - odd, turn + 1 + odd, next_codes, next_scales, 0, K)
-                next_codes += 128
-                next_scales += 8
-            async_copy.commit_group()
-            codes += WIDE_STEP
-            slot = slots[odd].index(turn % 2)
-            total = _rows_step(total, slot, inputs, input_scales, row_scales, turn * 2 + odd, K)
-    return gl.sum(total, 0) / UNSCALE
