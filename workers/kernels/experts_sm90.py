@@ -288,6 +288,9 @@ def down_kernel(
         issue_first(slots, 0, experts, code, tile_row, False, HOST, PEER)
     if PDL:
         gdc_wait()
+        if num_tokens == 1:
+            # All programs are here. Before its wait the successor reads streams and gates: older than the predecessor.
+            gdc_launch_dependents()
     turns = 0
     begin = _shared_down(
         slots, inputs, input_scales, row_scales, shared_hidden, pair_order, item, items, shared_codes, shared_scales,
@@ -316,7 +319,6 @@ def down_kernel(
         gl.store(target, total.to(gl.bfloat16), mask=(at < end)[None, :])
         unit, first, end, code, tile_row = next_unit, next_first, next_end, next_code, next_row
     if PDL:
-        # Late: the successor is small, and its programs would stand where this launch's work is.
         gdc_launch_dependents()
 
 
