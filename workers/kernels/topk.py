@@ -10,7 +10,7 @@ One program looks at CHUNK entries of a token. Longer contexts have several: eac
 to arrive (an integer counter) chooses among those, so that length costs no further launch.
 
 Up to RANKED entries the place of a chosen one is its rank, by counting the entries before it. For few tokens many
-programs count, each for some entries, and nothing is searched; for many, one program counts among those it has found.
+programs count, each for some entries, and nothing is searched; for many, one program sorts those it has found.
 """
 
 from __future__ import annotations
@@ -166,25 +166,19 @@ def _choose_by_rank(
 
 @triton.jit
 def _choose_in_order(
-    scores, visible, selected, kept, ids, K: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr,
+    scores, visible, selected, kept, ids, K: tl.constexpr, KP: tl.constexpr, N: tl.constexpr, THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """The same selection by one program: the K best are searched, and ranked among themselves."""
+    """The same selection by one program: the K best are searched, and then sorted."""
     _choose(scores, visible, 0, ids, kept, K, N, THREADS, True, False)
     tl.debug_barrier()
-    for first in range(0, K, WIDTH):
-        at = first + tl.arange(0, WIDTH)
-        key = _ordered(tl.load(kept + at, mask=at < K, other=0.0))
-        entry = tl.load(ids + at, mask=at < K, other=0)
-        before = tl.zeros((WIDTH, WIDTH), tl.int32)
-        for begin in range(0, K, WIDTH):
-            beside = begin + tl.arange(0, WIDTH)
-            other = tl.where(beside < K, _ordered(tl.load(kept + beside, mask=beside < K, other=0.0)), -2147483648)
-            tie = tl.load(ids + beside, mask=beside < K, other=0)[None, :] < entry[:, None]
-            before += ((other[None, :] > key[:, None]) | ((other[None, :] == key[:, None]) & tie)).to(tl.int32)
-        tl.store(selected + tl.sum(before, 1), entry, mask=at < K)
+    at = tl.arange(0, KP)
+    key = _ordered(tl.load(kept + at, mask=at < K, other=0.0)).to(tl.int64) << 32
+    key |= (0x7FFFFFFF - tl.load(ids + at, mask=at < K, other=0)).to(tl.int64)
+    key = tl.sort(tl.where(at < K, key, -0x8000000000000000), descending=True)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    tl.store(selected + at, 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32), mask=at < K)
 
 
 @triton.jit
@@ -228,13 +222,14 @@ def _choose_all(scores, count, first, ids, kept, K: tl.constexpr, KP: tl.constex
 @triton.jit
 def _choose_ranked(
     scores, visible, selected, part, kept, ids,
-    K: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The K best of `visible` <= N entries in order: `part` of it where ROWS says so, else all."""
     if ROWS > 0:
         _choose_by_rank(scores, visible, selected, part, K, ROWS, WIDTH, N, PDL)
     else:
-        _choose_in_order(scores, visible, selected, kept, ids, K, N, WIDTH, THREADS, PDL)
+        _choose_in_order(scores, visible, selected, kept, ids, K, KP, N, THREADS, PDL)
 
 
 @triton.jit(do_not_specialize=["scores_stride"])  # wider loads would give a thread other keys than `_chosen` expects
@@ -275,9 +270,9 @@ def topk(
             if (chunk == 0) | ((ROWS > 0) & (chunk * ROWS < visible)):
                 row -= first
                 if visible <= RANK // 2:
-                    _choose_ranked(row, visible, out, chunk, kept, ids, K, RANK // 2, ROWS, WIDTH, THREADS, PDL)
+                    _choose_ranked(row, visible, out, chunk, kept, ids, K, KP, RANK // 2, ROWS, WIDTH, THREADS, PDL)
                 else:
-                    _choose_ranked(row, visible, out, chunk, kept, ids, K, RANK, ROWS, WIDTH, THREADS, PDL)
+                    _choose_ranked(row, visible, out, chunk, kept, ids, K, KP, RANK, ROWS, WIDTH, THREADS, PDL)
             return
     if visible <= CHUNK:
         if chunk == 0:
