@@ -5,8 +5,10 @@ arithmetic (`row_products.py`), prefill shapes (`linear_prefill.py`), routed exp
 outputs, allocate nothing and can be captured. A program owns BN rows of a weight and all of K, for every T in the same
 order of sums.
 
-Kernels let their successor start when their own sums are done, not earlier (`launch.py`). One token has tiles by op:
-equal work for every multiprocessor, and shared memory that keeps more programs than its share off each.
+On sm_90 and sm_100, products of one token and, up to K = 1,536, of any number are left to `linear_stream.py`, whose
+bits are the same. The kernels here serve all else, and let their successor start when their own sums are done, not
+earlier (`launch.py`). One token has tiles by op: equal work for every multiprocessor, and shared memory that keeps more
+programs than its share off each.
 
 FP8 weights see activations through e4m3 in groups of 128 (official `act_quant`). Up to `ROUNDED_TOKENS` tokens the
 programs round `x` themselves; beyond, that work would cost more than the product, so a caller gives `x_quantised`
@@ -220,9 +222,8 @@ def _plan(x: Tensor, K: int, pdl: bool | None, op: str, *, fp8: bool = True) -> 
     if x.stride(-1) != 1:
         raise ValueError("columns of the activations must be contiguous")
     T = x.shape[0]
-    BT = min(64, max(8, triton.next_power_of_2(T)))
-    few = "few_fp8" if op in ("linear", "grouped") else "few"
-    chosen: Tile = tile(f"linear_decode.{op if T == 1 else few if BT == 8 else 'many'}", x.device)
+    chosen: Tile = tile(f"linear_decode.{_tile_row(op, T)}", x.device)
+    BT = min(chosen.m, max(8, triton.next_power_of_2(T)))
     sums = _partial_sums(K, 4 if op == "head" or K <= SHORT else 8)
     constants: dict[str, Any] = {
         "X_STRIDE": x.stride(0),
@@ -238,6 +239,15 @@ def _plan(x: Tensor, K: int, pdl: bool | None, op: str, *, fp8: bool = True) -> 
     if fp8:
         constants["HW"] = hardware_formats(x.device)
     return _Launch(constants, {"num_warps": min(4, sums)} | pdl_options(x, pdl), -(-T // BT))
+
+
+def _tile_row(op: str, T: int) -> str:
+    """Row of the tile table. Beyond 8 tokens a program's activations are more bytes than its weights."""
+    if T <= 8:
+        return op if T == 1 else "few_fp8" if op in ("linear", "grouped") else "few"
+    if {"grouped": 8, "project": 16, "linear": 32}.get(op, T) < T:
+        return "many_rows"
+    return "some" if op == "linear" and T <= 16 else "many"
 
 
 def _fp8_input(x: Tensor, x_quantised: Tensor | None) -> tuple[Tensor, str]:
@@ -312,7 +322,7 @@ def linear(
     N, K = weight.codes.shape
     if act_fp8 and (K <= SHORT or x.shape[0] == 1) and streams(x, N, K):
         if K <= SHORT:
-            stream_rows("short", x, weight, out, pdl=pdl)
+            stream_rows("short", x, weight, out, signal="waited" if x.shape[0] == 1 else "last", pdl=pdl)
         else:
             stream_rows("long", x, weight, out, signal="waited", pdl=pdl)
         return
@@ -444,6 +454,14 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         ("linear wide one", _wide_kernel, q, walk, options),
         ("linear wide 16", _wide_kernel, q, walk | {"BT": 16, "R": 16}, options),
         ("grouped_linear one", _project_kernel, project, shape("grouped") | plain, options),
+        ("grouped_linear many", _project_kernel, project, shape("many_rows", tokens=32) | plain, options),
+        (
+            "linear many",
+            _project_kernel,
+            project,
+            shape("many_rows", 8192, 32) | rows | {"N_BF16": 0, "ACT": "rounded"},
+            options,
+        ),
         ("head one", _head_kernel, words, shape("head", sums=4), options),
         ("head many", _head_kernel, words, shape("many", tokens=64, sums=4), options),
         *(stream_cases(arch) if arch in ARCHITECTURES else []),

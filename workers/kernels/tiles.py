@@ -54,8 +54,8 @@ class Tile:
 
 
 TILES: dict[str, dict[int, Tile]] = {
-    # One token: project, linear, grouped, gate, head. few: up to 8, few_fp8: without bf16 rows. `group` of wide:
-    # programs per multiprocessor.
+    # One token: project, linear, grouped, gate, head. few: up to 8, few_fp8: without bf16 rows; some: linear, 9 to 16.
+    # many_rows: grouped beyond 8, project beyond 16, linear beyond 32. `group` of wide: programs per multiprocessor.
     "linear_decode.project": {80: Tile(n=16, stages=3), 89: Tile(n=16, stages=3), 90: Tile(n=16, stages=4)},
     "linear_decode.linear": {80: Tile(n=16, stages=3), 89: Tile(n=16, stages=3), 90: Tile(n=32, stages=4)},
     "linear_decode.grouped": {80: Tile(n=16, stages=3), 89: Tile(n=16, stages=3), 90: Tile(n=16, stages=3)},
@@ -63,7 +63,17 @@ TILES: dict[str, dict[int, Tile]] = {
     "linear_decode.head": {80: Tile(n=16, stages=4), 89: Tile(n=16, stages=3), 90: Tile(n=16, stages=5)},
     "linear_decode.few": {80: Tile(n=16, stages=4), 89: Tile(n=16, stages=3), 90: Tile(n=16, stages=4)},
     "linear_decode.few_fp8": {80: Tile(n=16, stages=4), 89: Tile(n=16, stages=3), 90: Tile(n=32, stages=4)},
-    "linear_decode.many": {80: Tile(n=16, stages=2), 89: Tile(n=16, stages=2), 90: Tile(n=16, stages=3)},
+    "linear_decode.many": {
+        80: Tile(m=64, n=16, stages=2),
+        89: Tile(m=64, n=16, stages=2),
+        90: Tile(m=64, n=16, stages=3),
+    },
+    "linear_decode.many_rows": {
+        80: Tile(m=64, n=16, stages=2),
+        89: Tile(m=64, n=16, stages=2),
+        90: Tile(m=32, n=32, stages=3),
+    },
+    "linear_decode.some": {80: Tile(n=16, stages=2), 89: Tile(n=16, stages=2), 90: Tile(n=16, stages=4)},
     "linear_decode.wide": {80: Tile(n=16, stages=3, group=2), 90: Tile(n=32, stages=3, group=2)},
     # k: columns of a step, group: programs per multiprocessor. A ring admits no more: the GPU crowds those of an early
     # launch. project_less: fewer tiles than multiprocessors. short: K up to 1,536, for 1 token, 2 to 16, and more.

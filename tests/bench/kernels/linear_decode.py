@@ -5,15 +5,18 @@ Floor: every weight byte once at the bandwidth of a device-to-device copy; activ
 expert 4.5 us, head 250 us; together 43 layers of C4 would take 1.6 ms. Prediction: a launch costs 1-2 us of idle memory
 unless it overlaps its predecessor, so 80 % needs overlap.
 
-Result (H200, 2026-11-21, one token, alone in a graph): project_x 9.5 us (70 %), 7.0 with C128, 4.7 without compressor;
-q 13.3 (75 %), wo_a 10.6 (76 %), wo_b 11.1 (72 %), gate and shared 8.6 (52 %), head 244 (103 %): only the head reaches
-80 %. What is left is 2 to 3.6 us a launch whatever its size: with the weights in L2, 16.8 MB take 6.4 us and 33.5 MB
-10.0. More tokens: wo_b 12.9 at 8, 20.9 at 16, 36.5 at 64; wo_a 11.4, 13.6, 53.1; gate 11.5, 10.2, 33.9: beyond 8 tokens
-every program of 16 rows reads all activations, more bytes than its weights at 64. Before, a program had 16 rows and
-took four blocks of 128 columns a step (wo_b 12.3 us): half of its loop rounded activations, a maximum over five
-shuffles and a way through shared memory. Tried and left out: signalling the successor early
-(`workers/kernels/launch.py`), prefetches to L2 by lines (+3 us) and in bulk (-0.5 to +3 us), 8 or 16 warps a program
-(13-20 us), walking several tiles of K = 4096 (13.6 us); other walkers of q made no difference in the model.
+Result (H200, 2026-11-21, one token, alone in a graph): project_x 7.6 us (87 %), 5.3 with C128, 3.3 without compressor;
+q 12.4 (81 %), wo_a 10.1 (80 %), wo_b 9.7 (83 %), head 240 (106 %). In a model they are shorter: weights are on their
+way behind the launch before. Half a C4 layer, mHC to wo_b, takes 68.0 us with the plain forms and late signals, 60.9
+streamed with early signals before, 59.3 with those of project_x and wo_b after their own wait, 58.5 with that of q;
+C128 55.7, 48.3, 46.1 and 45.5. Copies alone, without activations and products, take 1.0 to 1.3 us less.
+8 tokens: project_x 10.0, q 14.2, wo_a 11.2, wo_b 12.9: streamed and early they gained nothing, for every program rounds
+all activations before it multiplies. 64 tokens: q 35.8, wo_a 31.9 (53.0 with programs of 16 rows and 64 tokens), wo_b
+29.2 (35.8), project_x 21.5 (23.6): there a program reads more bytes of activations than of weights.
+Tried and left out: the ring filled by TMA (-0.4 to +0.3 us), rings of 160 to 192 KB (+0.4 to +1.5: activations wait
+behind what is in flight), prefetches to L2 by the launches before attention (+1.9 to +7), q in two launches with the
+selection between (-0.7 in C4 layers), in the plain form 8 or 16 warps a program (13-20 us), walking several tiles of
+K = 4096 (13.6 us).
 """
 
 from __future__ import annotations
