@@ -5,9 +5,9 @@ at 4K tokens of context and 0.5 us at 64K: a launch takes longer, so the share m
 very long context on. Floor of prefill scores: 2 * 64 * 128 FLOP for each (token, visible entry) at the dense f16 rate.
 Top-k has no floor but its launch: it reads 4 bytes an entry.
 
-Result (H200, 2026-11-21, PDL, us): batch 1 scores 3.3 / 5.2 / 5.8 at 4K / 16K / 64K, top-k 5.7 / 5.8 / 14.7, both in a
-chain 7.8 / 12.5 / 24.7; batch 16 at 64K scores 27.5 (1,260 GB/s), batch 64 at 4K 10.5. In the model at batch 1 and 4K
-both take 7.8. Prefill of 8,192 tokens: 616 in all, of which scores 450 (305 TFLOP/s); the last tokens of 64K of context
+Result (H200, 2026-11-21, PDL, us): batch 1 scores 3.7 / 5.1 at 4K / 64K, top-k 2.1 / 18.5 (4.3 at 4K by search, 10.5
+with page tables of 64K, for which ranks take 2.6); batch 64 scores 12.8 / 78.3 (42 % of the floor), top-k at 64K 25.7.
+In the model at batch 1 and 4K both take 7.0. Prefill of 8,192 tokens: 616 in all, of which scores 450 (305 TFLOP/s); the last tokens of 64K of context
 score at 480 TFLOP/s.
 """
 

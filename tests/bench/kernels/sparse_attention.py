@@ -8,8 +8,10 @@ by plain products): 8,192 tokens of C4 from the start 0.78 ms, C128 0.22 ms. Pre
 warp groups compute the same scores, which makes 4,100 cycles a chunk of 64 keys.
 
 Results, one H200, 2026-11-21. norm_and_store: 1.15 us at 1 token, 1.29 at 64, 20.1 at 8,192 (55 % of copy bandwidth).
-Decode at batch 1 and 4K context: 6.1 us sliding, 7.5 C4, 6.3 C128; between reads of 34 MB, as in a model, 6.7, 9.0 and
-7.0. C4 at 16 and 64 tokens: 39 and 110 us; C128 at 64 tokens of 8K: 36 us. The way there, C4 between reads: 16.0 us as
+Decode at batch 1 and 4K context: 5.0 us sliding, 8.8 C4, 5.2 C128 in a row; C4 takes 7.1 where its second launch
+signals late, but in a model that launch hides the start of wo_a. 8, 16, 32, 64 tokens: C4 21.6, 31.7, 33.2, 39.8 us
+(19 % of the floor; 110 us at 64 tokens before wgmma), C128 at 64K the same, at 4K 9.8, 17.1, 23.4, 23.8; sliding 7.6,
+11.2, 20.5, 21.2. The way to the form of one token, C4 between reads: 16.0 us as
 a batch of products over groups of 64 dimensions, of which bank conflicts (scores summed over warps, values read across)
 were about 4 by ncu; 12.7 once `combine` loaded all parts at once and the window came before the wait; 9.0 with plain
 products. At 64 tokens 338 us, then 110: queries as operands of every warp had filled the registers. Chunks of 16 keys
