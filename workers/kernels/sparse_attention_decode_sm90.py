@@ -8,8 +8,8 @@ A program of 8 warps has one token, 64 heads and PAIRS times two chunks of keys:
 for all 64 heads, where the plain form does so for every 16. The first warp group computes the scores of the first
 chunk of a pair, the second those of the second; then each has half of the dimensions of both chunks' values. Where all
 rows lie is looked up at the start, and bytes are copied one pair ahead.
-# measured (H200, 2026-11-21): C4 with 64 tokens 39.8 us, 110 in the plain form; C128 at 64K of context the same; windows
-# alone 21 and 40. Of the 36 us of this launch 24 % went by before the first pair, 63 % in pairs of chunks (4.5 us each).
+# measured (H200, 2026-11-21): C4 with 64 tokens 39.8 us, 110 in the plain form; C128 at 64K of context the same;
+# windows alone 21 and 40. Of the 36 us of C4's launch 24 % went by before the first pair, 63 % in pairs (4.5 us each).
 
     shared memory: queries 64 x 1,024 bytes, keys 64 x 1,024, their stored bytes 64 x 648, weights 64 x 128
 """

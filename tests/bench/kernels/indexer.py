@@ -7,8 +7,8 @@ Top-k has no floor but its launch: it reads 4 bytes an entry.
 
 Result (H200, 2026-11-21, PDL, us): batch 1 scores 3.7 / 5.1 at 4K / 64K, top-k 2.1 / 18.5 (4.3 at 4K by search, 10.5
 with page tables of 64K, for which ranks take 2.6); batch 64 scores 12.8 / 78.3 (42 % of the floor), top-k at 64K 25.7.
-In the model at batch 1 and 4K both take 7.0. Prefill of 8,192 tokens: 616 in all, of which scores 450 (305 TFLOP/s); the last tokens of 64K of context
-score at 480 TFLOP/s.
+In the model at batch 1 and 4K both take 7.0. Prefill of 8,192 tokens: 616 in all, of which scores 450 (305 TFLOP/s);
+the last tokens of 64K of context score at 480 TFLOP/s.
 """
 
 from __future__ import annotations
