@@ -132,6 +132,18 @@ def test_a_tokens_bits_do_not_depend_on_its_batch(columns: int, T: int, device: 
     assert torch.equal(batch[0], alone[0])
 
 
+@pytest.mark.parametrize("T", [2, 9, 24, pytest.param(64, marks=pytest.mark.gpu)])
+def test_grouped_bits_do_not_depend_on_the_batch(T: int, device: torch.device) -> None:
+    G, rows, K = 2, 128, 2048
+    weight, x = fp8_weight(G * rows, K, device), tokens(T, G, K, device=device)
+    alone = poisoned(1, G * rows, dtype=torch.bfloat16, device=device)
+    kernels.grouped_linear(x[-1:], weight, alone)
+    x[:-1] = float("nan")
+    batch = poisoned(T, G * rows, dtype=torch.bfloat16, device=device)
+    kernels.grouped_linear(x, weight, batch)
+    assert torch.equal(batch[-1], alone[0])
+
+
 @pytest.mark.parametrize("T", [2, 9, pytest.param(40, marks=pytest.mark.gpu)])  # numpy sums 64 columns otherwise
 @pytest.mark.parametrize("K", [256, 512, 2048])
 def test_projection_and_shared_bits_do_not_depend_on_the_batch(K: int, T: int, device: torch.device) -> None:
