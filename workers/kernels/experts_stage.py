@@ -1,13 +1,14 @@
 """Absent experts on their way to the products of a decode step: each program brings the rows that it will multiply.
 
-Owns: which bytes a program of `experts_decode.py` needs, and their way to scratch from host memory or the other GPU. A
+Owns: which bytes a program of `experts_plain.py` needs, and their way to scratch from host memory or the other GPU. A
 program whose expert is absent copies its own rows to the expert's place in scratch, in whole lines, and then reads them
 there as it would a resident's. So a step with absent experts has no more launches than one without, experts that are
 there are multiplied while the others' bytes come, and a byte crosses the link once however many tokens ask for it. The
 place in scratch is the expert's rank among the step's absent ones; who finds none is read in place.
 
-The products could read all of it in place, but they ask for 64 bytes a row, which fill a link badly: the host's a
-little, NVLink by far, because nothing of another GPU's memory stays in our L2, into which the products fetch ahead.
+These products could read all of it in place, but they ask for 64 bytes a row, which fill a link badly: the host's a
+little, NVLink by far, because nothing of another GPU's memory stays in our L2, into which the products fetch ahead. (The
+form of sm_90 asks for boxes of 128 bytes a row, many at a time, and reads in place: `experts_sm90.py`.)
 # measured, one layer and token of V4-Flash with 0, 1, 2, 6 experts absent (H200, host link 54.6 GB/s, 2026-11-21):
 staged 42, 279, 540, 1589 us; in place 41, 312, 616, 1797; copied by a launch of their own 44, 316, 566, 1609. 2 KB at a
 time are 2 % better than 4 or 8. In place over NVLink: 2 ms an expert (8 layers, 30 % absent, same day).

@@ -3,10 +3,11 @@
     python -m tests.bench.kernels.experts_peer [--tokens 1 8 32 64 128] [--shares 0 12 25 50 100]
 
 Owner: a process on the last GPU in sight, whose slab is mapped here as in serving (`workers/gpu/peer_slab.py`). Absent
-experts pass through scratch in the products' own launches. Floor: the larger of the local bytes at copy bandwidth and
-the peer's bytes at the speed of a plain copy from there. Outputs of the routed experts are compared bit for bit with
-those of local ones; only the table differs between rows. Result (two H200s, 2026-11-21, plain copy 395 GB/s): 229, 326
-and 353 GB/s from the peer at 1, 8 and 32 tokens with a quarter of the experts there; see RESULTS.md.
+experts are read in place on sm_90 and pass through scratch elsewhere. Floor: the larger of the local bytes at copy
+bandwidth and the peer's bytes at the speed of a plain copy from there. Outputs of the routed experts are compared bit
+for bit with those of local ones; only the table differs between rows. Result (two H200s, 2026-11-21, plain copy 395
+GB/s): 235, 321 and 331 GB/s from the peer at 1, 8 and 32 tokens with a quarter of the experts there (through scratch
+229, 326, 353).
 """
 
 from __future__ import annotations
