@@ -7,8 +7,8 @@ there are multiplied while the others' bytes come, and a byte crosses the link o
 place in scratch is the expert's rank among the step's absent ones; who finds none is read in place.
 
 These products could read all of it in place, but they ask for 64 bytes a row, which fill a link badly: the host's a
-little, NVLink by far, because nothing of another GPU's memory stays in our L2, into which the products fetch ahead. (The
-form of sm_90 asks for boxes of 128 bytes a row, many at a time, and reads in place: `experts_sm90.py`.)
+little, NVLink by far, because nothing of another GPU's memory stays in our L2, into which the products fetch ahead.
+(The form of sm_90 asks for boxes of 128 bytes a row, many at a time, and reads in place: `experts_sm90.py`.)
 # measured, one layer and token of V4-Flash with 0, 1, 2, 6 experts absent (H200, host link 54.6 GB/s, 2026-11-21):
 staged 42, 279, 540, 1589 us; in place 41, 312, 616, 1797; copied by a launch of their own 44, 316, 566, 1609. 2 KB at a
 time are 2 % better than 4 or 8. In place over NVLink: 2 ms an expert (8 layers, 30 % absent, same day).

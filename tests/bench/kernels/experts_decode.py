@@ -3,8 +3,8 @@
     python -m tests.bench.kernels.experts_decode
 
 Floor: bytes of the distinct experts of the step (13.37 MB each) and of the shared expert (25.2 MB) over the measured
-copy bandwidth. Prediction for the form of sm_90: a warp issues 568 instructions for 8,192 weights, at full bandwidth two
-thirds of what a multiprocessor can; at one token, launches of 70 and 35 MB begin and end besides. Result (H200,
+copy bandwidth. Prediction for the form of sm_90: a warp issues 568 instructions for 8,192 weights, at full bandwidth
+two thirds of what a multiprocessor can; at one token, launches of 70 and 35 MB begin and end besides. Result (H200,
 2026-11-21, copy 4,180 GB/s), us for both launches, in brackets gate_up and down alone; plain with the launch of the
 shared expert's first half:
     tokens    1                  2                  4                   16               64 (133 experts)
@@ -20,7 +20,7 @@ everything, and inputs of 4,096 columns leave no room for a fourth. What was tri
     four programs a multiprocessor in down beyond one token: 103, 282 and 554 us at 4, 16 and 64 tokens
     steps unrolled by the number of slots: 17 % of all stalls at four tokens are instructions that are not there
     128 rows and eight warps a program: 27 us in gate_up at one token, 192 tiles for 132 multiprocessors
-    three slots of 512 columns, two programs a multiprocessor: 36.3 us for 29.7 with two slots, without the shared expert
+    three slots of 512 columns, two programs a multiprocessor: 36.3 us for 29.7 with two, without the shared expert
 The plain form reads 64-byte pieces to registers, with 2.7 instructions a weight; 34.6 of its 41.8 us for the routed
 experts of one token are left when it only reads.
 """
