@@ -329,7 +329,8 @@ class KVStream:
             await self._wait_progress("acknowledgements")
         commit = Commit(num_segments=seq, num_bytes=self._num_bytes, tail=item.tail, tail_checksum=checksum(item.tail))
         await self._write(PushRequest(commit=commit))
-        await asyncio.wait_for(asyncio.shield(self._done), self._config.stall_timeout_s)
+        async with asyncio.timeout(self._config.stall_timeout_s):
+            await asyncio.shield(self._done)
 
     async def _next_item(self) -> _Item | _Finish:
         """The next queued item; keeps the lease alive while the engine computes."""

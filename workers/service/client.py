@@ -89,7 +89,8 @@ class WorkerClient:
         """Every event of this router's requests, until the worker ends the stream. Raises `WorkerUnavailable`."""
         call = self._decode_stub.Events(pb.EventsCall(router_id=router_id))
         try:
-            await asyncio.wait_for(call.initial_metadata(), self._short_call_s)
+            async with asyncio.timeout(self._short_call_s):  # wait_for would lose a cancellation as the answer comes
+                await call.initial_metadata()
             while (wire := await call.read()) is not grpc.aio.EOF:
                 yield codec.batch_from_wire(wire)
             await self._raise_status(call)

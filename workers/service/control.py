@@ -127,4 +127,5 @@ async def _served(run: Callable[[], Awaitable[T]], context: grpc.aio.ServicerCon
 
 async def _answer(future: Future[T]) -> T:
     """Result of a command of the engine thread."""
-    return await asyncio.wait_for(asyncio.wrap_future(future), ENGINE_S)
+    async with asyncio.timeout(ENGINE_S):
+        return await asyncio.wrap_future(future)

@@ -69,7 +69,8 @@ class DecodeServicer(ControlServicer):
 
     async def Abort(self, call: pb.AbortCall, context: grpc.aio.ServicerContext) -> pb.AbortReply:  # noqa: N802
         try:
-            await asyncio.wait_for(asyncio.wrap_future(self.worker.abort(call.request_id)), ENGINE_S)
+            async with asyncio.timeout(ENGINE_S):
+                await asyncio.wrap_future(self.worker.abort(call.request_id))
         except Exception as exc:
             await abort_with(context, request_error_of(exc))
         return pb.AbortReply()
@@ -77,9 +78,11 @@ class DecodeServicer(ControlServicer):
     async def Events(self, call: pb.EventsCall, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
         stream = self._hub.stream(call.router_id)
         try:
-            await asyncio.wait_for(context.send_initial_metadata(()), WRITE_S)
+            async with asyncio.timeout(WRITE_S):
+                await context.send_initial_metadata(())
             async for events in stream:
-                await asyncio.wait_for(context.write(codec.batch_to_wire(events)), WRITE_S)
+                async with asyncio.timeout(WRITE_S):
+                    await context.write(codec.batch_to_wire(events))
         except RequestError as exc:
             await abort_with(context, exc)
         except TimeoutError:
@@ -95,7 +98,8 @@ class DecodeServicer(ControlServicer):
         self._hub.expect(request.request_id, request.epoch, request.router_id)
         admitted = False
         try:
-            await asyncio.wait_for(asyncio.wrap_future(self.worker.admit(request)), limit_s)
+            async with asyncio.timeout(limit_s):
+                await asyncio.wrap_future(self.worker.admit(request))
             admitted = True
             return self._grant(request)
         except asyncio.CancelledError:

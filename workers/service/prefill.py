@@ -155,4 +155,5 @@ def _since(began_s: float, worker: PrefillWorker) -> list[tuple[float, float]]:
 
 async def _within(future: object, limit_s: float) -> object:
     """Result of a future of the engine thread, within `limit_s`."""
-    return await asyncio.wait_for(asyncio.wrap_future(future), limit_s)  # type: ignore[arg-type]
+    async with asyncio.timeout(limit_s):
+        return await asyncio.wrap_future(future)  # type: ignore[arg-type]

@@ -334,3 +334,14 @@ async def test_a_port_that_is_taken_is_an_os_error() -> None:
         with pytest.raises(OSError, match=str(port)):
             async with running_cluster(port=port):
                 pass
+
+
+async def test_a_reader_that_is_cancelled_while_its_stream_opens_ends() -> None:
+    """Whenever it happens, the very moment of the answer too: a cancellation lost there leaves it reading for ever."""
+    async with running_cluster() as cluster:
+        for turn in range(300):
+            router = Router(cluster.decode_client, router_id=f"r{turn}")
+            for _ in range(turn % 40):
+                await asyncio.sleep(0)
+            async with asyncio.timeout(WAIT_S):
+                await router.close()
