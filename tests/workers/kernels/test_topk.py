@@ -162,4 +162,4 @@ def test_scores_beyond_two_gib(device: torch.device, seed: int) -> None:
     out = torch.empty(tokens, 512, dtype=torch.int32, device=device)
     select_topk(scores, positions, out, TopkWork.allocate(tokens, columns, 512, device))
     visible = torch.tensor([columns], device=device)
-    assert torch.equal(out[-1:], expected(scores[-1:], visible, 512))
+    assert torch.equal(out[-1:].sort(-1).values, expected(scores[-1:], visible, 512))
