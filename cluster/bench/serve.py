@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from cluster.bench.serve_results import Level, Machine, Served, level_of
 from cluster.errors import ClusterError
 from cluster.http_client import ApiFailure, ChatDelta
-from cluster.metrics import LABELLED, parse, worker_rows
+from cluster.metrics import LABELLED, METRICS, kind_of, parse, worker_rows
 
 PROBE_WORDS = (64, 256)
 """Lengths of the two prompts that tell how many tokens a word takes and how many the template adds."""
@@ -36,6 +36,11 @@ IDLE_S = 10.0
 """Longest wait for workers to forget requests that were cut: a step or two, unless somebody else asks them, too."""
 
 IDLE_POLL_S = 0.1
+
+_COUNTERS = {metric.name: metric.stats_field for metric in METRICS if metric.kind == "counter"} | {
+    name: field for name, field, labels, _ in LABELLED if kind_of(name) == "counter" and labels != ("layer",)
+}
+"""Series -> field of `WorkerStats`; of experts only totals, not each layer's."""
 
 
 class CannotMeasure(ClusterError):
@@ -257,29 +262,23 @@ def _num_requests(metrics: str) -> int:
     return sum(int(str(row.get(key, 0))) for row in rows for key in ("running", "waiting"))
 
 
-def counters_of(metrics: str) -> dict[str, dict[str, object]]:
-    """Each worker's numbers, those by cause or path as `field/cause`; of experts only totals, not each layer's."""
-    rows = worker_rows(metrics)
-    by_name = {name: field for name, field, labels, _ in LABELLED if name.endswith("_total") and labels != ("layer",)}
-    for sample in parse(metrics):
-        worker = sample.labels.get("worker")
-        if worker in rows and sample.name in by_name:
-            labels = [value for key, value in sample.labels.items() if key not in ("worker", "role")]
-            rows[worker]["/".join((by_name[sample.name], *labels))] = sample.value
-    return rows
-
-
-def counted(before: dict[str, dict[str, object]], after: dict[str, dict[str, object]]) -> dict[str, dict[str, float]]:
-    """What each worker's plain numbers grew by, by worker; gauges that did not change are left out."""
+def counters_of(metrics: str) -> dict[str, dict[str, float]]:
+    """Each worker's counters, those by cause or path as `field/cause`."""
     found: dict[str, dict[str, float]] = {}
-    for name, row in after.items():
-        grown = {}
-        for key, value in row.items():
-            old = before.get(name, {}).get(key, 0)
-            if isinstance(value, int | float) and isinstance(old, int | float) and value != old:
-                grown[key] = round(float(value) - float(old), 6)
-        found[name] = grown
+    for sample in parse(metrics):
+        labels = {key: value for key, value in sample.labels.items() if key not in ("worker", "role")}
+        if (field := _COUNTERS.get(sample.name)) and "worker" in sample.labels:
+            found.setdefault(sample.labels["worker"], {})["/".join((field, *labels.values()))] = sample.value
     return found
+
+
+def counted(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """What each worker's counters grew by; those that did not are left out."""
+    grown = {
+        worker: {key: round(value - before.get(worker, {}).get(key, 0.0), 6) for key, value in row.items()}
+        for worker, row in after.items()
+    }
+    return {worker: {key: growth for key, growth in row.items() if growth} for worker, row in grown.items()}
 
 
 def warm_up(prompts: Prompts, load: Load, concurrency: int, connect: Callable[[], Client]) -> float:

@@ -221,18 +221,19 @@ def test_no_figure_for_a_stretch_that_never_was() -> None:
 
 
 def test_counters_are_differences() -> None:
-    before = {"decode-0": {"name": "decode-0", "steps": 5, "step_s_total": 1.0, "running": 0}}
-    after = {"decode-0": {"name": "decode-0", "steps": 9, "step_s_total": 1.5, "running": 0, "expert_hits": 7}}
-    assert counted(before, after) == {"decode-0": {"steps": 4.0, "step_s_total": 0.5, "expert_hits": 7.0}}  # type: ignore[arg-type]
+    before = {"decode-0": {"steps": 5.0, "step_s_total": 1.0, "resumes": 3.0}}
+    after = {"decode-0": {"steps": 9.0, "step_s_total": 1.5, "resumes": 3.0, "expert_hits": 7.0}}
+    assert counted(before, after) == {"decode-0": {"steps": 4.0, "step_s_total": 0.5, "expert_hits": 7.0}}
 
 
 def test_counters_by_cause_and_path_are_read() -> None:
     stats = WorkerStats(
         "decode-0", WorkerRole.DECODE, "a", "127.0.0.1:1", 1.0, True, steps=4, tokens_generated=8,
         expert_lookups=40, expert_hits=30, expert_bytes={"host": 16_000_000}, expert_misses={"capacity": 10},
-        expert_layer_hits={"0": 3},
+        expert_layer_hits={"0": 3}, step_ms_mean=1.5, running=2,
     )  # fmt: skip
     row = counters_of(render([stats]))["decode-0"]
+    assert "step_ms_mean" not in row and "running" not in row  # a difference of gauges says nothing
     assert (row["expert_bytes/host"], row["expert_misses/capacity"], row["steps"]) == (16e6, 10, 4)
     assert not any(key.startswith("expert_layer") for key in row)
     grown = counted({}, {"decode-0": row})
