@@ -115,11 +115,17 @@ def test_a_row_has_the_same_bits_in_any_batch(device: torch.device, seed: int) -
         assert torch.equal(a[:70], c)
 
 
-def test_no_tokens(device: torch.device, seed: int) -> None:
+def test_no_tokens_are_no_work(device: torch.device, seed: int) -> None:
     weight, _ = fp8_weight(128, 128, device, seed)
-    empty = torch.empty(0, 128, dtype=torch.bfloat16, device=device)
-    linear_prefill.linear(empty, weight, empty, work=_work(1, device))
-    linear_prefill.grouped_linear(empty.view(0, 1, 128), weight, empty, work=_work(1, device))
+    gate = _randn(12, 128, seed=seed).bfloat16().to(device)
+    x = _randn(4, 128, seed=seed + 7).bfloat16().to(device)[:0]
+    behind = torch.full((4, 128), 7.0, dtype=torch.bfloat16, device=device)
+    behind_wide = torch.full((4, 12), 7.0, device=device)
+    linear_prefill.linear(x, weight, behind[:0], work=_work(1, device))
+    linear_prefill.grouped_linear(x.view(0, 1, 128), weight, behind[:0], work=_work(1, device))
+    linear_prefill.project_x(x, weight, gate, behind[:0], behind_wide[:0], work=_work(1, device))
+    linear_prefill.head(x, gate, behind_wide[:0])
+    assert (behind == 7.0).all() and (behind_wide == 7.0).all(), "what lies behind an output of no rows was written"
 
 
 @pytest.mark.gpu
