@@ -22,8 +22,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mma_v2
 
-from workers.kernels.formats import pow2_reciprocal
 from workers.kernels.launch import num_sms
+from workers.kernels.linear_inputs import hold, hold_words, operand, room
 from workers.kernels.tiles import Tile, architecture, tile
 
 WARPS = 8
@@ -132,88 +132,6 @@ def _arrived(step, ring, weights, walk, SHAPE: gl.constexpr):
 
 
 @gluon.jit
-def _operand(held, index, BT: gl.constexpr, L: gl.constexpr):
-    """`[KW, C, BT]`: one place of activations `held [places, KW, R, C]`; one token (R = 1) in every column."""
-    KW: gl.constexpr = held.shape[1]
-    C: gl.constexpr = held.shape[3]
-    if held.shape[2] == 1:
-        FLAT: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
-        value = held._reinterpret(held.dtype, [held.shape[0], KW, C], FLAT).index(index).load(gl.SliceLayout(2, L))
-        value, _ = gl.broadcast(gl.expand_dims(value, 2), gl.full([KW, C, BT], 0.0, held.dtype, L))
-    else:
-        VEC: gl.constexpr = 128 // held.dtype.primitive_bitwidth
-        ROWS: gl.constexpr = gl.SwizzledSharedLayout(VEC, 1, 8, [2, 1, 0])
-        value = held._reinterpret(held.dtype, held.shape, ROWS).index(index).permute([0, 2, 1]).load(L)
-    return value
-
-
-@gluon.jit
-def _room(DTYPE: gl.constexpr, PLACES: gl.constexpr, KW: gl.constexpr, R: gl.constexpr, C: gl.constexpr):
-    """Shared memory for activations `[PLACES, KW, R, C]`, rows swizzled where there are several."""
-    VEC: gl.constexpr = 128 // DTYPE.primitive_bitwidth
-    L: gl.constexpr = gl.SwizzledSharedLayout(VEC, 1, 8 if R > 1 else 1, [3, 2, 1, 0])
-    return gl.allocate_shared_memory(DTYPE, [PLACES, KW, R, C], L)
-
-
-@gluon.jit
-def _scale_of(amax):
-    """fp32 scale of e4m3 codes: `formats.pow2_scale_ceil(amax, 448, 1e-4)`, whose constants have no layout."""
-    bits = gl.maximum(amax, 1e-4).to(gl.uint32, bitcast=True)
-    above = ((bits & 0x7FFFFF) > 0x600000).to(gl.uint32)
-    return (((bits >> 23) + above - 8) << 23).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _inputs(x, begin, num_tokens, held, X_STRIDE: gl.constexpr, K: gl.constexpr, L: gl.constexpr):
-    """bf16 activations `[places, KW, R, C]`, C = 128, or 64: first halves of blocks, then second halves, in turn.
-    Of tokens from `begin` on. Tokens and places past the last repeat it."""
-    KW: gl.constexpr = held.shape[1]
-    C: gl.constexpr = held.shape[3]
-    L3: gl.constexpr = gl.SliceLayout(3, L)
-    place = gl.arange(0, held.shape[0], gl.SliceLayout(1, gl.SliceLayout(2, L3)))[:, None, None, None]
-    block = gl.arange(0, KW, gl.SliceLayout(0, gl.SliceLayout(2, L3)))[None, :, None, None]
-    token = gl.arange(0, held.shape[2], gl.SliceLayout(0, gl.SliceLayout(1, L3)))[None, None, :, None]
-    lane = gl.arange(0, C, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, L))))[None, None, None, :]
-    PARTS: gl.constexpr = 128 // C
-    place = gl.minimum(place, K // (KW * C) - 1)
-    column = (place // PARTS * KW + block) * 128 + place % PARTS * C + lane
-    return gl.load(x + gl.minimum(begin + token, num_tokens - 1) * X_STRIDE + column)
-
-
-@gluon.jit
-def _hold(x, num_tokens, codes, scales, X_STRIDE: gl.constexpr, K: gl.constexpr, ROUND: gl.constexpr):
-    """Activations of FP8 rows into shared memory, `codes [places, KW, R, 128]` and `scales [places, KW, R]`.
-
-    ROUND: e4m3 in groups of 128 (as `row_products.inputs_of`), else as they are in f16.
-    """
-    KW: gl.constexpr = codes.shape[1]
-    WARPS: gl.constexpr = gl.num_warps()
-    L: gl.constexpr = gl.BlockedLayout([1, 1, 1, 8], [1, 2, 1, 16], [WARPS * 2 // KW, KW // 2, 1, 1], [3, 1, 2, 0])
-    R: gl.constexpr = codes.shape[2]
-    MOST: gl.constexpr = 16 if R > 16 else R  # more at once would not fit in registers
-    for begin in gl.static_range(0, R, MOST):
-        some, some_scales = codes.slice(begin, MOST, 2), scales.slice(begin, MOST, 2)
-        value = _inputs(x, begin, num_tokens, some, X_STRIDE, K, L)
-        if ROUND:
-            value = value.to(gl.float32)
-            scale = _scale_of(gl.max(gl.abs(value), 3))
-            some_scales.store(scale)
-            some.store((value * gl.expand_dims(pow2_reciprocal(scale), 3)).to(codes.dtype))
-        else:
-            some.store(value.to(codes.dtype))
-            some_scales.store(gl.full(some_scales.shape, 1.0, gl.float32, gl.SliceLayout(3, L)))
-
-
-@gluon.jit
-def _hold_words(x, num_tokens, words, X_STRIDE: gl.constexpr, K: gl.constexpr):
-    """Activations of bf16 rows into shared memory, `words [2 * places, KW, R, 64]`."""
-    KW: gl.constexpr = words.shape[1]
-    WARPS: gl.constexpr = gl.num_warps()
-    L: gl.constexpr = gl.BlockedLayout([1, 1, 1, 8], [1, 4, 1, 8], [WARPS * 4 // KW, KW // 4, 1, 1], [3, 1, 2, 0])
-    words.store(_inputs(x, 0, num_tokens, words, X_STRIDE, K, L))
-
-
-@gluon.jit
 def _row_scales(scales, shared, num_tiles, WORD_TILES: gl.constexpr, ROWS: gl.constexpr, SHAPE: gl.constexpr):
     """Weight scales of this program's tiles into `shared [tiles, places, KW]`; past the last of either, any."""
     KW: gl.constexpr = shared.shape[2]
@@ -248,7 +166,7 @@ def _codes_sums(i, step, ring, held, weights, walk, BT: gl.constexpr, MMA: gl.co
             place = k * SUB + j
             w = ring.index(slot + j).load(gl.DotOperandLayout(0, MMA, 4))
             w = w.to(gl.float8e4nv, bitcast=True).to(gl.float16)
-            value = _operand(codes, place, BT, gl.DotOperandLayout(1, MMA, 4)).to(gl.float16)
+            value = operand(codes, place, BT, gl.DotOperandLayout(1, MMA, 4)).to(gl.float16)
             factor = row_scales.index(i * PLACES + place).load(PER_BLOCK)[:, None, None]
             if R == 1:
                 scale = (
@@ -271,7 +189,7 @@ def _words_sums(step, ring, held, weights, walk, BT: gl.constexpr, MMA: gl.const
     for k in range(SHAPE[0] // (KW * 64 * SUB)):
         slot = _arrived(step + k, ring, weights, walk, SHAPE)
         for j in gl.static_range(SUB):
-            value = _operand(held, k * SUB + j, BT, gl.DotOperandLayout(1, MMA, 2))
+            value = operand(held, k * SUB + j, BT, gl.DotOperandLayout(1, MMA, 2))
             sums = mma_v2(_words_of(ring.index(slot + j)).load(gl.DotOperandLayout(0, MMA, 2)), value, sums)
     return sums
 
@@ -370,14 +288,14 @@ def _stream_kernel(
     if GROUP_TILES > 0:
         x += _tile(0, SHAPE[3]) // GROUP_TILES * K
     CODES: gl.constexpr = gl.float8e4nv if ROUND else gl.float16
-    held_codes = _room(CODES, PLACES, KW, R, 128)
+    held_codes = room(CODES, PLACES, KW, R, 128)
     token_scales = gl.allocate_shared_memory(gl.float32, [PLACES, KW, R], FLAT)
     if word_tiles < TILES:
-        _hold(x, num_tokens - start, held_codes, token_scales, X_STRIDE, K, ROUND)
+        hold(x, num_tokens - start, held_codes, token_scales, X_STRIDE, K, ROUND)
     if WORD_ROWS > 0:
-        held_words = _room(gl.bfloat16, 2 * PLACES, KW, R, 64)
+        held_words = room(gl.bfloat16, 2 * PLACES, KW, R, 64)
         if word_tiles > 0:
-            _hold_words(x, num_tokens - start, held_words, X_STRIDE, K)
+            hold_words(x, num_tokens - start, held_words, X_STRIDE, K)
     held = (held_codes, token_scales, row_scales)
     parts = gl.allocate_shared_memory(gl.float32, [KW, ROWS, R], gl.SwizzledSharedLayout(2, 1, _phases(R), [2, 1, 0]))
     for i in range(TILES):
