@@ -17,7 +17,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from workers.model.config import PAGE_TOKENS
+from kvstore.pools.aggregate import PoolSizes
+from workers.model.config import PAGE_TOKENS, ModelConfig
 
 NO_PAGE = -1
 """Filler of page tables: beyond a sequence's last page, or a window page that was reclaimed. Never addressed."""
@@ -105,3 +106,26 @@ class ForwardBatch:
         slots = np.array([tables.slot for tables, _, _ in items], dtype=np.int64)
         arrays = (token_ids, positions, sequence_of_token, cu_starts, full, window, slots, starts, counts)
         return ForwardBatch(*(torch.from_numpy(array).to(device) for array in arrays))
+
+
+def check_batch(batch: ForwardBatch, config: ModelConfig, sizes: PoolSizes, num_pages: int | None = None) -> None:
+    """Raise ValueError unless every id, page and slot that the step touches exists: kernels address raw memory.
+
+    `batch` is on the CPU. `num_pages`: logical pages that a model's tables have room for, where that is limited.
+    """
+    ids, slots = batch.token_ids.numpy(), batch.slots.numpy()
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(f"token ids must be in [0, {config.vocab_size})")
+    if slots.min() < 0 or slots.max() >= sizes.slots or len(np.unique(slots)) != len(slots):
+        raise ValueError(f"slots {slots} of {sizes.slots}")
+    if num_pages is not None and batch.full_pages.shape[1] > num_pages:
+        raise ValueError(f"{batch.full_pages.shape[1]} pages a sequence, tables hold {num_pages}")
+    start = batch.start.numpy()[:, None]
+    last = (start + batch.num_new.numpy()[:, None] - 1) // PAGE_TOKENS
+    first = np.maximum(start + 1 - config.sliding_window, 0) // PAGE_TOKENS
+    column = np.arange(batch.full_pages.shape[1])
+    full, window = batch.full_pages.numpy(), batch.window_pages.numpy()
+    lost = ((full < 0) | (full >= sizes.full_pages)) & (column <= last)
+    gone = ((window < 0) | (window >= sizes.window_pages)) & (column <= last) & (column >= first)
+    if lost.any() or gone.any():
+        raise ValueError(f"unmapped (sequence, page): full {np.argwhere(lost)}, window {np.argwhere(gone)}")

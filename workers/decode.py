@@ -21,7 +21,7 @@ from workers.config import WorkerConfig
 from workers.engine import BrokenLogits, Engine
 from workers.errors import DeadlineExceeded, RequestAborted, RequestError, WorkerFull, WorkerStopping
 from workers.landing import Landings
-from workers.loop import EngineLoop
+from workers.loop import EngineLoop, WorkCounters
 from workers.messages import GenerateRequest, RetractControl, RetractReport, TokenEvent, TokenLogprob
 from workers.retract.controller import POLL_S, RetractController
 from workers.retract.ticket import HeldImage
@@ -41,19 +41,6 @@ class DecodeSink(Protocol):
         """An admitted attempt has ended and holds nothing any more: its grant is void."""
 
 
-class DecodeCounters:
-    """Counters of `WorkerStats`. Written by the engine thread, readable from anywhere."""
-
-    def __init__(self) -> None:
-        self.admitted = 0
-        self.finished = 0
-        self.failed = 0
-        self.aborted = 0
-        self.refused = 0
-        self.tokens = 0
-        self.leaked = 0
-
-
 class DecodeWorker:
     """One decode engine and its thread."""
 
@@ -70,7 +57,7 @@ class DecodeWorker:
         """`cascade` defaults to the tiers of the config; `clock` is monotonic seconds."""
         self.config = config
         self.engine = engine
-        self.counters = DecodeCounters()
+        self.counters = WorkCounters()
         self._sink = sink
         self._clock = clock
         self.retract = RetractController(

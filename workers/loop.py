@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from kvstore.errors import IntegrityError
@@ -47,6 +48,20 @@ class Stepper(Protocol):
 
 SWEEP_EVERY_S = 0.05
 """Longest time by which a deadline is noticed late while steps keep coming."""
+
+
+@dataclass(slots=True)
+class WorkCounters:
+    """Counters of `WorkerStats`. Written by the engine thread, readable from anywhere."""
+
+    admitted: int = 0
+    finished: int = 0
+    failed: int = 0
+    aborted: int = 0
+    refused: int = 0
+    tokens: int = 0
+    """Prompt tokens computed by prefill, output tokens of decode."""
+    leaked: int = 0
 
 
 class EngineLoop:

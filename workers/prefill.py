@@ -24,7 +24,7 @@ from workers.attempts import Attempts
 from workers.config import WorkerConfig
 from workers.engine import BrokenLogits, Engine
 from workers.errors import DeadlineExceeded, RequestAborted, RequestError, WorkerStopping
-from workers.loop import EngineLoop
+from workers.loop import EngineLoop, WorkCounters
 from workers.messages import GenerateRequest
 from workers.sampler import Sampled
 from workers.scheduler.plan import Chunk
@@ -62,19 +62,6 @@ class PrefillSink(Protocol):
         """The prompt ended early; nothing else follows and its pages are free."""
 
 
-class PrefillCounters:
-    """Counters of `WorkerStats`. Written by the engine thread, readable from anywhere."""
-
-    def __init__(self) -> None:
-        self.admitted = 0
-        self.finished = 0
-        self.failed = 0
-        self.aborted = 0
-        self.refused = 0
-        self.tokens = 0
-        self.leaked = 0
-
-
 class PrefillWorker:
     """One prefill engine and its thread."""
 
@@ -89,7 +76,7 @@ class PrefillWorker:
         """`clock` is monotonic seconds; tests pass their own."""
         self.config = config
         self.engine = engine
-        self.counters = PrefillCounters()
+        self.counters = WorkCounters()
         self._clock = clock
         limits = PrefillLimits(config.chunk_tokens, config.max_waiting, config.max_context, engine.spec.window_tokens)
         self.scheduler = PrefillScheduler(engine.allocators, limits, on_open=engine.open_slot)

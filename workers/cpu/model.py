@@ -25,9 +25,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from kvstore.pools.aggregate import KVPools, PoolSizes
+from kvstore.pools.aggregate import KVPools
 from kvstore.spec import PoolName
-from workers.batch import ForwardBatch
+from workers.batch import ForwardBatch, check_batch
 from workers.cpu import step as steps
 from workers.cpu import tables as t
 from workers.cpu.arena import Activations, make_scratch
@@ -35,7 +35,7 @@ from workers.cpu.expert_cache import CpuExperts
 from workers.cpu.packing import PackedWeights
 from workers.cpu.panels import padded
 from workers.experts.supply import ExpertSupply
-from workers.model.config import PAGE_TOKENS, LayerKind, ModelConfig
+from workers.model.config import LayerKind, ModelConfig
 from workers.model.precision import Precision
 from workers.model.weights import ModelWeights
 from workers.ops import LogitsFor
@@ -55,24 +55,6 @@ def unsupported_reason(config: ModelConfig, precision: Precision, pools: KVPools
     if pools.device.type != "cpu":
         return f"pools are on {pools.device}"
     return None
-
-
-def check_batch(batch: ForwardBatch, config: ModelConfig, sizes: PoolSizes) -> None:
-    """Raise ValueError unless every id, page and slot that the step touches exists: kernels address raw memory."""
-    ids, slots = batch.token_ids.numpy(), batch.slots.numpy()
-    if ids.min() < 0 or ids.max() >= config.vocab_size:
-        raise ValueError(f"token ids must be in [0, {config.vocab_size})")
-    if slots.min() < 0 or slots.max() >= sizes.slots:
-        raise ValueError(f"slots {slots} of {sizes.slots}")
-    start = batch.start.numpy()[:, None]
-    last = (start + batch.num_new.numpy()[:, None] - 1) // PAGE_TOKENS
-    first = np.maximum(start + 1 - config.sliding_window, 0) // PAGE_TOKENS
-    column = np.arange(batch.full_pages.shape[1])
-    full, window = batch.full_pages.numpy(), batch.window_pages.numpy()
-    lost = ((full < 0) | (full >= sizes.full_pages)) & (column <= last)
-    gone = ((window < 0) | (window >= sizes.window_pages)) & (column <= last) & (column >= first)
-    if lost.any() or gone.any():
-        raise ValueError(f"unmapped (sequence, page): full {np.argwhere(lost)}, window {np.argwhere(gone)}")
 
 
 class CpuModel:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvstore.pools.aggregate import KVPools, PoolSizes
+from kvstore.pools.aggregate import KVPools
 from kvstore.spec import PoolName
 from workers.batch import NO_PAGE, ForwardBatch
 from workers.gpu.weights import Compressor, GpuLayer, x_bf16_columns
@@ -105,29 +105,6 @@ class LayerPools:
             tensors(layer.compressor, state, entries),
             tensors(layer.index_compressor, PoolName.C4_INDEXER_STATE, PoolName.C4_INDEXER),
         )
-
-
-def check_batch(batch: ForwardBatch, config: ModelConfig, sizes: PoolSizes, num_pages: int) -> None:
-    """Raise ValueError unless every id, page and slot that the step touches exists: kernels address raw memory.
-
-    `batch` is on the CPU. `num_pages`: logical pages that the model's tables have room for.
-    """
-    ids, slots = batch.token_ids.numpy(), batch.slots.numpy()
-    if ids.min() < 0 or ids.max() >= config.vocab_size:
-        raise ValueError(f"token ids must be in [0, {config.vocab_size})")
-    if slots.min() < 0 or slots.max() >= sizes.slots or len(np.unique(slots)) != len(slots):
-        raise ValueError(f"slots {slots} of {sizes.slots}")
-    if batch.full_pages.shape[1] > num_pages:
-        raise ValueError(f"{batch.full_pages.shape[1]} pages a sequence, tables hold {num_pages}")
-    start = batch.start.numpy()[:, None]
-    last = (start + batch.num_new.numpy()[:, None] - 1) // PAGE_TOKENS
-    first = np.maximum(start + 1 - config.sliding_window, 0) // PAGE_TOKENS
-    column = np.arange(batch.full_pages.shape[1])
-    full, window = batch.full_pages.numpy(), batch.window_pages.numpy()
-    lost = ((full < 0) | (full >= sizes.full_pages)) & (column <= last)
-    gone = ((window < 0) | (window >= sizes.window_pages)) & (column <= last) & (column >= first)
-    if lost.any() or gone.any():
-        raise ValueError(f"unmapped (sequence, page): full {np.argwhere(lost)}, window {np.argwhere(gone)}")
 
 
 def steps_inside_pages(batch: ForwardBatch) -> int:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from kvstore.pools.aggregate import KVPools
-from workers.batch import ForwardBatch
-from workers.gpu.buffers import Activations, DecodeMeta, PrefillMeta, check_batch, steps_inside_pages
+from workers.batch import ForwardBatch, check_batch
+from workers.gpu.buffers import Activations, DecodeMeta, PrefillMeta, steps_inside_pages
 from workers.gpu.graphs import DecodeGraphs
 from workers.gpu.kernel_set import (
     Launch,

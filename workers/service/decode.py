@@ -47,15 +47,13 @@ class EngineOutput:
 
 
 class DecodeServicer(ControlServicer):
-    """Serves `DecodeService` over one worker. `receiver` and `kv_address` are set before the server starts."""
+    """Serves `DecodeService` over one worker. `receiver` is set before the server starts."""
 
-    def __init__(self, worker: DecodeWorker, hub: EventHub, incarnation: str, neighbours: Neighbours) -> None:
+    def __init__(self, worker: DecodeWorker, hub: EventHub, neighbours: Neighbours) -> None:
         self.worker = worker
         self.neighbours = neighbours
         self.receiver: KVReceiver | None = None
-        self.kv_address = ""
         self._hub = hub
-        self._incarnation = incarnation
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
@@ -120,15 +118,7 @@ class DecodeServicer(ControlServicer):
             raise RequestAborted(f"request {request.request_id} epoch {request.epoch}: {exc}") from exc
         if info is None:
             raise WorkerFull("KV landing memory is full")
-        return Grant(
-            request_id=info.request_id,
-            epoch=info.epoch,
-            lease_s=info.lease_s,
-            credit_bytes=info.credit_bytes,
-            kv_address=self.kv_address,
-            fingerprint=info.fingerprint,
-            incarnation=self._incarnation,
-        )
+        return self.neighbours.peers.grant_of(info)
 
     # -- news of the KV receiver --------------------------------------------------------------------------------------
 

@@ -249,7 +249,7 @@ class ServedDecode(RunningWorker):
         )
         self.worker = DecodeWorker(config, engine, self._output, cascade=cascade, on_thread_start=_thread_setup(config))
         self.worker.retract.parking.recomputer = self.neighbours.again
-        self.servicer = DecodeServicer(self.worker, self.hub, self.incarnation, self.neighbours)
+        self.servicer = DecodeServicer(self.worker, self.hub, self.neighbours)
         self.receiver = KVReceiver(
             engine.spec,
             self._store,
@@ -276,7 +276,6 @@ class ServedDecode(RunningWorker):
 
     def _open(self) -> None:
         self._output.receiver = self.servicer.receiver = self.receiver
-        self.servicer.kv_address = self.address
         self.neighbours.attach(self.receiver, self.address)
         self.servicer.Stats = self.Stats  # type: ignore[method-assign]
         worker_pb2_grpc.add_DecodeServiceServicer_to_server(self.servicer, self._server)  # type: ignore[no-untyped-call]
