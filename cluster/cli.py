@@ -7,25 +7,23 @@ wrong usage exits with 2; a traceback is our bug.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from cluster.config import BUNDLED_MODEL, ClusterConfig, Device, PrecisionMode, load_config
 from cluster.errors import ClusterError
-from cluster.http_client import ApiFailure, RouterClient
+from cluster.http_client import RouterClient
 from cluster.state import ClusterState, read_state
 from cluster.synthetic import model_folder
-from workers.errors import WorkerError
+from cluster.user_errors import fail, user_errors
 
 BEGAN = time.time()
 """When the process was young enough to count: the time to ready includes the imports."""
@@ -72,7 +70,7 @@ def up(
     settings = _settings(config, address=address, host=host, port=port, model=model, device=device)
     shown = os.path.relpath(settings.model) if settings.model.is_relative_to(Path.cwd()) else settings.model
     out.print(f"[bold]{settings.served_name}[/bold]  {shown}  {settings.precision.value}", soft_wrap=True)
-    with _user_errors():
+    with user_errors():
         status = run_foreground(settings, name, _print_line, began=BEGAN)
     raise typer.Exit(status)
 
@@ -94,7 +92,7 @@ def down(
     late = wait_gone((state.owner,), timeout)
     survivors = end_all((*late, *state.processes), grace_s=5.0)
     if survivors:
-        _fail(f"still running: {', '.join(str(process.pid) for process in survivors)}")
+        fail(f"still running: {', '.join(str(process.pid) for process in survivors)}")
     out.print(f"{name} stopped")
 
 
@@ -106,7 +104,7 @@ def status(
     from cluster.status import read_status, status_tables
 
     target = None if url else _running(name)
-    with _user_errors(), _client(target, url, api_key) as client:
+    with user_errors(), _client(target, url, api_key) as client:
         found = read_status(client)
     if as_json:
         _print_json(found.as_dict())
@@ -130,7 +128,7 @@ def chat(
     target = None if url else _running(name)
     if sys.stdin.isatty():
         import readline  # noqa: F401  (line editing and history for input())
-    with _user_errors(), _client(target, url, api_key) as client:
+    with user_errors(), _client(target, url, api_key) as client:
         loop = ChatLoop(
             client, client.model(), out, input, thinking=think, max_tokens=max_tokens, temperature=temperature
         )
@@ -151,7 +149,7 @@ def logits(
     """Write the logits of every position, computed by the real engine over paged KV."""
     from cluster.engine_logits import token_ids_from, write_logits
 
-    with _user_errors():
+    with user_errors():
         token_ids = token_ids_from(ids)
         shape = write_logits(model, token_ids, output, precision.value, prefill_chunk, decode_from)
     out.print(f"{output}: float32 {list(shape)}")
@@ -182,7 +180,7 @@ def evaluate(
     except ValueError as exc:
         raise typer.BadParameter(str(exc), param_hint="--task") from exc
     running = None if url or config or model else read_state(name)
-    with _user_errors():
+    with user_errors():
         if url or running:
             target = url or (running.url if running else "")
             key = api_key or (running.api_key if running else None)
@@ -264,17 +262,6 @@ def main() -> None:
         sys.exit(1)
 
 
-@contextlib.contextmanager
-def _user_errors() -> Iterator[None]:
-    """Expected failures become one line on stderr and exit status 1."""
-    try:
-        yield
-    except ApiFailure as exc:
-        _fail(f"{exc} (status {exc.status})" if exc.status else str(exc))
-    except (ClusterError, WorkerError) as exc:
-        _fail(str(exc))
-
-
 def _settings(
     path: Path | None,
     *,
@@ -294,7 +281,7 @@ def _settings(
         )
         return changed
     except ClusterError as exc:
-        _fail(str(exc))
+        fail(str(exc))
 
 
 def _over(settings: Any, **values: Any) -> Any:
@@ -305,7 +292,7 @@ def _over(settings: Any, **values: Any) -> Any:
 def _running(name: str) -> ClusterState:
     state = read_state(name)
     if state is None:
-        _fail("no deployment runs here; start one with `dsv4 up`, or name one with --url")
+        fail("no deployment runs here; start one with `dsv4 up`, or name one with --url")
     return state
 
 
@@ -320,11 +307,6 @@ def _print_line(text: str) -> None:
 
 def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2))
-
-
-def _fail(message: str) -> NoReturn:
-    err.print(f"[red]error:[/red] {message}", soft_wrap=True)
-    raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +18,7 @@ import typer
 from rich.console import Console
 
 from cluster.cli_serve import serve
-from cluster.errors import ClusterError
-from workers.errors import WorkerError
+from cluster.user_errors import user_errors
 from workers.experts.generator import ROUTINGS
 from workers.experts.policy import POLICIES
 from workers.model.config import PAGE_TOKENS, ModelConfig
@@ -101,7 +98,7 @@ def model(
     if long_prompt % PAGE_TOKENS:
         raise typer.BadParameter(f"takes a multiple of {PAGE_TOKENS}", param_hint="--long-prompt")
     chosen = _parts(parts)
-    with _user_errors():
+    with user_errors():
         from cluster.bench.run import Plan, run
         from cluster.bench.scene import Wanted
 
@@ -180,7 +177,7 @@ def expert_cache(
     _known(_texts(routings), tuple(ROUTINGS), "--routings")
     config = PRESETS[preset]
     _budgets({"--budgets": budgets, "--few": few, "--compared": compared, "--prefill": prefill}, config)
-    with _user_errors():
+    with user_errors():
         from cluster.bench.expert_results import tables
         from cluster.bench.experts import ExpertPlan, run_experts
 
@@ -212,7 +209,7 @@ def plot(
     image: Annotated[Path | None, typer.Option("--out", help="PNG or SVG; beside FILE when not given.")] = None,
 ) -> None:
     """Draw a finished run: the roofline of `model`, or speed over budget of `experts`."""
-    with _user_errors():
+    with user_errors():
         from cluster.bench.expert_plot import draw_experts
         from cluster.bench.expert_results import holds_experts
         from cluster.bench.plot import draw
@@ -229,7 +226,7 @@ def plot(
 @app.command()
 def show(file: Annotated[Path, typer.Argument(help="What --json wrote.")]) -> None:
     """Print the tables of a finished run."""
-    with _user_errors():
+    with user_errors():
         from cluster.bench.expert_results import holds_experts, read_experts, tables
         from cluster.bench.results import read_results
 
@@ -303,13 +300,3 @@ def _pairs(text: str) -> tuple[tuple[int, int], ...]:
             raise typer.BadParameter(f"{part!r} is not BATCH:CONTEXT", param_hint="--kernels-at")
         found.append((int(batch), int(context)))
     return tuple(found)
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Expected failures become one line on stderr and exit status 1."""
-    try:
-        yield
-    except (ClusterError, WorkerError) as exc:
-        err.print(f"[red]error:[/red] {exc}", soft_wrap=True)
-        raise typer.Exit(1) from exc

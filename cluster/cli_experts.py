@@ -19,7 +19,7 @@ from rich.console import Console, Group
 from rich.live import Live
 
 from cluster.errors import ClusterError
-from workers.errors import WorkerError
+from cluster.user_errors import user_errors
 
 if TYPE_CHECKING:
     from workers.experts.policy import Policy
@@ -69,7 +69,7 @@ def simulate(
     from workers.experts.trace import BadTrace, RoutingTrace
 
     chosen, parts = _policies(policies), _shares(shares)
-    with _user_errors():
+    with user_errors():
         if trace is not None:
             try:
                 routings = {trace.stem: RoutingTrace.load(trace)}
@@ -121,7 +121,7 @@ def record(
     from workers.model_bundle import ModelBundle
 
     folder = model or BUNDLED_MODEL
-    with _user_errors():
+    with user_errors():
         if not output.resolve().parent.is_dir():
             raise ClusterError(f"{output}: its folder does not exist")
         bundle = ModelBundle.load(folder)
@@ -160,7 +160,7 @@ def repack(
     from workers.experts.records import ExpertRecords
     from workers.experts.repack import write_packed
 
-    with _user_errors(), _files():
+    with user_errors(), _files():
         records = ExpertRecords.of_checkpoint(check_directory(model or BUNDLED_MODEL).require_sound())
         with tensor_progress("repacking", err) as on_progress:
             counter = ProgressCounter(records.total_bytes, on_progress)
@@ -183,7 +183,7 @@ def top(
     from cluster.state import read_state
 
     state = None if url else read_state(name)
-    with _user_errors():
+    with user_errors():
         if url is None and state is None:
             raise ClusterError("no deployment runs here; start one with `dsv4 up`, or name one with --url")
         address = url or (state.url if state else "")
@@ -221,16 +221,6 @@ def _shares(text: str) -> tuple[float, ...]:
     if not found or min(found) <= 0 or max(found) > 1:
         raise typer.BadParameter("needs percentages above 0, at most 100", param_hint="--shares")
     return found
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Expected failures become one line on stderr and exit status 1."""
-    try:
-        yield
-    except (ClusterError, WorkerError) as exc:
-        err.print(f"[red]error:[/red] {exc}", soft_wrap=True)
-        raise typer.Exit(1) from exc
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich.console import Console
 from cluster.config import ClusterConfig, load_config
 from cluster.errors import ClusterError
 from cluster.state import read_state
-from workers.errors import WorkerError
+from cluster.user_errors import user_errors
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
 err = Console(stderr=True, highlight=False)
@@ -43,7 +43,7 @@ def serve(
     except ValueError as exc:
         raise typer.BadParameter(str(exc), param_hint="--concurrency") from exc
     plan = ServePlan(levels, input_tokens, output_tokens, rounds, gpus, seed, json_file)
-    try:
+    with user_errors():
         if config is not None:
             from cluster.foreground import check_model
             from cluster.launch import start_cluster
@@ -59,9 +59,6 @@ def serve(
                 raise ClusterError("no deployment runs here; start one with `dsv4 up`, or use --url or --config")
             target, key = (url or "", api_key) if state is None else (state.url, api_key or state.api_key)
             results = run_levels(target, key, plan, err)
-    except (ClusterError, WorkerError) as exc:
-        err.print(f"[red]error:[/red] {exc}", soft_wrap=True)
-        raise typer.Exit(1) from exc
     out.print(level_table(results))
     if (flows := expert_table(results)) is not None:
         out.print(flows)

@@ -11,8 +11,6 @@ import enum
 import json
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -27,7 +25,7 @@ from cluster.stress.options import StressOptions
 from cluster.stress.proof import Proof
 from cluster.stress.target import far_tokens
 from cluster.synthetic import model_folder, vocabulary_of
-from workers.errors import WorkerError
+from cluster.user_errors import user_errors
 
 app = typer.Typer(
     help="Prove retract and resume under stress.",
@@ -114,7 +112,7 @@ def retract(
 ) -> None:
     """Ask questions plain and again under retracts; fails unless every token and log-probability is the same."""
     _check_combination(pressure=pressure, forces=bool(url or mutate), victim=victim, names=names)
-    with _user_errors():
+    with user_errors():
         base = _base(config, model)
         options = StressOptions(
             samples=samples or (MUTATE_SAMPLES if mutate else StressOptions().samples),
@@ -195,16 +193,6 @@ class StopSignals:
         if self.number == 0:
             self.number = number
             raise KeyboardInterrupt
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Expected failures become one line on stderr and exit status 1."""
-    try:
-        yield
-    except (ClusterError, WorkerError) as exc:
-        err.print(f"[red]error:[/red] {exc}", soft_wrap=True)
-        raise typer.Exit(1) from exc
 
 
 def _vocabulary(base: ClusterConfig, prompts: Prompts, *, pressure: bool) -> int | None:
