@@ -1,7 +1,7 @@
-"""Number formats inside Triton kernels: e4m3, e2m1 and e8m0 to and from f16, bf16 and fp32, elementwise on blocks.
+"""Number formats inside Triton kernels: e4m3 and e8m0 to and from f16 and fp32, elementwise on blocks.
 
 Owns: the bit patterns and roundings of `workers/reference/quant.py`, as device functions, bit for bit. Does not own:
-which tensor has which format.
+which tensor has which format, and e2m1, which every kernel of FP4 weights unpacks as its products want it.
 
 `HW: tl.constexpr` chooses the conversion instructions of sm_89 and later; False is integer arithmetic alone, for older
 devices and for Triton's interpreter. Both give the same bits (NaN payloads aside). Ask `hardware_formats` once.
@@ -12,13 +12,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
-E4M3_MAX = 448.0
-E4M3_AMAX_FLOOR = 1e-4
-"""Smallest block maximum an fp8 scale is derived from (official `act_quant`)."""
-
-E2M1_MAX = 6.0
-E2M1_AMAX_FLOOR = 6.0 * 2.0**-126
 
 
 def hardware_formats(device: torch.device | str) -> bool:
@@ -96,141 +89,6 @@ def e8m0_to_f32(byte):
     bits = tl.where(wide == 0, 0x00400000, wide << 23)
     bits = tl.where(wide == 255, 0x7FC00000, bits)
     return bits.to(tl.uint32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def e2m1_low_to_f16(packed, HW: tl.constexpr):
-    """f16 values of the low nibbles (even columns) of uint8 `packed`."""
-    return e2m1_low_to_f16_raw(packed, HW) * tl.full((), 16384.0, tl.float16)
-
-
-@triton.jit
-def e2m1_high_to_f16(packed, HW: tl.constexpr):
-    """f16 values of the high nibbles (odd columns) of uint8 `packed`."""
-    return e2m1_high_to_f16_raw(packed, HW) * tl.full((), 16384.0, tl.float16)
-
-
-@triton.jit
-def e2m1_low_to_f16_raw(packed, HW: tl.constexpr):
-    """As `e2m1_low_to_f16`, times 2**-14: six instructions for four bytes when the factor goes into a scale."""
-    if HW:
-        value = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t, u;
-            shl.b32 t, $2, 1;
-            and.b32 t, t, 0x0e0e0e0e;
-            shl.b32 u, $2, 4;
-            lop3.b32 t, u, 0x80808080, t, 0xea;
-            prmt.b32 $0, t, 0, 0x1404;
-            prmt.b32 $1, t, 0, 0x3424;
-            }""",
-            "=&r,=&r,r",
-            [packed],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        wide = packed.to(tl.uint16)
-        value = (((wide & 0x8) << 12) | ((wide & 0x7) << 9)).to(tl.float16, bitcast=True)
-    return value
-
-
-@triton.jit
-def e2m1_high_to_f16_raw(packed, HW: tl.constexpr):
-    """As `e2m1_high_to_f16`, times 2**-14."""
-    if HW:
-        value = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t;
-            shr.b32 t, $2, 3;
-            and.b32 t, t, 0x0e0e0e0e;
-            lop3.b32 t, $2, 0x80808080, t, 0xea;
-            prmt.b32 $0, t, 0, 0x1404;
-            prmt.b32 $1, t, 0, 0x3424;
-            }""",
-            "=&r,=&r,r",
-            [packed],
-            dtype=tl.float16,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        wide = packed.to(tl.uint16)
-        value = (((wide & 0x80) << 8) | ((wide & 0x70) << 5)).to(tl.float16, bitcast=True)
-    return value
-
-
-@triton.jit
-def e2m1_low_to_bf16(packed, HW: tl.constexpr = False):
-    """bf16 values of the low nibbles (even columns) of uint8 `packed`; `HW` here means sm_80 or later."""
-    if HW:
-        value = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t, u, v, z;
-            mov.b32 z, 0x80008000;
-            mov.b32 v, 0x7e807e80;
-            prmt.b32 t, $2, 0, 0x1404;
-            prmt.b32 u, $2, 0, 0x3424;
-            shl.b32 t, t, 4;
-            shl.b32 u, u, 4;
-            and.b32 $0, t, 0x80008000;
-            and.b32 $1, u, 0x80008000;
-            shr.b32 t, t, 6;
-            shr.b32 u, u, 6;
-            lop3.b32 t, t, 0x01c001c0, $0, 0xea;
-            lop3.b32 u, u, 0x01c001c0, $1, 0xea;
-            fma.rn.bf16x2 $0, t, v, z;
-            fma.rn.bf16x2 $1, u, v, z;
-            }""",
-            "=&r,=&r,r",
-            [packed],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        wide = packed.to(tl.uint32)
-        value = _e2m1_bits_to_bf16(((wide & 0x8) << 28) | ((wide & 0x7) << 22))
-    return value
-
-
-@triton.jit
-def e2m1_high_to_bf16(packed, HW: tl.constexpr = False):
-    """bf16 values of the high nibbles (odd columns) of uint8 `packed`; `HW` here means sm_80 or later."""
-    if HW:
-        value = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 t, u, v, z;
-            mov.b32 z, 0x80008000;
-            mov.b32 v, 0x7e807e80;
-            prmt.b32 t, $2, 0, 0x1404;
-            prmt.b32 u, $2, 0, 0x3424;
-            and.b32 $0, t, 0x80008000;
-            and.b32 $1, u, 0x80008000;
-            shr.b32 t, t, 6;
-            shr.b32 u, u, 6;
-            lop3.b32 t, t, 0x01c001c0, $0, 0xea;
-            lop3.b32 u, u, 0x01c001c0, $1, 0xea;
-            fma.rn.bf16x2 $0, t, v, z;
-            fma.rn.bf16x2 $1, u, v, z;
-            }""",
-            "=&r,=&r,r",
-            [packed],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        wide = packed.to(tl.uint32)
-        value = _e2m1_bits_to_bf16(((wide & 0x80) << 24) | ((wide & 0x70) << 18))
-    return value
-
-
-@triton.jit
-def _e2m1_bits_to_bf16(bits):
-    # A code with 22 zero bits below its mantissa bit is the fp32 number value * 2**-126; the cast to bf16 is exact.
-    return (bits.to(tl.float32, bitcast=True) * (2.0**126)).to(tl.bfloat16)
 
 
 @triton.jit

@@ -15,9 +15,6 @@ import triton.language as tl
 
 from workers.kernels.formats import e4m3_to_f16, e8m0_to_f32
 
-SCALE_ROW_BYTES = 8
-"""Bytes of a row of the scale plane. Sizes where the scales of a row do not fit have no kernel."""
-
 NOPE_DIMS = (64, 448)
 """Nope sizes the kernels know: dsv4-nano's, and that of V4-Flash and V4-Pro."""
 

@@ -29,16 +29,6 @@ def _encode(x, codes, N: tl.constexpr, HW: tl.constexpr):
 
 
 @triton.jit
-def _nibbles(packed, low16, high16, low_b, high_b, N: tl.constexpr, HW: tl.constexpr):
-    at = tl.arange(0, N)
-    code = tl.load(packed + at)
-    tl.store(low16 + at, formats.e2m1_low_to_f16(code, HW))
-    tl.store(high16 + at, formats.e2m1_high_to_f16(code, HW))
-    tl.store(low_b + at, formats.e2m1_low_to_bf16(code, HW))
-    tl.store(high_b + at, formats.e2m1_high_to_bf16(code, HW))
-
-
-@triton.jit
 def _scales(amax, scale, byte, N: tl.constexpr, MAX: tl.constexpr, FLOOR: tl.constexpr):
     at = tl.arange(0, N)
     value, raw = formats.pow2_scale_ceil(tl.load(amax + at), MAX, FLOOR)
@@ -98,17 +88,6 @@ def test_e4m3_rounds_to_even_and_saturates(device: torch.device) -> None:
         codes = torch.empty(x.shape, dtype=torch.uint8, device=device)
         _encode[(x.numel() // 256,)](x.to(device), codes, 256, hardware)
         assert torch.equal(codes.cpu(), expected), x[codes.cpu() != expected]
-
-
-def test_every_packed_byte_unpacks(device: torch.device) -> None:
-    low, high = quant.e2m1_decode(ALL_BYTES & 15), quant.e2m1_decode(ALL_BYTES >> 4)
-    for hardware in _hardware(device):
-        halves = [torch.empty(256, dtype=torch.float16, device=device) for _ in range(2)]
-        bf16 = [torch.empty(256, dtype=torch.bfloat16, device=device) for _ in range(2)]
-        _nibbles[(1,)](ALL_BYTES.to(device), *halves, *bf16, 256, hardware)
-        for actual, expected in zip((*halves, *bf16), (low, high, low, high), strict=True):
-            assert torch.equal(actual.cpu().float(), expected)
-            assert torch.equal(actual.cpu().signbit(), expected.signbit())
 
 
 @pytest.mark.parametrize(
