@@ -1,9 +1,9 @@
 """Indexer queries as the scores read them: rope, Hadamard, e4m3 codes, and head weights with the scales folded in.
 
 Owns: the arithmetic of one token's queries (`layers.index_queries`; heads of 128, 64 of them rotary), used inside the
-decode kernel of scores and by the prefill kernel here, which stores the codes as f16 (every e4m3 number is one) so that
-tensor cores take them as they are. The rotated half is rounded to bf16 before the transform, as the official release
-does.
+decode kernel of scores for few tokens and by the kernel here, for many. That one stores the codes as f16 (every e4m3
+number is one) so that tensor cores take them as they are. The rotated half is rounded to bf16 before the transform, as
+the official release does.
 """
 
 from __future__ import annotations
@@ -87,9 +87,13 @@ def index_queries_tile(
     HEADS: tl.constexpr,
     HP: tl.constexpr,
     HW: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Prefill, grid (ceil(T / TOKENS),): codes f16 [T, HP, 128] and weights fp32 [T, HP]."""
+    """Grid (ceil(T / TOKENS),): codes f16 [T, HP, 128] and weights fp32 [T, HP]."""
     matrix = hadamard_matrix(64)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # the scores' pages are older than this launch
     head = tl.arange(0, HP)
     first = tl.program_id(0).to(tl.int64) * TOKENS
     for i in range(min(TOKENS, num_tokens - tl.program_id(0) * TOKENS)):

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels import index_scores_sm90
 from workers.kernels.compressor import Mode, StepMeta
 from workers.kernels.formats import e4m3_to_f16, hardware_formats
 from workers.kernels.index_queries import hadamard_matrix, index_queries_tile, query_codes
@@ -42,6 +43,11 @@ _PREFILL_WARPS = 4
 
 QUERY_TOKENS = 8
 """Tokens of one program of the prefill queries: they share the Hadamard matrix."""
+
+FEW_TOKENS = 8
+"""Decode: each program of so many tokens makes its token's queries; on sm_90 those of more have a launch of their own.
+# measured (H200, 2026-11-21, 64K tokens of context): scores of 16 and 64 tokens 14.9 and 42.3 us, else 23.9 and 78.5.
+"""
 
 
 @triton.jit
@@ -185,7 +191,7 @@ class IndexWork(NamedTuple):
 
     scores: Tensor  # fp32 [F] flat: rows of one block of tokens
     topk: TopkWork
-    codes: Tensor | None  # f16 [T', HP, 128]: prefill only, of one block of tokens
+    codes: Tensor | None  # f16 [T', HP, 128]: of one block of prefill's tokens, or of decode on sm_90
     weights: Tensor | None  # fp32 [T', HP]
 
     @classmethod
@@ -202,18 +208,18 @@ class IndexWork(NamedTuple):
     ) -> IndexWork:
         """Decode holds every token's scores at once; prefill as many tokens' as fit `score_bytes` (at least one)."""
         columns = _columns(max_entries)
+        padded = _padded_heads(num_heads)
+        codes = torch.empty(tokens, padded, HEAD_DIM, dtype=torch.float16, device=device)
+        weights = torch.empty(tokens, padded, dtype=torch.float32, device=device)
         if not prefill:
             scores = torch.empty(tokens * columns, dtype=torch.float32, device=device)
-            return cls(scores, TopkWork.allocate(tokens, columns, k, device), None, None)
+            topk = TopkWork.allocate(tokens, columns, k, device)
+            explicit = tokens > FEW_TOKENS and index_scores_sm90.serves(scores.device, num_heads)
+            return cls(scores, topk, codes, weights) if explicit else cls(scores, topk, None, None)
         floats = max(columns, min(score_bytes // 4, tokens * columns))
         scores = torch.empty(floats, dtype=torch.float32, device=device)
-        padded = _padded_heads(num_heads)
-        return cls(
-            scores,
-            TopkWork.allocate(max(1, min(tokens, floats // columns)), columns, k, device),
-            torch.empty(tokens, padded, HEAD_DIM, dtype=torch.float16, device=device),
-            torch.empty(tokens, padded, dtype=torch.float32, device=device),
-        )
+        topk = TopkWork.allocate(max(1, min(tokens, floats // columns)), columns, k, device)
+        return cls(scores, topk, codes, weights)
 
     @property
     def nbytes(self) -> int:
@@ -287,6 +293,40 @@ def index_scores(
     )
 
 
+def _make_queries(
+    q: Tensor,
+    head_weights: Tensor,
+    positions: Tensor,
+    rope_table: Tensor,
+    codes: Tensor,
+    weights: Tensor,
+    tokens: int,
+    *,
+    pdl: bool | None,
+) -> None:
+    """The first rows of `codes` and `weights`, so many tokens a program."""
+    num_tokens, heads = head_weights.shape
+    _check_shapes(q, heads, rope_table)
+    index_queries_tile[(triton.cdiv(num_tokens, tokens),)](
+        q,
+        head_weights,
+        rope_table,
+        positions,
+        codes,
+        weights,
+        num_tokens,
+        TOKENS=tokens,
+        SCALE=HEAD_DIM**-0.5 * heads**-0.5,
+        Q_ROW=q.stride(0),
+        WEIGHT_ROW=head_weights.stride(0),
+        HEADS=heads,
+        HP=_padded_heads(heads),
+        HW=hardware_formats(q.device),
+        num_warps=4,
+        **pdl_options(q, pdl),
+    )
+
+
 def _prefill_block(
     q: Tensor,
     head_weights: Tensor,
@@ -300,26 +340,8 @@ def _prefill_block(
 ) -> None:
     """Queries and scores [T', N] of one block of tokens."""
     num_tokens, heads = head_weights.shape
-    _check_shapes(q, heads, rope_table)
-    static = _static(heads, pool)
     assert work.codes is not None and work.weights is not None, "IndexWork.allocate(..., prefill=True)"
-    shape = {key: static[key] for key in ("HP", "HW")}
-    index_queries_tile[(triton.cdiv(num_tokens, QUERY_TOKENS),)](
-        q,
-        head_weights,
-        rope_table,
-        positions,
-        work.codes,
-        work.weights,
-        num_tokens,
-        TOKENS=QUERY_TOKENS,
-        SCALE=HEAD_DIM**-0.5 * heads**-0.5,
-        Q_ROW=q.stride(0),
-        WEIGHT_ROW=head_weights.stride(0),
-        HEADS=heads,
-        **shape,
-        num_warps=4,
-    )
+    _make_queries(q, head_weights, positions, rope_table, work.codes, work.weights, QUERY_TOKENS, pdl=False)
     grid = (scores.shape[1] // PREFILL_ENTRIES, triton.cdiv(num_tokens, PREFILL_TOKENS))
     scores_prefill[grid](
         work.codes,
@@ -335,7 +357,7 @@ def _prefill_block(
         num_tokens,
         TOKENS=PREFILL_TOKENS,
         ENTRIES=PREFILL_ENTRIES,
-        **static,
+        **_static(heads, pool),
         num_warps=_PREFILL_WARPS,
         num_stages=3,
     )
@@ -356,16 +378,20 @@ def select_entries(
 ) -> None:
     """The K best visible entries of each token: selected int32 [T, K], -1 after the last.
 
-    Arguments as for `index_scores`. Decode is two launches. Prefill walks blocks of tokens whose scores fit the work
-    buffer, three launches each; `max_entries` bounds the visible entries of any token there (default: what the page
-    table can name).
+    Arguments as for `index_scores`. Decode is two launches, three for many tokens. Prefill walks blocks of tokens whose
+    scores fit the work buffer, three launches each; `max_entries` bounds the visible entries of any token there
+    (default: what the page table can name).
     """
     num_tokens = selected.shape[0]
     reach = meta.full_pages.shape[1] * PAGE_ENTRIES
     columns = _columns(reach if max_entries is None else min(reach, max_entries))
     if mode == "decode":
         scores = work.scores[: num_tokens * columns].view(num_tokens, columns)
-        index_scores(q, head_weights, meta, rope_table, pool, scores, pdl=pdl)
+        if num_tokens > FEW_TOKENS and work.codes is not None and work.weights is not None:
+            _make_queries(q, head_weights, meta.positions, rope_table, work.codes, work.weights, 1, pdl=pdl)
+            index_scores_sm90.score_decode(work.codes, work.weights, meta, pool, scores, pdl=pdl)
+        else:
+            index_scores(q, head_weights, meta, rope_table, pool, scores, pdl=pdl)
         select_topk(scores, meta.positions, selected, work.topk, pdl=pdl)
         return
     block = min(work.scores.numel() // columns, work.topk.capacity(columns), max(num_tokens, 1))
@@ -390,13 +416,16 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     pdl = arch >= 90
     prefill = {"TOKENS": PREFILL_TOKENS, "ENTRIES": PREFILL_ENTRIES, "STRIDE": 8448}
     four = {"num_warps": 4}
+    launch = four | {"launch_pdl": pdl}
     decode = {"num_warps": 4, "num_stages": 1, "launch_pdl": pdl}
     cases = (
         ("scores_decode", scores_decode, shape | query | {"STRIDE": 8448, "PDL": pdl}, decode),
-        ("index_queries_tile", index_queries_tile, shape | query | {"TOKENS": QUERY_TOKENS}, four),
+        ("index_queries_tile", index_queries_tile, shape | query | {"TOKENS": QUERY_TOKENS, "PDL": False}, four),
+        ("index_queries_decode", index_queries_tile, shape | query | {"TOKENS": 1, "PDL": pdl}, launch),
         ("scores_prefill", scores_prefill, shape | prefill, {"num_warps": _PREFILL_WARPS, "num_stages": 3}),
     )
-    return [
+    explicit = index_scores_sm90.compile_list() if arch == 90 else []
+    return explicit + [
         (name, fn, {arg: kinds[arg] for arg in fn.arg_names if arg in kinds}, constants, options)
         for name, fn, constants, options in cases
     ]

@@ -174,6 +174,19 @@ def test_scores_do_not_depend_on_the_number_of_programs(
     assert torch.equal(case.scores(), expected)
 
 
+@pytest.mark.gpu
+def test_many_tokens_score_as_few_do(device: torch.device, seed: int) -> None:
+    """On sm_90 they have launches of their own: one page, a page begun, more pages than a program has slots."""
+    case = Case(device, seed, heads=64, lengths=[3, 4, 256, 257, 1030, 9000, 40_000, 8, 512, 20_001, 700, 65_536])
+    case.meta.positions[7] = -1
+    few = torch.cat([case.scores(slice(i, i + 4)) for i in range(0, 12, 4)])
+    selected, flat = case.select("decode", 64)
+    columns = -(-few.shape[1] // module.PREFILL_ENTRIES) * module.PREFILL_ENTRIES
+    assert torch.equal(flat.view(12, columns)[:, : few.shape[1]], few)
+    parts = [case.select("decode", 64, slice(i, i + 4))[0] for i in range(0, 12, 4)]
+    assert torch.equal(selected, torch.cat(parts))
+
+
 def test_decode_selects_as_the_reference_does(device: torch.device, seed: int) -> None:
     case = Case(device, seed, heads=4, lengths=[1, 60, 259, 700, 1030])
     selected, _ = case.select("decode", 32)
