@@ -230,7 +230,7 @@ def tensors_in(node: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(node, field.name))
 
 
-SCRATCH = ("work", "route_work", "counters", "comb")
+SCRATCH = ("work", "route_work", "counters", "comb", "room")
 """Keyword arguments that are neither read from nor written to memory by necessity; `comb` is 64 bytes a token of mHC's
 that a launch finishes by the way, together with constants of which it reads none."""
 

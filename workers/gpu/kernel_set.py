@@ -101,7 +101,7 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         rounded = {} if unasked else {"x_quantised": for_many(x_quantised), "x_experts": x_experts}
         mhc.hc_post_pre(*tensors, work=streams, finish=False, **rounded)
 
-    def expert_gate_up(*operands: Any, x_quantised: Tensor, **others: Any) -> None:
+    def expert_gate_up(*operands: Any, x_quantised: Tensor, room: Tensor, **others: Any) -> None:
         rounded = for_many(x_quantised)
         experts_decode.expert_gate_up(*operands, x_quantised=rounded, counters=counters, **others)
 
@@ -144,6 +144,7 @@ class _PrefillOps:
             inner=c.moe_intermediate_size,
             device=device,
         )
+        self._experts_round = experts_prefill.rounds_inputs(device, c.hidden_size, c.moe_intermediate_size)
         words = experts_prefill.tile_words(tokens * c.num_experts_per_tok, c.n_routed_experts, device)
         self._tiles = torch.empty(words, dtype=torch.int32, device=device)
         self.streams = torch.empty(mhc_prefill.work_floats(tokens, c.hidden_size), device=device)
@@ -152,7 +153,8 @@ class _PrefillOps:
         self._mhc.hc_pre(*tensors, work=self.streams)
 
     def hc_post_pre(self, *tensors: Any, x_quantised: Tensor, x_experts: Tensor | None = None) -> None:
-        self._mhc.hc_post_pre(*tensors, work=self.streams, x_experts=x_experts)
+        rounded = None if self._experts_round else x_experts
+        self._mhc.hc_post_pre(*tensors, work=self.streams, x_experts=rounded)
 
     def project_x(self, *tensors: Any, x_quantised: Tensor) -> None:
         self._linear.project_x(*tensors, work=self.work)
@@ -175,10 +177,11 @@ class _PrefillOps:
 
     def expert_gate_up(
         self, x: Tensor, experts_x: Tensor, shared_w13: Any, ids: Tensor, weights: Tensor, groups: Any, slab: Any,
-        hidden: Tensor, limit: float, *, shared_hidden: Tensor, x_quantised: Tensor,
+        hidden: Tensor, limit: float, *, shared_hidden: Tensor, x_quantised: Tensor, room: Tensor,
     ) -> None:  # fmt: skip
         self._linear.shared_gate_up(x, shared_w13, limit, shared_hidden, work=self.work)
-        self._experts.expert_gate_up(experts_x, weights, groups, slab, hidden, limit, tiles=self._tiles)
+        inputs = x if self._experts_round else experts_x
+        self._experts.expert_gate_up(inputs, weights, groups, slab, hidden, limit, tiles=self._tiles, room=room)
 
     def expert_down(self, hidden: Tensor, shared_hidden: Tensor, shared_w2: Any, ids: Tensor, *operands: Any) -> None:
         self._experts.expert_down(hidden, shared_hidden, shared_w2, *operands, tiles=self._tiles, work=self.work)

@@ -222,7 +222,8 @@ class Step:
         k.route(*scores, ids, routing, groups, comb=(comb, layer.hc_ffn), **heat)
         slab = layer.experts if self.stream is None else self.stream.layer(index, groups)
         inputs = (x, experts_x, layer.shared_w13, ids, routing, groups, slab)
-        k.expert_gate_up(*inputs, hidden, limit, shared_hidden=shared_hidden, x_quantised=rounded)
+        # Until `expert_down` writes it, `out` is room for inputs by expert.
+        k.expert_gate_up(*inputs, hidden, limit, shared_hidden=shared_hidden, x_quantised=rounded, room=out)
         k.expert_down(hidden, shared_hidden, layer.shared_w2, ids, groups, slab, out)
         if self.stream is not None:
             self.stream.done(index)

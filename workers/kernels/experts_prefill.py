@@ -1,7 +1,8 @@
 """Routed FP4 experts of prefill: grouped products over the pairs (token, choice) of each expert, compute bound.
 
 Owns: `expert_gate_up` and `expert_down` for chunks of many tokens, straight from the checkpoint's bytes. Does not own:
-routing, decode (`experts_decode.py`), activation rounding (`quantise_rows.py`).
+routing, decode (`experts_decode.py`), activation rounding (`quantise_rows.py`), the products that replace these on
+sm_90 (`experts_prefill_sm90.py`).
 
 An expert's pairs are cut into tiles of `tokens` pairs; a last tile of at most half of that runs at half width. A small
 kernel writes the list of tiles on the device, the grid is its upper bound, so that nothing waits for the host. Weights
@@ -19,14 +20,16 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from workers.experts.layout import ExpertShape, ExpertSlab
+from workers.kernels import experts_prefill_sm90
 from workers.kernels.expert_numbers import UNSCALE, dot, scale_factors, slot_address
 from workers.kernels.linear_prefill import Fp8Weight, PrefillWork, linear
-from workers.kernels.quantise_rows import round_in_place, swiglu
+from workers.kernels.quantise_rows import quantise_in_place, quantise_pairs, round_in_place, swiglu
 from workers.kernels.tiles import tile
 
 HEADER = tl.constexpr(6)
@@ -235,6 +238,11 @@ def down_kernel(
         _down_tile(hidden, out, pair_order, shifts, slot, block, begin, count, D, INNER, CHOICES, ROWS, M // 2, PACKED)
 
 
+def rounds_inputs(device: torch.device, wide: int, inner: int) -> bool:
+    """Whether `expert_gate_up` rounds its input itself."""
+    return experts_prefill_sm90.serves(device, wide, inner)
+
+
 def expert_gate_up(
     x: Tensor,
     weights: Tensor,
@@ -244,17 +252,28 @@ def expert_gate_up(
     limit: float,
     *,
     tiles: Tensor,
+    room: Tensor,
 ) -> None:
-    """`hidden` bf16 `[T, k, I]`: SwiGLU of w1 and w3 times the routing weight, rounded to e4m3 values, pairs by expert.
+    """`hidden` `[T, k, I]`: SwiGLU of w1 and w3 times the routing weight, as e4m3, pairs by expert, for `expert_down`.
 
-    `x` bf16 `[T, D]`: rounded to e4m3 values, in expert order (`quantise_rows(..., reorder=True)`). `weights` fp32
-    `[T, k]`: routing weights. `tiles` int32 `[tile_words]`: the tile list, written here and read by `expert_down`.
+    `x` bf16 `[T, D]`: where `rounds_inputs` says so, as it is; else rounded to e4m3 values, in expert order
+    (`quantise_rows(..., reorder=True)`). `weights` fp32 `[T, k]`: routing weights. `tiles` int32 `[tile_words]`: the
+    tile list, written here and read by `expert_down`. `room`: scratch, the parts `[T, k + 1, D]` that `expert_down`
+    will write.
     """
     tokens, choices, inner = hidden.shape
-    if tokens:
-        list_tiles(groups, hidden, tiles, slab)
+    if not tokens:
+        return
+    list_tiles(groups, hidden, tiles, slab)
+    rows = hidden.view(tokens * choices, inner)
+    if rounds_inputs(x.device, x.shape[1], inner):
+        inputs = quantise_pairs(x, groups.pair_order, tiles[1:2], choices, room.view(-1).view(torch.uint8))
+        most = _most_tiles(hidden, slab)
+        experts_prefill_sm90.gate_up(*inputs, weights, groups, slab, hidden, tiles, most, limit)
+        quantise_in_place(rows, tiles[1:2])
+    else:
         gate_up(x, weights, groups, slab, hidden, tiles, limit)
-        round_in_place(hidden.view(tokens * choices, inner), tiles[1:2])
+        round_in_place(rows, tiles[1:2])
 
 
 def expert_down(
@@ -272,11 +291,15 @@ def expert_down(
 
     `hidden` and `tiles` as `expert_gate_up` leaves them, `shared_hidden` bf16 `[T, I]` as
     `linear_prefill.shared_gate_up` does.
-    Padding tokens have no pairs: their parts 0..k-1 are not written.
+    Padding tokens have no pairs: what their parts 0..k-1 hold is of no use.
     """
-    if hidden.shape[0]:
+    if not hidden.shape[0]:
+        return
+    if rounds_inputs(out.device, out.shape[2], hidden.shape[2]):
+        experts_prefill_sm90.down(hidden, groups, slab, out, tiles, _most_tiles(hidden, slab))
+    else:
         down(hidden, groups, slab, out, tiles)
-        linear(shared_hidden, shared_w2, out[:, -1], work=work)
+    linear(shared_hidden, shared_w2, out[:, -1], work=work)
 
 
 def list_tiles(groups: Groups, hidden: Tensor, tiles: Tensor, slab: ExpertSlab) -> None:
@@ -293,10 +316,9 @@ def gate_up(
     x: Tensor, weights: Tensor, groups: Groups, slab: ExpertSlab, hidden: Tensor, tiles: Tensor, limit: float
 ) -> None:
     """`hidden` bf16 `[T * k, I]` by place of the pair: SwiGLU of w1 and w3 times the routing weight, unrounded."""
-    tokens, choices, inner = hidden.shape
-    wide = x.shape[1]
+    choices, inner, wide = *hidden.shape[1:], x.shape[1]
     shape = tile("experts_prefill.experts", hidden.device).fitted(n=2 * inner)
-    most = max_tiles(tokens * choices, slab.table.numel(), shape.m)
+    most = _most_tiles(hidden, slab)
     gate_up_kernel[(most * (2 * inner // shape.n),)](
         x, weights, hidden, tiles, groups.pair_order, *_tiers(slab), limit,
         D=wide, INNER=inner, CHOICES=choices, EXPERT_BYTES=ExpertShape(wide, inner).expert_bytes, ROWS=shape.n,
@@ -306,15 +328,19 @@ def gate_up(
 
 def down(hidden: Tensor, groups: Groups, slab: ExpertSlab, out: Tensor, tiles: Tensor) -> None:
     """Parts 0..k-1 of `out [T, k + 1, D]`: w2 of `hidden` as rounded in place."""
-    tokens, choices, inner = hidden.shape
-    wide = out.shape[2]
+    choices, inner, wide = *hidden.shape[1:], out.shape[2]
     shape = tile("experts_prefill.experts", hidden.device).fitted(n=wide)
-    most = max_tiles(tokens * choices, slab.table.numel(), shape.m)
+    most = _most_tiles(hidden, slab)
     down_kernel[(most * (wide // shape.n),)](
         hidden, out, tiles, groups.pair_order, *_tiers(slab),
         D=wide, INNER=inner, CHOICES=choices, EXPERT_BYTES=ExpertShape(wide, inner).expert_bytes, ROWS=shape.n,
         M=shape.m, HOST=slab.host is not None, PEER=slab.peer is not None, PACKED=hidden.is_cuda, **shape.options,
     )  # fmt: skip
+
+
+def _most_tiles(hidden: Tensor, slab: ExpertSlab) -> int:
+    shape = tile("experts_prefill.experts", hidden.device)
+    return max_tiles(hidden.shape[0] * hidden.shape[1], slab.table.numel(), shape.m)
 
 
 def _tiers(slab: ExpertSlab) -> tuple[Tensor, Tensor, Any, Any]:
@@ -338,5 +364,6 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         cases.append((f"gate_up_{name}", gate_up_kernel, types, values, shape.options))
         cases.append((f"down_{name}", down_kernel, {"hidden": "*bf16", "out": "*bf16"} | slab, values, shape.options))
     types = dict.fromkeys(("tiles", "num_active", "active_experts", "active_begin"), "*i32")
+    cases += experts_prefill_sm90.compile_list() if arch == 90 else []
     cases.append(("tile_list", tile_list_kernel, types, {"E": 256, "M": shape.m}, {"num_warps": 4}))
     return cases

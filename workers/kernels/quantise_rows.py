@@ -5,6 +5,9 @@ of the FP4 experts. Does not own: the rounding rule (`formats.py`), products.
 
 Memory bound: 2 bytes read and 1 (codes) or 2 (rounded values) written per element.
 
+Fragment order is that of `experts_prefill_sm90.py`, which multiplies codes: inside each 128 columns, place
+`32 b + 16 h + 4 t + i` holds column `32 t + 8 b + 2 i + h`.
+
 Expert order: an int16 of packed FP4 weights holds columns 4h..4h+3. Unpacking gives four blocks of columns, one per
 nibble, so the activations stand in that order: inside each 128 columns, place `32 * j + h` holds column `4 * h + j`.
 """
@@ -24,6 +27,13 @@ from workers.kernels.tiles import tile
 
 GROUP = 128
 """Columns that share an activation scale, and that the expert order permutes among themselves."""
+
+
+ROW_ELEMENTS = 4096
+"""Of a program that has whole rows: 32 a thread."""
+
+PLACES = 1024
+"""Pairs of a program that only writes places."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +60,13 @@ def _expert_order(value, R: tl.constexpr, C: tl.constexpr):
     """`[R, C]` with the columns of each 128 in expert order."""
     value = tl.permute(tl.reshape(value, (R, C // 128, 32, 4)), (0, 1, 3, 2))
     return tl.reshape(value, (R, C))
+
+
+@triton.jit
+def _fragment_order(code, R: tl.constexpr, C: tl.constexpr):
+    """`[R, C]` with the columns of each 128 in fragment order."""
+    code = tl.permute(tl.reshape(code, (R, C // 128, 4, 4, 4, 2)), (0, 1, 3, 5, 2, 4))
+    return tl.reshape(code, (R, C))
 
 
 @triton.jit
@@ -94,6 +111,57 @@ def round_in_place_kernel(x, num_rows, T, K: tl.constexpr, R: tl.constexpr, C: t
     code, scale = round_fp8_groups(value, 128, HW)
     back = tl.reshape(e4m3_to_f32(code, HW), (R, C // 128, 128)) * scale[:, :, None]
     tl.store(x + place, tl.reshape(back, (R, C)).to(tl.bfloat16), mask=inside)
+
+
+@triton.jit
+def quantise_in_place_kernel(x, codes, scales, num_rows, K: tl.constexpr, R: tl.constexpr, HW: tl.constexpr):
+    """`R` rows of `x` bf16 `[T, K]` to codes u8 and scales fp32 in the same memory; only the first `num_rows[0]` rows.
+
+    Of a row's 2 K bytes the first K are codes in fragment order, the next K / 32 scales.
+    """
+    first = tl.program_id(0) * R
+    last = tl.load(num_rows)
+    if first >= last:
+        return
+    row = (first + tl.arange(0, R)).to(tl.int64)[:, None]
+    inside = row < last
+    column = tl.arange(0, K)[None, :]
+    value = tl.load(x + row * K + column, mask=inside, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # all threads have read what codes are about to replace
+    code, scale = round_fp8_groups(value, 128, HW)
+    tl.store(codes + row * (2 * K) + column, _fragment_order(code, R, K), mask=inside)
+    tl.store(scales + row * (K // 2) + K // 4 + tl.arange(0, K // 128)[None, :], scale, mask=inside)
+
+
+@triton.jit
+def places_kernel(pair_order, num_pairs, places, BLOCK: tl.constexpr):
+    """`places` int32 `[T * k]`: where a pair stands in `pair_order`. Pairs that stand nowhere are left alone."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < tl.load(num_pairs)
+    tl.store(places + tl.load(pair_order + place, mask=inside, other=0), place, mask=inside)
+
+
+@triton.jit
+def quantise_pairs_kernel(
+    x, pair_order, num_pairs, places, codes, scales, K: tl.constexpr, CHOICES: tl.constexpr, HW: tl.constexpr
+):  # fmt: skip
+    """A token's row of `x` bf16 `[T, K]` to the places of its pairs: `codes` u8 `[T * k, K]` in fragment order,
+    `scales` fp32 `[T * k, K / 128]`."""
+    token = tl.program_id(0)
+    column = tl.arange(0, K)[None, :]
+    group = tl.arange(0, K // 128)[None, :]
+    code, scale = round_fp8_groups(tl.load(x + token.to(tl.int64) * K + column).to(tl.float32), 128, HW)
+    code = _fragment_order(code, 1, K)
+    last = tl.load(num_pairs)
+    for choice in tl.static_range(CHOICES):
+        pair = token * CHOICES + choice
+        place = tl.load(places + pair)
+        # A padding token's pairs have no place: what stands there is another's, or nothing that was written.
+        used = (place >= 0) & (place < last)
+        used = used & (tl.load(pair_order + tl.where(used, place, 0)) == pair)
+        row = tl.where(used, place, 0).to(tl.int64)
+        tl.store(codes + row * K + column, code, mask=used)
+        tl.store(scales + row * (K // 128) + group, scale, mask=used)
 
 
 @triton.jit
@@ -149,6 +217,43 @@ def round_in_place(x: Tensor, num_rows: Tensor) -> None:
         )
 
 
+def quantise_in_place(x: Tensor, num_rows: Tensor) -> None:
+    """The first `num_rows` (int32 `[1]` on the device) rows of bf16 `x [T, K]` to codes and scales, where they are.
+
+    A row's first K bytes become e4m3 codes in fragment order, the next K / 32 its fp32 scales. K: a power of two.
+    """
+    rows, columns = x.shape
+    height = max(1, ROW_ELEMENTS // columns)
+    if rows:
+        quantise_in_place_kernel[(-(-rows // height),)](
+            x, x.view(torch.uint8), x.view(torch.float32), num_rows, K=columns, R=height, HW=hardware_formats(x.device),
+            num_warps=4,
+        )  # fmt: skip
+
+
+def quantise_pairs(
+    x: Tensor, pair_order: Tensor, num_pairs: Tensor, choices: int, room: Tensor
+) -> tuple[Tensor, Tensor]:
+    """e4m3 `[T * k, K]` in fragment order and scales fp32 `[T * k, K / 128]` of bf16 `x [T, K]`: row p is that of the
+    token of pair `pair_order[p]`, for the first `num_pairs` (int32 `[1]` on the device) places. K: a power of two.
+
+    The results lie in `room`, uint8 of `T * k * (K + K / 32 + 4)` bytes.
+    """
+    tokens, columns = x.shape
+    pairs = tokens * choices
+    codes, scales, places, _ = room.split(
+        [pairs * columns, pairs * columns // 32, 4 * pairs, room.numel() - pairs * (columns + columns // 32 + 4)]
+    )
+    codes, scales, places = codes.view(pairs, columns), scales.view(torch.float32), places.view(torch.int32)
+    if tokens:
+        hardware = hardware_formats(x.device)
+        places_kernel[(-(-pairs // PLACES),)](pair_order, num_pairs, places, BLOCK=PLACES, num_warps=4)
+        quantise_pairs_kernel[(tokens,)](
+            x, pair_order, num_pairs, places, codes, scales, K=columns, CHOICES=choices, HW=hardware, num_warps=4
+        )
+    return codes.view(torch.float8_e4m3fn), scales.view(pairs, columns // GROUP)
+
+
 def swiglu_rows(gate_up: Tensor, hidden: Tensor, limit: float) -> None:
     """bf16 `hidden [T, I]` of bf16 `gate_up [T, 2 I]` (gate first), with the official clamps."""
     tokens, inner = hidden.shape
@@ -167,9 +272,16 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     size = {"R": shape.m, "C": shape.n}
     both = {"K": 4096, "CODES": True, "ROUNDED": True, "REORDER": True, "HW": hardware, **size}
     in_place = {"x": "*bf16", "num_rows": "*i32", "T": "i32"}
+    whole = {"x": "*bf16", "codes": "*u8", "scales": "*fp32", "num_rows": "*i32"}
+    indices = dict.fromkeys(("pair_order", "num_pairs", "places"), "*i32")
+    pairs = {"x": "*bf16", **indices, "codes": "*u8", "scales": "*fp32"}
+    warps = {"num_warps": 4}
     glu = {"gate_up": "*bf16", "hidden": "*bf16", "limit": "fp32", "T": "i32"}
     return [
         ("quantise", quantise_kernel, quantise, both, shape.options),
         ("round_in_place", round_in_place_kernel, in_place, {"K": 2048, "HW": hardware, **size}, shape.options),
+        ("in_place", quantise_in_place_kernel, whole, {"K": 2048, "R": 2, "HW": hardware}, warps),
+        ("places", places_kernel, indices, {"BLOCK": PLACES}, warps),
+        ("pairs", quantise_pairs_kernel, pairs, {"K": 4096, "CHOICES": 6, "HW": hardware}, warps),
         ("swiglu", swiglu_kernel, glu, {"I": 2048, **size}, shape.options),
     ]

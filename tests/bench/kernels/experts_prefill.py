@@ -29,9 +29,9 @@ from torch import Tensor
 from tests.bench.kernels.linear_prefill import _describe, _ms, _tried, use
 from tests.bench.kernels.timing import Row, copy_bandwidth, report
 from workers.experts.layout import ExpertShape, ExpertSlab
-from workers.kernels import experts_prefill
-from workers.kernels.quantise_rows import round_in_place
-from workers.kernels.tiles import Tile
+from workers.kernels import experts_prefill, experts_prefill_sm90
+from workers.kernels.quantise_rows import quantise_in_place, quantise_pairs, round_in_place
+from workers.kernels.tiles import Tile, tile
 
 WIDE, INNER, EXPERTS, CHOICES = 4096, 2048, 256, 6
 
@@ -80,8 +80,10 @@ def random_slab() -> ExpertSlab:
     return ExpertSlab(base.flatten(), torch.arange(EXPERTS, dtype=torch.int32, device="cuda"))
 
 
-def rows_for(tokens: int, slab: ExpertSlab, skew: float, note: str = "", parts: bool = True) -> list[Row]:
-    """Both products, and the whole mixture without the shared expert."""
+def rows_for(
+    tokens: int, slab: ExpertSlab, skew: float, note: str = "", *, parts: bool = True, plain: bool = False
+) -> list[Row]:
+    """Both products, and the whole mixture without the shared expert. `plain`: the form of other GPUs than sm_90."""
     groups = group(routing(tokens, skew))
     x = torch.randn(tokens, WIDE, device="cuda").bfloat16()
     weights = torch.rand(tokens, CHOICES, device="cuda")
@@ -92,31 +94,46 @@ def rows_for(tokens: int, slab: ExpertSlab, skew: float, note: str = "", parts: 
     flops = 2.0 * tokens * CHOICES * WIDE * INNER
     size = EXPERTS * WIDE * INNER * 17 // 32
     pairs = tokens * CHOICES
+    explicit = experts_prefill.rounds_inputs(x.device, WIDE, INNER) and not plain
+    most = experts_prefill.max_tiles(pairs, EXPERTS, tile("experts_prefill.experts").m)
+    rows, room = hidden.view(pairs, INNER), out.view(-1).view(torch.uint8)
+    inputs = quantise_pairs(x, groups.pair_order, tiles[1:2], CHOICES, room)
 
     def listing() -> None:
         experts_prefill.list_tiles(groups, hidden, tiles, slab)
 
+    def before() -> None:
+        if explicit:
+            quantise_pairs(x, groups.pair_order, tiles[1:2], CHOICES, room)
+
     def first() -> None:
-        experts_prefill.gate_up(x, weights, groups, slab, hidden, tiles, 10.0)
+        if explicit:
+            experts_prefill_sm90.gate_up(*inputs, weights, groups, slab, hidden, tiles, most, 10.0)
+        else:
+            experts_prefill.gate_up(x, weights, groups, slab, hidden, tiles, 10.0)
+
+    def between() -> None:
+        (quantise_in_place if explicit else round_in_place)(rows, tiles[1:2])
 
     def second() -> None:
-        experts_prefill.down(hidden, groups, slab, out, tiles)
+        if explicit:
+            experts_prefill_sm90.down(hidden, groups, slab, out, tiles, most)
+        else:
+            experts_prefill.down(hidden, groups, slab, out, tiles)
 
     def everything() -> None:
-        listing()
-        first()
-        round_in_place(hidden.view(pairs, INNER), tiles[1:2])
-        second()
+        for part in (listing, before, first, between, second):
+            part()
 
-    name = f"T={tokens} skew {skew:g}"
+    name = f"T={tokens} skew {skew:g}{' plain' * plain}"
     whole = Row(f"{name} experts", _ms([everything] * 2), 3 * size + pairs * 2 * (3 * INNER + WIDE), 3 * flops, note)
     if not parts:
         return [whole]
-    rounding = _ms([lambda: round_in_place(hidden.view(pairs, INNER), tiles[1:2])] * 2)
     return [
         Row(f"{name} tile list", _ms([listing] * 4), 4.0 * words),
+        *([Row(f"{name} inputs", _ms([before] * 2), tokens * 2 * WIDE + pairs * WIDE, 0, note)] if explicit else []),
         Row(f"{name} gate_up", _ms([first] * 2), 2 * size + pairs * 2 * INNER, 2 * flops, note),
-        Row(f"{name} rounding", rounding, pairs * 4 * INNER, 0, note),
+        Row(f"{name} rounding", _ms([between] * 2), pairs * (3 if explicit else 4) * INNER, 0, note),
         Row(f"{name} down", _ms([second] * 2), size + pairs * 2 * (INNER + WIDE), flops, note),
         whole,
     ]
@@ -124,16 +141,20 @@ def rows_for(tokens: int, slab: ExpertSlab, skew: float, note: str = "", parts: 
 
 def sweep(tokens: int, slab: ExpertSlab) -> list[Row]:
     found: list[Row] = []
-    for tile in TILES:
-        use("experts_prefill.experts", tile)
-        found += [row for row in _tried(partial(rows_for, tokens, slab, 0.0, _describe(tile)), tile) if row.flops]
+    for shape in TILES:
+        use("experts_prefill.experts", shape)
+        found += [
+            row
+            for row in _tried(partial(rows_for, tokens, slab, 0.0, _describe(shape), plain=True), shape)
+            if row.flops
+        ]
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--sweep", action="store_true", help="other tiles instead of the table's")
+    parser.add_argument("--sweep", action="store_true", help="the plain form with other tiles than the table's")
     options = parser.parse_args()
     torch.manual_seed(0)
     slab = random_slab()
@@ -141,6 +162,7 @@ def main() -> None:
         report(sweep(options.tokens, slab), copy_bandwidth())
         return
     rows = rows_for(options.tokens, slab, 0.0) + rows_for(options.tokens, slab, 1.0)
+    rows += rows_for(options.tokens, slab, 0.0, plain=True)
     for tokens in (1024, 4096, 16384):
         rows += rows_for(tokens, slab, 0.0, parts=False)
     report(rows, copy_bandwidth())

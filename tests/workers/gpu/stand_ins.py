@@ -258,7 +258,7 @@ def _members(groups: Groups) -> list[tuple[int, list[int]]]:
 
 
 def expert_gate_up(
-    x, experts_x, shared_w13, ids, weights, groups: Groups, slab, hidden, limit, *, shared_hidden, x_quantised
+    x, experts_x, shared_w13, ids, weights, groups: Groups, slab, hidden, limit, *, shared_hidden, x_quantised, room
 ) -> None:
     """`experts_x` and what comes out are already through e4m3."""
     up_gate = _rounded(x) @ _fp8(shared_w13).T

@@ -104,7 +104,9 @@ def run(layer: Layer, x: Tensor, ids: Tensor, weights: Tensor, device: torch.dev
     quantise_rows(x, None, rounded, reorder=True)
     linear_prefill.shared_gate_up(x, layer.w13, LIMIT, shared_hidden, work=work)
     groups = group(ids, EXPERTS, device, skip)
-    experts_prefill.expert_gate_up(rounded, weights.to(device), groups, layer.slab, hidden, LIMIT, tiles=tiles)
+    operands = (weights.to(device), groups, layer.slab, hidden, LIMIT)
+    experts_prefill.expert_gate_up(rounded, *operands, tiles=tiles, room=out)
+    out.fill_(float("nan"))
     experts_prefill.expert_down(
         hidden, shared_hidden, layer.w2, groups, layer.slab, out, tiles=tiles, work=work
     )  # fmt: skip
