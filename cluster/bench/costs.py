@@ -230,9 +230,10 @@ def tensors_in(node: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(node, field.name))
 
 
-SCRATCH = ("work", "route_work", "counters", "comb", "room")
-"""Keyword arguments that are neither read from nor written to memory by necessity; `comb` is 64 bytes a token of mHC's
-that a launch finishes by the way, together with constants of which it reads none."""
+SCRATCH = ("work", "route_work", "counters", "comb", "between", "room")
+"""Keyword arguments that are neither read from nor written to memory by necessity. `comb` is 64 bytes a token of mHC's
+that a launch finishes by the way, together with constants of which it reads none; `between` may be read in place of the
+input that the launch is given."""
 
 
 def operands(call: Any) -> list[Any]:

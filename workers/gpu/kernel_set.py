@@ -65,64 +65,94 @@ class MakeKernels(Protocol):
 
 def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     """Triton's ops for steps of one token a sequence; batch invariant bit for bit."""
-    from workers.kernels import (
-        compressor,
-        experts_decode,
-        experts_sm90,
-        indexer,
-        kv_step,
-        linear_decode,
-        mhc,
-        routing_gate,
-        sampling,
-    )
+    from workers.kernels import experts_decode, indexer, linear_decode, mhc, routing_gate, sampling
     from workers.kernels import sparse_attention as attention
 
     c, tokens, device = config, sizes.num_tokens, sizes.device
-    streams = torch.empty(mhc.work_floats(tokens, c.hidden_size), device=device)
-    counts = experts_decode.num_counters(tokens, c.num_experts_per_tok, c.n_routed_experts, c.moe_intermediate_size)
-    counters = torch.zeros(counts, dtype=torch.int32, device=device)
-    c128_work = compressor.C128Work.allocate(tokens, c.head_dim, device)
+    ops = _DecodeOps(config, sizes)
     widest = max(c.q_lora_rank, c.o_groups * c.o_lora_rank)
     rounded = torch.empty(tokens * widest, dtype=torch.bfloat16, device=device)
-
-    def for_many(x_quantised: Tensor) -> Tensor | None:
-        """Few tokens are rounded by the products themselves."""
-        return x_quantised if x_quantised.shape[0] > linear_decode.ROUNDED_TOKENS else None
-
-    # Whether the products of the experts round their inputs themselves.
-    experts_round = experts_sm90.serves(device, c.hidden_size, c.moe_intermediate_size)
-
-    def hc_pre(*tensors: Any, x_quantised: Tensor) -> None:
-        mhc.hc_pre(*tensors, work=streams, x_quantised=for_many(x_quantised), finish=False)
-
-    def hc_post_pre(*tensors: Any, x_quantised: Tensor, x_experts: Tensor | None = None) -> None:
-        unasked = x_experts is not None and experts_round
-        rounded = {} if unasked else {"x_quantised": for_many(x_quantised), "x_experts": x_experts}
-        mhc.hc_post_pre(*tensors, work=streams, finish=False, **rounded)
-
-    def expert_gate_up(*operands: Any, x_quantised: Tensor, room: Tensor, **others: Any) -> None:
-        rounded = for_many(x_quantised)
-        experts_decode.expert_gate_up(*operands, x_quantised=rounded, counters=counters, **others)
-
     gate_work = routing_gate.GateWork.allocate(tokens, c.n_routed_experts, c.hidden_size, device)
     return KernelSet(
         embed_streams=mhc.embed_streams,
-        hc_pre=hc_pre,
-        hc_post_pre=hc_post_pre,
-        hc_post_head=partial(mhc.hc_post_head, work=streams),
-        project_x=linear_decode.project_x,
-        store_and_compress=partial(kv_step.store_and_compress, work=c128_work),
+        hc_pre=ops.hc_pre,
+        hc_post_pre=ops.hc_post_pre,
+        hc_post_head=partial(mhc.hc_post_head, work=ops.streams),
+        project_x=ops.project_x,
+        store_and_compress=ops.store_and_compress,
         linear=partial(linear_decode.linear, rounded=rounded),
         select_entries=partial(indexer.select_entries, work=_index_work(config, sizes, prefill=False), mode="decode"),
         sparse_attention=partial(attention.sparse_attention, work=_split_work(config, sizes), mode="decode"),
         grouped_linear=linear_decode.grouped_linear,
         route=partial(routing_gate.gate_route, work=gate_work, route_work=_route_work(config, sizes)),
-        expert_gate_up=expert_gate_up,
+        expert_gate_up=ops.expert_gate_up,
         expert_down=experts_decode.expert_down,
         head=linear_decode.head,
         sample_greedy=sampling.sample_greedy,
     )
+
+
+class _DecodeOps:
+    """Decode's ops around mHC, and their scratch.
+
+    Before attention there is no second launch of mHC where `linear_decode.mixes_x`: the products make their input
+    themselves, and `store_and_compress` makes the gates of the next write-back.
+    """
+
+    def __init__(self, config: ModelConfig, sizes: StepSizes) -> None:
+        from workers.kernels import compressor, experts_decode, experts_sm90, kv_step, linear_decode, mhc
+
+        self._mhc, self._linear, self._store, self._experts = mhc, linear_decode, kv_step, experts_decode
+        c, tokens, device = config, sizes.num_tokens, sizes.device
+        self.streams = torch.empty(mhc.work_floats(tokens, c.hidden_size), device=device)
+        self._c128_work = compressor.C128Work.allocate(tokens, c.head_dim, device)
+        counts = experts_decode.num_counters(tokens, c.num_experts_per_tok, c.n_routed_experts, c.moe_intermediate_size)
+        self._counters = torch.zeros(counts, dtype=torch.int32, device=device)
+        self._x_rows = c.q_lora_rank + c.head_dim
+        # Whether the products of the experts round their inputs themselves.
+        self._experts_round = experts_sm90.serves(device, c.hidden_size, c.moe_intermediate_size)
+
+    def _for_many(self, x_quantised: Tensor) -> Tensor | None:
+        """Few tokens are rounded by the products themselves."""
+        return x_quantised if x_quantised.shape[0] > self._linear.ROUNDED_TOKENS else None
+
+    def _mixed(self, between: tuple[Any, ...]) -> Any:
+        """What `project_x` makes its input of; None where it finds it made."""
+        streams, post, comb, hc, norm_weight, x = between
+        if not self._linear.mixes_x(x, self._x_rows):
+            return None
+        return self._mhc.Mixed(streams, hc, norm_weight, self.streams, post, comb)
+
+    def hc_pre(
+        self, streams: Tensor, hc: Any, norm_weight: Tensor, x: Tensor, post: Tensor, comb: Tensor, *,
+        x_quantised: Tensor,
+    ) -> None:  # fmt: skip
+        if self._linear.mixes_x(x, self._x_rows):
+            self._mhc.hc_sums(None, streams, post, comb, hc, self.streams)
+            return
+        rounded = {"x_quantised": self._for_many(x_quantised)}
+        self._mhc.hc_pre(streams, hc, norm_weight, x, post, comb, work=self.streams, finish=False, **rounded)
+
+    def hc_post_pre(self, sub_out: Tensor, *between: Any, x_quantised: Tensor, x_experts: Tensor | None = None) -> None:
+        streams, post, comb, hc, _, x = between
+        if x_experts is None and self._linear.mixes_x(x, self._x_rows):
+            self._mhc.hc_sums(sub_out, streams, post, comb, hc, self.streams)
+            return
+        unasked = x_experts is not None and self._experts_round
+        rounded = {} if unasked else {"x_quantised": self._for_many(x_quantised), "x_experts": x_experts}
+        self._mhc.hc_post_pre(sub_out, *between, work=self.streams, finish=False, **rounded)
+
+    def project_x(self, *tensors: Any, x_quantised: Tensor, between: tuple[Any, ...]) -> None:
+        self._linear.project_x(*tensors, x_quantised=x_quantised, mixed=self._mixed(between))
+
+    def store_and_compress(self, *operands: Any, between: tuple[Any, ...], **others: Any) -> None:
+        mixed = self._mixed(between)
+        comb = None if mixed is not None else (between[2], between[3])
+        self._store.store_and_compress(*operands, work=self._c128_work, comb=comb, mixed=mixed, **others)
+
+    def expert_gate_up(self, *operands: Any, x_quantised: Tensor, room: Tensor, **others: Any) -> None:
+        scratch = {"x_quantised": self._for_many(x_quantised), "counters": self._counters}
+        self._experts.expert_gate_up(*operands, **scratch, **others)
 
 
 class _PrefillOps:
@@ -156,12 +186,12 @@ class _PrefillOps:
         rounded = None if self._experts_round else x_experts
         self._mhc.hc_post_pre(*tensors, work=self.streams, x_experts=rounded)
 
-    def project_x(self, *tensors: Any, x_quantised: Tensor) -> None:
+    def project_x(self, *tensors: Any, x_quantised: Tensor, between: Any) -> None:
         self._linear.project_x(*tensors, work=self.work)
 
     def store_and_compress(
         self, out_fp8: Tensor, q_norm: Tensor, kv_norm: Tensor, rope: Tensor, meta: Any, window: Tensor,
-        latent: Tensor, *, rows: Tensor | None, main: Any, index: Any, eps: float, comb: Any,
+        latent: Tensor, *, rows: Tensor | None, main: Any, index: Any, eps: float, between: Any,
     ) -> None:  # fmt: skip
         self._store.norm_and_store(out_fp8, q_norm, kv_norm, rope, meta, window, latent, eps)
         if rows is not None and index is not None:

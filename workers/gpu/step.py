@@ -107,7 +107,8 @@ class Step:
         k.hc_pre(streams, first.hc_attn, first.attn_norm, x, post, comb, x_quantised=rounded)
         for index, layer in enumerate(weights.layers):
             self._at(index)
-            self._attention(index, layer, meta, x, rounded, attn_out, comb, max_entries)
+            between = (streams, post, comb, layer.hc_attn, layer.attn_norm, x)
+            self._attention(index, layer, meta, rounded, attn_out, between, max_entries)
             between = (streams, post, comb, layer.hc_ffn, layer.ffn_norm, x)
             k.hc_post_pre(attn_out, *between, x_quantised=rounded, x_experts=experts_x)
             self._moe(index, layer, meta, x, rounded, experts_x, moe_out, comb)
@@ -131,22 +132,23 @@ class Step:
         index: int,
         layer: GpuLayer,
         meta: StepMeta,
-        x: Tensor,
         rounded: Tensor,
         out: Tensor,
-        comb: Tensor,
+        between: tuple[Any, ...],
         max_entries: int | None,
     ) -> None:
         """Normed hidden state [T, D] to the sublayer's output [T, 1, D]. All KV is written before any is read.
 
-        `rounded`: x through e4m3, for products that want it so. `comb`: gates that decode's mHC leaves open until here.
+        `rounded`: the state through e4m3, for products that want it so. `between`: operands of mHC, the state `x` last;
+        decode's mHC leaves gates open until here, and `x` too where the products make it.
         """
+        x = between[-1]
         c, k, a, pools = self.parts.config, self.kernels, self.buffers, self.parts.pools[index]
         rope, eps, tokens = self.parts.ropes.of(layer.kind), c.rms_norm_eps, x.shape[0]
         out_fp8 = a.view("out_fp8", tokens, layer.x_fp8.codes.shape[0])
         rows = None if layer.x_bf16 is None else a.view("out_bf16", tokens, layer.x_bf16.shape[0])
         latent = a.view("latent", tokens, c.q_lora_rank)
-        k.project_x(x, layer.x_fp8, layer.x_bf16, out_fp8, rows, x_quantised=rounded)
+        k.project_x(x, layer.x_fp8, layer.x_bf16, out_fp8, rows, x_quantised=rounded, between=between)
         k.store_and_compress(
             out_fp8,
             layer.q_norm,
@@ -159,7 +161,7 @@ class Step:
             main=pools.main,
             index=pools.index,
             eps=eps,
-            comb=(comb, layer.hc_attn),
+            between=between,
         )
         for lo in range(0, tokens, a.block):
             hi = min(tokens, lo + a.block)
@@ -208,7 +210,7 @@ class Step:
         """Normed hidden state [T, D] to k routed parts and the shared one [T, k + 1, D].
 
         `rounded`: x through e4m3; `experts_x`: likewise, columns in the order in which expert kernels unpack weights.
-        `comb`: as in `_attention`.
+        `comb`: gates that decode's mHC leaves open until here.
         """
         c, k, a, tokens = self.parts.config, self.kernels, self.buffers, x.shape[0]
         chosen, inner, limit = c.num_experts_per_tok, c.moe_intermediate_size, c.swiglu_limit

@@ -1,8 +1,9 @@
 """Everything a decode step stores of a layer, in one launch: latent norm, window row, compressed entries, rings.
 
-Owns: nothing but the launch. The roles are those of `kv_store.py`, the compressors of `compressor.py`, and the steps of
-Sinkhorn that `mhc.hc_post_pre` left open; they share no data, and one launch takes as long as the slowest of them where
-several in a row take the sum. Bytes are those of `norm_and_store` and `compress_*` called one by one.
+Owns: nothing but the launch. The roles are those of `kv_store.py`, the compressors of `compressor.py`, and the gates
+that mHC left open (`mhc.hc_sums`), or their steps of Sinkhorn (`mhc.hc_post_pre`); they share no data, and one launch
+takes as long as the slowest of them where several in a row take the sum. Bytes are those of `norm_and_store` and
+`compress_*` called one by one.
 
 Every role reads what is older than the launch before (rings, norms, page tables) ahead of waiting for it.
 """
@@ -28,8 +29,10 @@ from workers.kernels.compressor import (
 from workers.kernels.formats import hardware_formats
 from workers.kernels.kv_store import store_latent, store_window_row
 from workers.kernels.launch import EARLY_TOKENS, pdl_options
-from workers.kernels.mhc import HyperConnection
-from workers.kernels.mhc_gates import COMB_TOKENS, finish_comb
+from workers.kernels.mhc import TILE_CHANNELS, HyperConnection, Mixed
+from workers.kernels.mhc_gates import COMB_TOKENS, finish_comb, write_gates
+
+NUM_WARPS = tl.constexpr(WARPS)
 
 
 @triton.jit
@@ -46,6 +49,10 @@ def _store_step(
     window_words,
     latent,
     eps,
+    mix_base,
+    mix_scale,
+    mix_sums,
+    post,
     comb,
     rows,
     slots,
@@ -67,6 +74,9 @@ def _store_step(
     WINDOW_STRIDE: tl.constexpr,
     ITERS: tl.constexpr,  # steps of Sinkhorn, 0: nothing was left open
     COMB_EPS: tl.constexpr,
+    MIX_CHANNELS: tl.constexpr,  # of mHC's streams, whose gates are still to be made; 0: they are there
+    MIX_TILES: tl.constexpr,
+    NORM_EPS: tl.constexpr,
     RATIO: tl.constexpr,
     ROW: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -98,10 +108,13 @@ def _store_step(
         row += LATENT
         store_window_row(row, kv_norm, rope_table, position, pages, pool, eps, NOPE, WINDOW_STRIDE, HW, WIDEN, PDL)
     elif role == 2:
+        if MIX_CHANNELS > 0:  # of sums that are older than the launch before, which signals after its own wait
+            SIZES: tl.constexpr = (MIX_CHANNELS, MIX_TILES, NUM_WARPS, COMB_EPS, NORM_EPS)
+            write_gates((mix_base, mix_scale), mix_sums, post, comb, 0, SIZES, True, ITERS, False)
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()  # nobody waits for these matrices
-        if (ITERS > 0) & (token * COMB_TOKENS < tl.num_programs(1)):
+        if (ITERS > 0) & (MIX_CHANNELS == 0) & (token * COMB_TOKENS < tl.num_programs(1)):
             finish_comb(comb, token * COMB_TOKENS, tl.num_programs(1), COMB_TOKENS, ITERS, COMB_EPS)
     elif RATIO == 128:
         work = (parts, arrived)
@@ -134,6 +147,7 @@ def store_and_compress(
     *,
     work: C128Work | None = None,
     comb: tuple[Tensor, HyperConnection] | None = None,
+    mixed: Mixed | None = None,
     pdl: bool | None = None,
 ) -> None:
     """Decode: `kv_store.norm_and_store` and `compress_c4` (`index` None: `compress_c128`) of one layer at once.
@@ -144,6 +158,8 @@ def store_and_compress(
     Args:
         work: for C128; allocated here when None.
         comb: fp32 [T, 16] of `mhc.hc_post_pre(finish=False)`, and its constants: finished by the way.
+        mixed: of `mhc.hc_sums`, one token's: its `post` and `comb` are made by the way, instead. The launch before must
+            signal after its own wait.
     """
     num_tokens, q_lora = latent.shape
     if not num_tokens:
@@ -155,16 +171,16 @@ def store_and_compress(
     pages = (meta.full_pages, meta.full_pages.stride(0))
     window = (meta.window_pages, meta.window_pages.shape[1], window_pool, window_pool.view(torch.bfloat16))
     options = pdl_options(latent, pdl)
+    gates, mixing = _gates(latent, comb, mixed)
     _store_step[ROLES + programs, num_tokens](
         *(out_fp8, q_norm, kv_norm, rope_table, meta.positions, meta.sequence_of_token, *window, latent, eps),
-        latent if comb is None else comb[0],
+        *gates,
         *(rope_table if rows is None else rows, meta.slots, *pages, *compressors, *scratch),
         LATENT=q_lora,
         NOPE=kv_norm.shape[0] - 64,
         OUT_ROW=out_fp8.stride(0),
         WINDOW_STRIDE=window_pool.shape[1],
-        ITERS=0 if comb is None else comb[1].iters,
-        COMB_EPS=0.0 if comb is None else comb[1].eps,
+        **mixing,
         **sizes,
         WIDTH=C128_WIDTH,
         HW=hardware_formats(latent.device),
@@ -173,6 +189,21 @@ def store_and_compress(
         num_warps=WARPS,
         **options,
     )
+
+
+def _gates(
+    stand_in: Tensor, comb: tuple[Tensor, HyperConnection] | None, mixed: Mixed | None
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Operands from `mix_base` to `comb`, and constants of mHC."""
+    sizes = {"MIX_CHANNELS": 0, "MIX_TILES": 0, "NORM_EPS": 0.0, "ITERS": 0, "COMB_EPS": 0.0}
+    if mixed is not None:
+        hc, channels = mixed.hc, mixed.norm_weight.shape[0]
+        sizes = {"MIX_CHANNELS": channels, "MIX_TILES": channels // TILE_CHANNELS, "NORM_EPS": hc.norm_eps}
+        sizes |= {"ITERS": hc.iters, "COMB_EPS": hc.eps}
+        return (hc.base, hc.scale, mixed.work, mixed.post, mixed.comb), sizes
+    if comb is None:
+        return (stand_in,) * 5, sizes
+    return (*(stand_in,) * 4, comb[0]), sizes | {"ITERS": comb[1].iters, "COMB_EPS": comb[1].eps}
 
 
 def _compressors(
@@ -201,16 +232,19 @@ def _compressors(
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Compilations for V4-Flash, for `tests/workers/kernels/compiling.py`."""
     floats = ("q_norm", "kv_norm", "rope_table", "rows", "state", "ape", "norm", "index_state", "index_ape", "parts")
-    kinds = dict.fromkeys((*floats, "index_norm", "comb"), "*fp32") | {"eps": "fp32"}
+    gates = ("mix_base", "mix_scale", "mix_sums", "post", "comb")
+    kinds = dict.fromkeys((*floats, "index_norm", *gates), "*fp32") | {"eps": "fp32"}
     kinds |= dict.fromkeys(("out_fp8", "window_words", "latent"), "*bf16")
     kinds |= dict.fromkeys(("positions", "sequence_of_token", "window_pages", "slots", "full_pages", "arrived"), "*i32")
     kinds |= dict.fromkeys(("window_columns", "page_columns"), "i32")
     kinds |= dict.fromkeys(("window_codes", "entries", "index_entries"), "*u8")
     static = {"LATENT": 1024, "NOPE": 448, "OUT_ROW": 1536, "WINDOW_STRIDE": 149_760, "ITERS": 20, "COMB_EPS": 1e-6}
+    static |= {"MIX_CHANNELS": 4096, "MIX_TILES": 128, "NORM_EPS": 1e-6}
     static |= {"WIDTH": C128_WIDTH, "HW": arch >= 89, "WIDEN": False, "EARLY": arch >= 90, "PDL": arch >= 90}
     none = static | {"RATIO": 0, "ROW": 0, "STRIDE": 0, "INDEX_STRIDE": 0, "DI": 0}
     c4 = static | {"RATIO": 4, "ROW": 2624, "STRIDE": 37440, "INDEX_STRIDE": 8448, "DI": 128}
     c128 = static | {"RATIO": 128, "ROW": 1024, "STRIDE": 1728, "INDEX_STRIDE": 1728, "DI": 512}
     options = {"num_warps": WARPS, "launch_pdl": arch >= 90}
-    cases = (("store", none), ("store_c4", c4), ("store_c128", c128))
+    later = {"MIX_CHANNELS": 0}
+    cases = (("store", none), ("store_c4", c4), ("store_c4 of many", c4 | later), ("store_c128", c128))
     return [(name, _store_step, kinds, case, options) for name, case in cases]

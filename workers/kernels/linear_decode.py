@@ -34,6 +34,7 @@ from workers.kernels.formats import (
 )
 from workers.kernels.launch import num_sms, pdl_options
 from workers.kernels.linear_stream import ARCHITECTURES, SHORT, stream_cases, stream_rows, streams
+from workers.kernels.mhc import Mixed
 from workers.kernels.row_products import bf16_rows, fp8_rows, inputs_of, spread, store_rows, tokens_of, total_of
 from workers.kernels.tiles import Tile, tile
 
@@ -268,6 +269,11 @@ def _bytes(codes: Tensor) -> Tensor:
     return codes if codes.dtype == torch.uint8 else codes.view(torch.uint8)
 
 
+def mixes_x(x: Tensor, rows: int) -> bool:
+    """Whether `project_x` with so many FP8 rows can make `x [T, D]` itself: one token, on GPUs whose linears stream."""
+    return x.shape[0] == 1 and streams(x, rows, x.shape[1])
+
+
 def project_x(
     x: Tensor,
     x_fp8: Weight,
@@ -276,21 +282,24 @@ def project_x(
     out_bf16: Tensor | None,
     *,
     x_quantised: Tensor | None = None,
+    mixed: Mixed | None = None,
     pdl: bool | None = None,
 ) -> None:
     """All products with the normed hidden state `x [T, D]` bf16, in one launch.
 
     `out_fp8` bf16 `[T, N1]`: the FP8 rows (latent | kv), activations rounded. `out_bf16` fp32 `[T, N2]`: the bf16 rows
-    (compressor and indexer), activations as they are; None where the layer has none.
+    (compressor and indexer), activations as they are; None where the layer has none. `mixed`: what `x` is made of, by
+    the launch itself, so that nobody need have written it; only where `mixes_x` says so.
     """
     if x.shape[0] == 0:
         return
     N1, K = x_fp8.codes.shape
     N2 = 0 if x_bf16 is None else x_bf16.shape[0]
-    if x.shape[0] == 1 and streams(x, N1, K):
+    if mixes_x(x, N1):
         op = "project" if N1 + N2 > MORE_ROWS else "project_less"
-        stream_rows(op, x, x_fp8, out_fp8, words=x_bf16, out_words=out_bf16, signal="waited", pdl=pdl)
+        stream_rows(op, x, x_fp8, out_fp8, words=x_bf16, out_words=out_bf16, signal="waited", mixed=mixed, pdl=pdl)
         return
+    assert mixed is None
     plan = _plan(x, K, pdl, "project")
     BN = plan.constants["BN"]
     inputs, act = _fp8_input(x, x_quantised)

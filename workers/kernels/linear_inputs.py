@@ -1,7 +1,8 @@
 """Activations of linears that stream (`linear_stream.py`): from memory to shared memory, as their products take them.
 
 A program holds all K columns of its tokens, in blocks of 128 columns `[places, KW, R, 128]`: KW blocks for each slot of
-weights, R tokens. FP8 rows see e4m3 codes and a scale for each block, or f16; bf16 rows see bf16, in halves of blocks.
+weights, R tokens. One token's may still have to be mixed of mHC's streams. FP8 rows see e4m3 codes and a scale for each
+block, or f16; bf16 rows see bf16, in halves of blocks.
 """
 
 from __future__ import annotations
@@ -62,10 +63,32 @@ def _inputs(x, begin, num_tokens, held, X_STRIDE: gl.constexpr, K: gl.constexpr,
 
 
 @gluon.jit
-def hold(x, num_tokens, codes, scales, X_STRIDE: gl.constexpr, K: gl.constexpr, ROUND: gl.constexpr):
+def _mixed(streams, mixing, held, K: gl.constexpr, L: gl.constexpr):
+    """`_inputs` of one token, made of its `streams [4, K]`. mixing: weights of the norm, then `mhc_stream.mix_factors`.
+    Operations and their order are those of `mhc_gates`, as are the bits."""
+    x0 = _inputs(streams, 0, 1, held, 0, K, L).to(gl.float32)
+    x1 = _inputs(streams + K, 0, 1, held, 0, K, L).to(gl.float32)
+    x2 = _inputs(streams + 2 * K, 0, 1, held, 0, K, L).to(gl.float32)
+    x3 = _inputs(streams + 3 * K, 0, 1, held, 0, K, L).to(gl.float32)
+    gamma = _inputs(mixing[0], 0, 1, held, 0, K, L)
+    value = _spread(mixing[1], L) * x0 + _spread(mixing[2], L) * x1 + _spread(mixing[3], L) * x2
+    value += _spread(mixing[4], L) * x3
+    return (value * _spread(mixing[5], L) * gamma).to(gl.bfloat16)
+
+
+@gluon.jit
+def _spread(factor, L: gl.constexpr):
+    """`[1]` in every thread to `[1, 1, 1, 1]`."""
+    ONE: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L)))
+    return gl.convert_layout(factor, ONE, assert_trivial=True)[:, None, None, None]
+
+
+@gluon.jit
+def hold(x, mixing, num_tokens, codes, scales, X_STRIDE: gl.constexpr, K: gl.constexpr, ROUND: gl.constexpr):
     """Activations of FP8 rows into shared memory, `codes [places, KW, R, 128]` and `scales [places, KW, R]`.
 
-    ROUND: e4m3 in groups of 128 (as `row_products.inputs_of`), else as they are in f16.
+    ROUND: e4m3 in groups of 128 (as `row_products.inputs_of`), else as they are in f16. mixing: as `_mixed` takes it
+    where `x` is the streams of one token, or ().
     """
     KW: gl.constexpr = codes.shape[1]
     WARPS: gl.constexpr = gl.num_warps()
@@ -74,7 +97,10 @@ def hold(x, num_tokens, codes, scales, X_STRIDE: gl.constexpr, K: gl.constexpr, 
     MOST: gl.constexpr = 16 if R > 16 else R  # more at once would not fit in registers
     for begin in gl.static_range(0, R, MOST):
         some, some_scales = codes.slice(begin, MOST, 2), scales.slice(begin, MOST, 2)
-        value = _inputs(x, begin, num_tokens, some, X_STRIDE, K, L)
+        if len(mixing) > 0:
+            value = _mixed(x, mixing, some, K, L)
+        else:
+            value = _inputs(x, begin, num_tokens, some, X_STRIDE, K, L)
         if ROUND:
             value = value.to(gl.float32)
             scale = _scale_of(gl.max(gl.abs(value), 3))
@@ -86,9 +112,12 @@ def hold(x, num_tokens, codes, scales, X_STRIDE: gl.constexpr, K: gl.constexpr, 
 
 
 @gluon.jit
-def hold_words(x, num_tokens, words, X_STRIDE: gl.constexpr, K: gl.constexpr):
-    """Activations of bf16 rows into shared memory, `words [2 * places, KW, R, 64]`."""
+def hold_words(x, mixing, num_tokens, words, X_STRIDE: gl.constexpr, K: gl.constexpr):
+    """Activations of bf16 rows into shared memory, `words [2 * places, KW, R, 64]`. mixing: as in `hold`."""
     KW: gl.constexpr = words.shape[1]
     WARPS: gl.constexpr = gl.num_warps()
     L: gl.constexpr = gl.BlockedLayout([1, 1, 1, 8], [1, 4, 1, 8], [WARPS * 4 // KW, KW // 4, 1, 1], [3, 1, 2, 0])
-    words.store(_inputs(x, 0, num_tokens, words, X_STRIDE, K, L))
+    if len(mixing) > 0:
+        words.store(_mixed(x, mixing, words, K, L))
+    else:
+        words.store(_inputs(x, 0, num_tokens, words, X_STRIDE, K, L))

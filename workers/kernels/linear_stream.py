@@ -22,11 +22,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mma_v2
 
-from workers.kernels.launch import num_sms
+from workers.kernels.launch import L2_LINE_BYTES, num_sms, prefetch_l2
 from workers.kernels.linear_inputs import hold, hold_words, operand, room
+from workers.kernels.mhc import TILE_CHANNELS, Mixed
+from workers.kernels.mhc_stream import mix_factors
 from workers.kernels.tiles import Tile, architecture, tile
 
 WARPS = 8
+
+NORM_LINE = gl.constexpr(L2_LINE_BYTES // 4)
 
 Signal = Literal["first", "waited", "last"]
 """When a launch lets the next one start: first of all, after its own wait, or when its sums are done."""
@@ -251,14 +255,16 @@ def _store(sums, parts, out, out_stride, begin, end, start, num_tokens):
 
 @gluon.jit
 def _stream_kernel(
-    x, codes, scales, words, out_codes, out_words, num_tokens, out_codes_stride, out_words_stride, num_tiles,
+    x, codes, scales, words, out_codes, out_words, norm_weight, mix_base, mix_scale, mix_sums,
+    num_tokens, out_codes_stride, out_words_stride, num_tiles,
     X_STRIDE: gl.constexpr, K: gl.constexpr, WORD_ROWS: gl.constexpr, KW: gl.constexpr, ROWS: gl.constexpr,
     SUB: gl.constexpr, R: gl.constexpr, ROUND: gl.constexpr, TILES: gl.constexpr, GROUP_TILES: gl.constexpr,
-    STAGES: gl.constexpr, SIGNAL: gl.constexpr,
+    STAGES: gl.constexpr, MIX_TILES: gl.constexpr, EPS: gl.constexpr, NORM_EPS: gl.constexpr, SIGNAL: gl.constexpr,
 ):  # fmt: skip
     """Programs (walker, token tile). Tiles: first those of bf16 rows, then those of FP8 rows; TILES a program at most.
 
     Rows of group g (`tile // GROUP_TILES`) see the columns of `x` from `g * K` on; 0: there are no groups.
+    MIX_TILES: parts of mHC's partial sums, of which, with streams `x [4, K]`, a program makes the token; 0: it is `x`.
     """
     if SIGNAL == "first":
         tl.extra.cuda.gdc_launch_dependents()
@@ -280,9 +286,17 @@ def _stream_kernel(
         _bring(step, ring, weights, walk, SHAPE)
     row_scales = gl.allocate_shared_memory(gl.float32, [_power(TILES), PLACES, KW], FLAT)
     _row_scales(scales, row_scales, num_tiles, WORD_TILES, ROWS, SHAPE)
+    if MIX_TILES > 0:
+        base = gl.load(mix_base), gl.load(mix_base + 1), gl.load(mix_base + 2), gl.load(mix_base + 3)
+        mix_weights = (gl.load(mix_scale),) + base
+        line = gl.arange(0, 32 * gl.num_warps(), gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        prefetch_l2(norm_weight + gl.minimum(line * NORM_LINE, K - 1))
     tl.extra.cuda.gdc_wait()
     if SIGNAL == "waited":
         tl.extra.cuda.gdc_launch_dependents()
+    mixing = ()
+    if MIX_TILES > 0:
+        mixing = (norm_weight,) + mix_factors(mix_weights, mix_sums, K, MIX_TILES, EPS, NORM_EPS)
     start = gl.program_id(1) * R
     x += start * X_STRIDE
     if GROUP_TILES > 0:
@@ -291,11 +305,11 @@ def _stream_kernel(
     held_codes = room(CODES, PLACES, KW, R, 128)
     token_scales = gl.allocate_shared_memory(gl.float32, [PLACES, KW, R], FLAT)
     if word_tiles < TILES:
-        hold(x, num_tokens - start, held_codes, token_scales, X_STRIDE, K, ROUND)
+        hold(x, mixing, num_tokens - start, held_codes, token_scales, X_STRIDE, K, ROUND)
     if WORD_ROWS > 0:
         held_words = room(gl.bfloat16, 2 * PLACES, KW, R, 64)
         if word_tiles > 0:
-            hold_words(x, num_tokens - start, held_words, X_STRIDE, K)
+            hold_words(x, mixing, num_tokens - start, held_words, X_STRIDE, K)
     held = (held_codes, token_scales, row_scales)
     parts = gl.allocate_shared_memory(gl.float32, [KW, ROWS, R], gl.SwizzledSharedLayout(2, 1, _phases(R), [2, 1, 0]))
     for i in range(TILES):
@@ -334,22 +348,28 @@ def stream_rows(
     out_words: Tensor | None = None,
     groups: int = 0,
     signal: Signal = "last",
+    mixed: Mixed | None = None,
     pdl: bool | None = None,
 ) -> None:
     """`out [T, N]` bf16 = `x [T, K]` times FP8 rows, `out_words [T, M]` fp32 = `x` times bf16 rows `words [M, K]`.
 
     `op`: row of the tile table. `weight`: a `linear_decode.Weight`. `groups`: the FP8 rows are cut into as many, which
     see K columns each of a wider `x`, as they are (f16). `signal`: when the next launch may start (`launch.py`).
-    One token, or any number where K is at most `SHORT`.
+    `mixed`: what the row is made of, instead of `x`. One token, or any number where K is at most `SHORT`.
     """
     codes = weight.codes if weight.codes.dtype == torch.uint8 else weight.codes.view(torch.uint8)
     word_rows = 0 if words is None else words.shape[0]
     rows, K = codes.shape
     tiles, programs, constants = plan(op, x.shape[0], rows, K, word_rows, groups, x.device)
     more, out_more = (weight.scales, out) if words is None or out_words is None else (words, out_words)
+    mixing, sizes = (weight.scales,) * 4, {"MIX_TILES": 0, "EPS": 0.0, "NORM_EPS": 0.0}
+    if mixed is not None:
+        hc, x = mixed.hc, mixed.streams
+        mixing = (mixed.norm_weight, hc.base, hc.scale, mixed.work)
+        sizes = {"MIX_TILES": K // TILE_CHANNELS, "EPS": hc.eps, "NORM_EPS": hc.norm_eps}
     _stream_kernel[(programs, -(-x.shape[0] // constants["R"]))](
-        x, codes, weight.scales, more, out, out_more, x.shape[0], out.stride(0), out_more.stride(0), tiles,
-        X_STRIDE=x.stride(0), ROUND=not groups, SIGNAL=signal, **constants,
+        x, codes, weight.scales, more, out, out_more, *mixing, x.shape[0], out.stride(0), out_more.stride(0), tiles,
+        X_STRIDE=x.stride(0), ROUND=not groups, SIGNAL=signal, **constants, **sizes,
         num_warps=WARPS, launch_pdl=pdl is not False,
     )  # fmt: skip
 
@@ -393,20 +413,24 @@ def _fitting(op: str, R: int, K: int, word_rows: int, groups: int, device: Any) 
 def stream_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Compilations that V4-Flash needs, and Pro's odd numbers of blocks."""
     signature = {"x": "*bf16", "codes": "*u8", "scales": "*fp32", "words": "*bf16", "out_codes": "*bf16"}
-    signature |= {"out_words": "*fp32"}
+    signature |= dict.fromkeys(("out_words", "norm_weight", "mix_base", "mix_scale", "mix_sums"), "*fp32")
     signature |= dict.fromkeys(("num_tokens", "out_codes_stride", "out_words_stride", "num_tiles"), "i32")
     options = {"num_warps": WARPS, "launch_pdl": True}
 
-    def case(name: str, op: str, T: int, rows: int, K: int, word_rows: int = 0, groups: int = 0) -> tuple[Any, ...]:
+    def case(
+        name: str, op: str, T: int, rows: int, K: int, word_rows: int = 0, groups: int = 0, mixed: bool = False
+    ) -> tuple[Any, ...]:
         constants = plan(op, T, rows, K, word_rows, groups, arch)[2]
         constants |= {"X_STRIDE": K * max(1, groups), "ROUND": not groups, "SIGNAL": "first" if groups else "waited"}
+        constants |= {"MIX_TILES": mixed * K // TILE_CHANNELS, "EPS": 1e-6, "NORM_EPS": 1e-6}
         return name, _stream_kernel, signature, constants, options
 
     return [
         case("project_x streamed", "project", 1, 1536, 4096, 2624),
-        case("project_x streamed, C128", "project", 1, 1536, 4096, 1024),
-        case("project_x streamed, no bf16 rows", "project_less", 1, 1536, 4096),
-        case("project_x of Pro streamed", "project", 1, 2048, 7168, 2624),
+        case("project_x mixed and streamed", "project", 1, 1536, 4096, 2624, mixed=True),
+        case("project_x mixed and streamed, C128", "project", 1, 1536, 4096, 1024, mixed=True),
+        case("project_x mixed and streamed, no bf16 rows", "project_less", 1, 1536, 4096, mixed=True),
+        case("project_x of Pro mixed and streamed", "project", 1, 2048, 7168, 2624, mixed=True),
         case("grouped_linear streamed", "grouped", 1, 8192, 4096, 0, 8),
         case("linear streamed", "long", 1, 4096, 8192),
         *(case(f"linear wide {T} streamed", "short", T, 40960, 1024) for T in (1, 8, 16, 32, 64)),

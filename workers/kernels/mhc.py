@@ -7,13 +7,14 @@ Two launches a sublayer. The first gives every program `TILE_CHANNELS` channels 
 stores 34 partial sums: 24 rows of `fn` and the 10 inner products of the streams with each other. The second adds the
 partial sums in tile order and writes the input: the inner products give the norm over all streams (their trace) and
 also the norm of the mix itself, `pre @ G @ pre`, so that no program has to see a whole row. How tokens are dealt to
-programs changes no sum, as long as reductions over blocks are laid out alike (`mhc_gates._total`).
+programs changes no sum, as long as reductions over blocks are laid out alike (`mhc_gates._total`). At one token the
+second can be a part of the launch behind (`hc_sums`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
@@ -61,6 +62,20 @@ class HyperConnection:
     """`hc_eps`: of gates and Sinkhorn denominators."""
     norm_eps: float = 1e-6
     """`rms_norm_eps`: of the norm before `fn` and of the sublayer's own norm."""
+
+
+class Mixed(NamedTuple):
+    """What one token's sublayer input is made of by the launch that reads it, where `hc_sums` left it."""
+
+    streams: Tensor
+    """bf16 [1, 4, D]."""
+    hc: HyperConnection
+    norm_weight: Tensor
+    """fp32 [D]."""
+    work: Tensor
+    post: Tensor
+    """fp32 [1, 4]: the next write-back's gate, still to be made, as is `comb [1, 16]`."""
+    comb: Tensor
 
 
 def work_floats(num_tokens: int, hidden: int) -> int:
@@ -131,6 +146,24 @@ def hc_post_pre(
     _collapsed(streams, None, hc, norm_weight, work, x, x_quantised, x_experts, post, comb, pdl, finish)
 
 
+def hc_sums(
+    sub_out: Tensor | None,
+    streams: Tensor,
+    post: Tensor,
+    comb: Tensor,
+    hc: HyperConnection,
+    work: Tensor,
+    *,
+    pdl: bool | None = None,
+) -> None:
+    """The first launch of `hc_post_pre` (or, `sub_out` None, of `hc_pre`) alone.
+
+    Behind it `linear_decode.project_x` makes the next sublayer's input from `streams` and `work`, and
+    `kv_step.store_and_compress` the new `post` and `comb`, for steps of one token on GPUs whose linears stream.
+    """
+    _sums(sub_out, streams, post, comb, hc.fn, None, work, streams.shape[0], pdl, early=True)
+
+
 def hc_post_head(
     sub_out: Tensor,
     streams: Tensor,
@@ -163,12 +196,14 @@ def _sums(
     work: Tensor,
     num_rows: int,
     pdl: bool | None,
+    *,
+    early: bool = False,
 ) -> None:
     hidden = streams.shape[-1]
     assert hidden % TILE_CHANNELS == 0 and work.numel() >= work_floats(num_rows, hidden)
     if num_rows == 0:
         return
-    shape = tile("mhc.mix", streams.device)
+    shape, options = tile("mhc.mix", streams.device), pdl_options(streams, pdl)
     mix_decode_kernel[(hidden // TILE_CHANNELS, triton.cdiv(num_rows, TOKENS))](
         streams if sub_out is None else sub_out,
         streams,
@@ -185,8 +220,9 @@ def _sums(
         C=TILE_CHANNELS,
         HAS_ROWS=rows is not None,
         WIDEN=streams.device.type == "cpu",
+        EARLY=early and options["PDL"],
         **shape.options,
-        **pdl_options(streams, pdl),
+        **options,
     )
 
 
@@ -262,8 +298,8 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     options = tile("mhc.mix", arch).options
     return [
         case("embed_streams", embed_streams_kernel, {"num_warps": 4}, BLOCK=1024),
-        case("mix R=1", mix_decode_kernel, options, **mix, R=1),
-        case("mix R=7", mix_decode_kernel, options, **mix, R=7),
+        case("mix R=1", mix_decode_kernel, options, **mix, R=1, EARLY=False),
+        case("mix R=7", mix_decode_kernel, options, **mix, R=7, EARLY=arch >= 90),
         *(
             case(
                 f"collapse {n}",

@@ -149,7 +149,7 @@ def _read_input(
 
 
 @triton.jit
-def _write_gates(
+def write_gates(
     weights, sums, post, comb, token,
     SIZES: tl.constexpr, FINISH: tl.constexpr, ITERS: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
@@ -262,7 +262,7 @@ def collapse_kernel(
             streams, (base, scale), gamma, sums, outputs, token, index, channel, SIZES, QUANTISE, EXPERTS, HW, LATE
         )
     elif not HEAD:
-        _write_gates((base, scale), sums, post, comb, index, SIZES, FINISH, ITERS, LATE)
+        write_gates((base, scale), sums, post, comb, index, SIZES, FINISH, ITERS, LATE)
 
 
 @triton.jit

@@ -208,10 +208,14 @@ def mix_decode_kernel(
     C: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     WIDEN: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (D / C, T / TM): one part per program, `fn` on its way before the predecessor has ended, and with it (R > 0)
-    streams and gates: those are older than the launch that makes `sub_out`, which waits before it signals."""
+    streams and gates: those are older than the launch that makes `sub_out`, which waits before it signals. EARLY: the
+    launch behind streams weights, and may start at once."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(0)
     channel = part * C + tl.arange(0, C)
     parts = _fn_parts(fn, part * C, C, D, NUM_FN, WIDEN)
@@ -225,7 +229,7 @@ def mix_decode_kernel(
         tl.extra.cuda.gdc_wait()
     x0, x1, x2, x3 = _written_back(sub_out, old, source, token, channel, inside[:, None], gates, D, R, WIDEN)
     acc = _products(x0, x1, x2, x3, parts, WIDEN)
-    if PDL:
+    if PDL and not EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     _store_sums(work, index, inside, part, acc, _inner_products(x0, x1, x2, x3), NUM_FN, D // C)
 

@@ -101,7 +101,7 @@ def hc_post_head(sub_out, streams, post, comb, hc, norm_weight, rows, x) -> None
     x.copy_(rms_norm(collapsed, norm_weight, hc.norm_eps))
 
 
-def project_x(x, x_fp8, x_bf16, out_fp8, out_bf16, *, x_quantised) -> None:
+def project_x(x, x_fp8, x_bf16, out_fp8, out_bf16, *, x_quantised, between) -> None:
     out_fp8.copy_(_rounded(x) @ _fp8(x_fp8).T)
     if out_bf16 is not None:
         out_bf16.copy_(x.float() @ x_bf16.float().T)
@@ -121,7 +121,7 @@ def head(x, weight, out) -> None:
 
 
 def store_and_compress(
-    out_fp8, q_norm, kv_norm, rope_table, meta: StepMeta, window_pool, latent, *, rows, main, index, eps, comb
+    out_fp8, q_norm, kv_norm, rope_table, meta: StepMeta, window_pool, latent, *, rows, main, index, eps, between
 ) -> None:
     _store_window(out_fp8, q_norm, kv_norm, rope_table, meta, window_pool, latent, eps)
     if rows is not None:

@@ -10,6 +10,7 @@ from kvstore.pools.pool import Pool
 from kvstore.spec import PoolName
 from tests.workers.kernels.test_compressor import EPS, Run, spec_of
 from tests.workers.kernels.test_mhc import Step
+from workers.kernels import mhc
 from workers.kernels.compressor import compress_c4, compress_c128
 from workers.kernels.kv_step import store_and_compress
 from workers.kernels.kv_store import norm_and_store
@@ -83,6 +84,26 @@ def test_the_launch_finishes_the_matrices_that_were_left_open(device: torch.devi
     comb = (left.comb, left.hc)
     store_and_compress(inputs.out_fp8, *norms, inputs.meta, window, inputs.latent, *absent, EPS, comb=comb)
     assert torch.equal(left.comb, closed.comb)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_the_launch_makes_the_gates_of_one_token(device: torch.device, padding: bool, seed: int) -> None:
+    left, closed = Step(1, device, parts=4), Step(1, device, parts=4)
+    for step in (left, closed):
+        if padding:
+            step.streams.zero_()
+            step.sub_out.zero_()
+    closed.post_pre()
+    mhc.hc_sums(left.sub_out, left.streams, left.post, left.comb, left.hc, left.work)
+    run = Run(device, seed, ratio=4, head_dim=128, lengths=[8])
+    inputs = Inputs(run, 0)
+    norms, window = (inputs.q_norm, inputs.kv_norm, run.rope), inputs.window.data[0]
+    mixed = mhc.Mixed(left.streams, left.hc, left.norm_weight, left.work, left.post, left.comb)
+    absent = (None, None, None)
+    store_and_compress(inputs.out_fp8, *norms, inputs.meta, window, inputs.latent, *absent, EPS, mixed=mixed)
+    assert torch.equal(left.streams, closed.streams)
+    assert torch.equal(left.post, closed.post) and torch.equal(left.comb, closed.comb)
+    assert left.post.isfinite().all() and left.comb.isfinite().all()
 
 
 def test_no_tokens_store_nothing(device: torch.device, seed: int) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.workers.kernels.test_linear_decode import fp8_weight, poisoned, tokens
-from workers.kernels import linear_decode, linear_stream
+from tests.workers.kernels.test_mhc import Step
+from workers.kernels import linear_decode, linear_stream, mhc
 from workers.kernels.tiles import SHARED_BYTES
 
 FLASH = [
@@ -97,3 +98,32 @@ def test_streamed_bits_are_the_plain_ones(
     plain = bits(op, x, T, rows, K, words, groups)
     for got, expected in zip(streamed, plain, strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("hidden", "rows", "word_rows"), [(4096, 1536, 2624), (4096, 1536, 1024), (4096, 1536, 0), (7168, 2048, 2624)]
+)
+def test_a_projection_mixes_its_input(hidden: int, rows: int, word_rows: int, device: torch.device) -> None:
+    """Bits of the launches of mHC and of the projection one after the other."""
+    apart, together = (Step(1, device, hidden=hidden, parts=7) for _ in range(2))
+    if not linear_decode.mixes_x(apart.x, rows):
+        pytest.skip("this GPU has the plain form only")
+    weight = fp8_weight(rows, hidden, device)
+    words = (torch.randn(word_rows, hidden, device=device) / 8).bfloat16() if word_rows else None
+
+    def projected(step: Step, mixed: mhc.Mixed | None) -> list[torch.Tensor]:
+        outs = [poisoned(1, rows, dtype=torch.bfloat16, device=device)]
+        if words is not None:
+            outs.append(poisoned(1, word_rows, dtype=torch.float32, device=device))
+        linear_decode.project_x(step.x, weight, words, outs[0], outs[1] if words is not None else None, mixed=mixed)
+        return outs
+
+    apart.post_pre(finish=False)
+    expected = projected(apart, None)
+    step = together
+    mhc.hc_sums(step.sub_out, step.streams, step.post, step.comb, step.hc, step.work)
+    found = projected(step, mhc.Mixed(step.streams, step.hc, step.norm_weight, step.work, step.post, step.comb))
+    assert torch.equal(step.streams, apart.streams) and step.x.isnan().all()
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
