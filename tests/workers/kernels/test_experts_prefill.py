@@ -12,10 +12,11 @@ from tests.support.expert_bytes import matrix_of, write_expert
 from tests.workers.kernels.test_linear_prefill import fp8_weight
 from tests.workers.kernels.test_quantise_rows import in_expert_order
 from workers.experts.layout import ExpertShape, ExpertSlab, Tier, code_of
-from workers.kernels import experts_prefill, linear_prefill
+from workers.kernels import experts_prefill, experts_prefill_sm90, linear_prefill
 from workers.kernels.linear_decode import Weight
 from workers.kernels.linear_prefill import PrefillWork
 from workers.kernels.quantise_rows import quantise_rows, round_in_place
+from workers.kernels.tiles import tile
 from workers.reference import moe, quant
 
 WIDE, INNER, EXPERTS, CHOICES, LIMIT = 256, 128, 5, 2, 10.0
@@ -215,6 +216,10 @@ def test_the_tile_list_covers_every_pair_once(device: torch.device) -> None:
     assert tiles[6 : 6 + 3 * number].view(-1, 3).tolist() == [
         [0, 0, 128], [0, 128, 67], [1, 195, 128], [3, 323, 64], [4, 387, 3],
     ]  # fmt: skip
+
+
+def test_tiles_of_sm_90_are_as_long_as_its_kernels_take() -> None:
+    assert tile("experts_prefill.experts", 90).m == experts_prefill_sm90.MOST_TOKENS
 
 
 @pytest.mark.gpu
