@@ -71,8 +71,9 @@ def _mixed(streams, mixing, held, K: gl.constexpr, L: gl.constexpr):
     x2 = _inputs(streams + 2 * K, 0, 1, held, 0, K, L).to(gl.float32)
     x3 = _inputs(streams + 3 * K, 0, 1, held, 0, K, L).to(gl.float32)
     gamma = _inputs(mixing[0], 0, 1, held, 0, K, L)
-    value = _spread(mixing[1], L) * x0 + _spread(mixing[2], L) * x1 + _spread(mixing[3], L) * x2
-    value += _spread(mixing[4], L) * x3
+    value = gl.fma(_spread(mixing[2], L) + gl.zeros_like(x1), x1, _spread(mixing[1], L) * x0)
+    value = gl.fma(_spread(mixing[3], L) + gl.zeros_like(x2), x2, value)
+    value = gl.fma(_spread(mixing[4], L) + gl.zeros_like(x3), x3, value)
     return (value * _spread(mixing[5], L) * gamma).to(gl.bfloat16)
 
 

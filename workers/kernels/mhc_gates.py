@@ -116,20 +116,22 @@ def _read_input(
     g33 = _total(sums, 27, NUM_TILES, W)
     inverse_rms = _inverse_rms(g00, g11, g22, g33, D, NORM_EPS)
     pre_scale = tl.load(scale) * inverse_rms
-    a0 = tl.sigmoid(_total(sums, 0, NUM_TILES, W) * pre_scale + tl.load(base)) + EPS
-    a1 = tl.sigmoid(_total(sums, 1, NUM_TILES, W) * pre_scale + tl.load(base + 1)) + EPS
-    a2 = tl.sigmoid(_total(sums, 2, NUM_TILES, W) * pre_scale + tl.load(base + 2)) + EPS
-    a3 = tl.sigmoid(_total(sums, 3, NUM_TILES, W) * pre_scale + tl.load(base + 3)) + EPS
-    squares = a0 * a0 * g00 + a1 * a1 * g11 + a2 * a2 * g22 + a3 * a3 * g33
+    a0 = tl.sigmoid(tl.fma(_total(sums, 0, NUM_TILES, W), pre_scale, tl.load(base))) + EPS
+    a1 = tl.sigmoid(tl.fma(_total(sums, 1, NUM_TILES, W), pre_scale, tl.load(base + 1))) + EPS
+    a2 = tl.sigmoid(tl.fma(_total(sums, 2, NUM_TILES, W), pre_scale, tl.load(base + 2))) + EPS
+    a3 = tl.sigmoid(tl.fma(_total(sums, 3, NUM_TILES, W), pre_scale, tl.load(base + 3))) + EPS
+    squares = tl.fma(a3 * a3, g33, tl.fma(a2 * a2, g22, tl.fma(a1 * a1, g11, a0 * a0 * g00)))
     products = a0 * a1 * _total(sums, 28, NUM_TILES, W)
-    products += a1 * a2 * _total(sums, 29, NUM_TILES, W)
-    products += a2 * a3 * _total(sums, 30, NUM_TILES, W)
-    products += a3 * a0 * _total(sums, 31, NUM_TILES, W)
-    products += a0 * a2 * _total(sums, 32, NUM_TILES, W)
-    products += a1 * a3 * _total(sums, 33, NUM_TILES, W)
+    products = tl.fma(a1 * a2, _total(sums, 29, NUM_TILES, W), products)
+    products = tl.fma(a2 * a3, _total(sums, 30, NUM_TILES, W), products)
+    products = tl.fma(a3 * a0, _total(sums, 31, NUM_TILES, W), products)
+    products = tl.fma(a0 * a2, _total(sums, 32, NUM_TILES, W), products)
+    products = tl.fma(a1 * a3, _total(sums, 33, NUM_TILES, W), products)
     # The sum of squares of the mix; rounding may leave a tiny negative number where the streams cancel.
     inverse = tl.rsqrt(tl.maximum(squares + 2.0 * products, 0.0) / D + NORM_EPS)
-    mixed = a0[:, None] * x0 + a1[:, None] * x1 + a2[:, None] * x2 + a3[:, None] * x3
+    # Fused as written, not as each compilation likes: `linear_inputs.py` computes the same elsewhere.
+    mixed = tl.fma(a1[:, None], x1, a0[:, None] * x0)
+    mixed = tl.fma(a3[:, None], x3, tl.fma(a2[:, None], x2, mixed))
     normed = (mixed * inverse[:, None] * gamma).to(tl.bfloat16)
     if LATE:
         tl.extra.cuda.gdc_launch_dependents()

@@ -49,16 +49,17 @@ def mix_factors(weights, sums, K: gl.constexpr, TILES: gl.constexpr, EPS: gl.con
     g00, g11 = totals.index(4).load(ONE), totals.index(5).load(ONE)
     g22, g33 = totals.index(6).load(ONE), totals.index(7).load(ONE)
     pre_scale = weights[0] * gl.rsqrt(((g00 + g11) + (g22 + g33)) / (4 * K) + NORM_EPS)
-    a0 = _sigmoid(totals.index(0).load(ONE) * pre_scale + weights[1]) + EPS
-    a1 = _sigmoid(totals.index(1).load(ONE) * pre_scale + weights[2]) + EPS
-    a2 = _sigmoid(totals.index(2).load(ONE) * pre_scale + weights[3]) + EPS
-    a3 = _sigmoid(totals.index(3).load(ONE) * pre_scale + weights[4]) + EPS
-    squares = a0 * a0 * g00 + a1 * a1 * g11 + a2 * a2 * g22 + a3 * a3 * g33
+    nothing = gl.zeros_like(g00)
+    a0 = _sigmoid(gl.fma(totals.index(0).load(ONE), pre_scale, weights[1] + nothing)) + EPS
+    a1 = _sigmoid(gl.fma(totals.index(1).load(ONE), pre_scale, weights[2] + nothing)) + EPS
+    a2 = _sigmoid(gl.fma(totals.index(2).load(ONE), pre_scale, weights[3] + nothing)) + EPS
+    a3 = _sigmoid(gl.fma(totals.index(3).load(ONE), pre_scale, weights[4] + nothing)) + EPS
+    squares = gl.fma(a3 * a3, g33, gl.fma(a2 * a2, g22, gl.fma(a1 * a1, g11, a0 * a0 * g00)))
     products = a0 * a1 * totals.index(8).load(ONE)
-    products += a1 * a2 * totals.index(9).load(ONE)
-    products += a2 * a3 * totals.index(10).load(ONE)
-    products += a3 * a0 * totals.index(11).load(ONE)
-    products += a0 * a2 * totals.index(12).load(ONE)
-    products += a1 * a3 * totals.index(13).load(ONE)
+    products = gl.fma(a1 * a2, totals.index(9).load(ONE), products)
+    products = gl.fma(a2 * a3, totals.index(10).load(ONE), products)
+    products = gl.fma(a3 * a0, totals.index(11).load(ONE), products)
+    products = gl.fma(a0 * a2, totals.index(12).load(ONE), products)
+    products = gl.fma(a1 * a3, totals.index(13).load(ONE), products)
     inverse = gl.rsqrt(gl.maximum(squares + 2.0 * products, 0.0) / K + NORM_EPS)
     return a0, a1, a2, a3, inverse
