@@ -8,6 +8,14 @@ Result (H200, 2026-11-21): decode, behind the launch that makes its input, 6.3 u
 a launch of their own and a routing launch behind it took 2.7 us more for the choice alone. 8 tokens 9.0 us, 64 tokens
 18.9. Prefill in an earlier form that counted uses instead of sorting: 50 us at 8,192; sampling 9.3 us for one row and
 15.3 us for 64.
+
+Tried for one token, equal bits: the router's programs mix their 512 columns of the input themselves, so that mHC's
+second launch goes, and the experts' launch behind polls a counter before it reads what eight of them store. The router
+ends 1.7 us earlier, but gate_up and down 2.6 us later: the chain wo_b, mHC, router, experts, mHC, project_x takes 67.1
+us instead of 66.2; 69.9 where the experts' launch may start only when the input is stored, 67.3 where one program polls
+the partial products instead of a counter that tells who is last. By %globaltimer, from the end of the launch before:
+inputs are mixed after 0.5 us, products there after 1.3, all programs have arrived after 2.8, logits are there at 3.8,
+experts at 5.9, groups at 6.4; at 8.4 while the experts' launch behind reads the shared expert.
 """
 
 from __future__ import annotations
