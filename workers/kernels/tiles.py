@@ -81,7 +81,7 @@ TILES: dict[str, dict[int, Tile]] = {
     "linear_stream.long": {90: Tile(n=16, k=2048, stages=4, group=1)},
     "linear_stream.project": {90: Tile(n=16, k=1024, stages=6, group=2)},
     "linear_stream.project_less": {90: Tile(n=16, k=1024, stages=8, group=1)},
-    "linear_stream.short": {90: Tile(n=32, k=1024, stages=3, group=2)},
+    "linear_stream.short": {90: Tile(n=64, k=512, stages=4, group=1)},
     "linear_stream.short_few": {90: Tile(n=32, k=1024, stages=4, group=1)},
     "linear_stream.short_many": {90: Tile(n=64, k=512, stages=3, group=1)},
     "experts_prefill.experts": {
