@@ -1,9 +1,9 @@
 """Indexer queries as the scores read them: rope, Hadamard, e4m3 codes, and head weights with the scales folded in.
 
 Owns: the arithmetic of one token's queries (`layers.index_queries`; heads of 128, 64 of them rotary), used inside the
-decode kernel of scores for few tokens and by the kernel here, for many. That one stores the codes as f16 (every e4m3
-number is one) so that tensor cores take them as they are. The rotated half is rounded to bf16 before the transform, as
-the official release does.
+decode kernel of scores for few tokens and by the kernel here, for many. That one stores the codes as e4m3, or as f16
+(every e4m3 number is one) where tensor cores shall take those. The rotated half is rounded to bf16 before the
+transform, as the official release does.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def query_codes(
     angle = rope_table + position * 64 + tl.arange(0, 32)[None, :]
     cos, sin = tl.load(angle), tl.load(angle + 32)
     even, odd = tl.split(tl.reshape(b, (HP, 32, 2)))
-    b = tl.reshape(tl.join(even * cos - odd * sin, odd * cos + even * sin), (HP, 64))
+    # Explicit: another kernel's compiler might fuse the other product.
+    b = tl.join(tl.fma(even, cos, -(odd * sin)), tl.fma(odd, cos, even * sin))
+    b = tl.reshape(b, (HP, 64))
     a = _transformed(a, matrix, HW)
     b = _transformed(to_bf16(b, HW), matrix, HW)
     low, high = (a + b) * (128**-0.5), (a - b) * (128**-0.5)
@@ -89,7 +91,7 @@ def index_queries_tile(
     HW: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (ceil(T / TOKENS),): codes f16 [T, HP, 128] and weights fp32 [T, HP]."""
+    """Grid (ceil(T / TOKENS),): codes f16 or e4m3 [T, HP, 128] and weights fp32 [T, HP]."""
     matrix = hadamard_matrix(64)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -111,6 +113,6 @@ def index_queries_tile(
             HW,
         )
         at = codes + token * (HP * 128) + head[:, None] * 128 + tl.arange(0, 64)[None, :]
-        tl.store(at, low)
-        tl.store(at + 64, high)
+        tl.store(at, low.to(codes.dtype.element_ty))
+        tl.store(at + 64, high.to(codes.dtype.element_ty))
         tl.store(weights + token * HP + head, weight)

@@ -191,7 +191,7 @@ class IndexWork(NamedTuple):
 
     scores: Tensor  # fp32 [F] flat: rows of one block of tokens
     topk: TopkWork
-    codes: Tensor | None  # f16 [T', HP, 128]: of one block of prefill's tokens, or of decode on sm_90
+    codes: Tensor | None  # f16 [T', HP, 128], for prefill on sm_90 e4m3: of one block of its tokens, or of decode there
     weights: Tensor | None  # fp32 [T', HP]
 
     @classmethod
@@ -209,13 +209,15 @@ class IndexWork(NamedTuple):
         """Decode holds every token's scores at once; prefill as many tokens' as fit `score_bytes` (at least one)."""
         columns = _columns(max_entries)
         padded = _padded_heads(num_heads)
-        codes = torch.empty(tokens, padded, HEAD_DIM, dtype=torch.float16, device=device)
         weights = torch.empty(tokens, padded, dtype=torch.float32, device=device)
+        explicit = index_scores_sm90.serves(weights.device, num_heads)
+        kind = torch.float8_e4m3fn if explicit and prefill else torch.float16
+        codes = torch.empty(tokens, padded, HEAD_DIM, dtype=kind, device=device)
         if not prefill:
             scores = torch.empty(tokens * columns, dtype=torch.float32, device=device)
             topk = TopkWork.allocate(tokens, columns, k, device)
-            explicit = tokens > FEW_TOKENS and index_scores_sm90.serves(scores.device, num_heads)
-            return cls(scores, topk, codes, weights) if explicit else cls(scores, topk, None, None)
+            many = explicit and tokens > FEW_TOKENS
+            return cls(scores, topk, codes, weights) if many else cls(scores, topk, None, None)
         floats = max(columns, min(score_bytes // 4, tokens * columns))
         scores = torch.empty(floats, dtype=torch.float32, device=device)
         topk = TopkWork.allocate(max(1, min(tokens, floats // columns)), columns, k, device)
@@ -293,6 +295,25 @@ def index_scores(
     )
 
 
+def decode_scores(
+    q: Tensor,
+    head_weights: Tensor,
+    meta: StepMeta,
+    rope_table: Tensor,
+    pool: Tensor,
+    scores: Tensor,
+    work: IndexWork,
+    *,
+    pdl: bool | None = None,
+) -> None:
+    """`index_scores` in the form for so many tokens."""
+    if len(scores) > FEW_TOKENS and work.codes is not None and work.weights is not None:
+        _make_queries(q, head_weights, meta.positions, rope_table, work.codes, work.weights, 1, pdl=pdl)
+        index_scores_sm90.score_decode(work.codes, work.weights, meta, pool, scores, pdl=pdl)
+    else:
+        index_scores(q, head_weights, meta, rope_table, pool, scores, pdl=pdl)
+
+
 def _make_queries(
     q: Tensor,
     head_weights: Tensor,
@@ -342,6 +363,10 @@ def _prefill_block(
     num_tokens, heads = head_weights.shape
     assert work.codes is not None and work.weights is not None, "IndexWork.allocate(..., prefill=True)"
     _make_queries(q, head_weights, positions, rope_table, work.codes, work.weights, QUERY_TOKENS, pdl=False)
+    if index_scores_sm90.serves(q.device, heads):
+        inputs = (positions, sequence_of_token, full_pages, pool)
+        index_scores_sm90.score_prefill(work.codes, work.weights, *inputs, scores)
+        return
     grid = (scores.shape[1] // PREFILL_ENTRIES, triton.cdiv(num_tokens, PREFILL_TOKENS))
     scores_prefill[grid](
         work.codes,
@@ -387,11 +412,7 @@ def select_entries(
     columns = _columns(reach if max_entries is None else min(reach, max_entries))
     if mode == "decode":
         scores = work.scores[: num_tokens * columns].view(num_tokens, columns)
-        if num_tokens > FEW_TOKENS and work.codes is not None and work.weights is not None:
-            _make_queries(q, head_weights, meta.positions, rope_table, work.codes, work.weights, 1, pdl=pdl)
-            index_scores_sm90.score_decode(work.codes, work.weights, meta, pool, scores, pdl=pdl)
-        else:
-            index_scores(q, head_weights, meta, rope_table, pool, scores, pdl=pdl)
+        decode_scores(q, head_weights, meta, rope_table, pool, scores, work, pdl=pdl)
         select_topk(scores, meta.positions, selected, work.topk, pdl=pdl)
         return
     block = min(work.scores.numel() // columns, work.topk.capacity(columns), max(num_tokens, 1))
@@ -424,8 +445,12 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         ("index_queries_decode", index_queries_tile, shape | query | {"TOKENS": 1, "PDL": pdl}, launch),
         ("scores_prefill", scores_prefill, shape | prefill, {"num_warps": _PREFILL_WARPS, "num_stages": 3}),
     )
-    explicit = index_scores_sm90.compile_list() if arch == 90 else []
-    return explicit + [
+    found = [
         (name, fn, {arg: kinds[arg] for arg in fn.arg_names if arg in kinds}, constants, options)
         for name, fn, constants, options in cases
     ]
+    if arch != 90:
+        return found
+    name, fn, types, constants, options = found[1]
+    e4m3 = (f"{name}_e4m3", fn, types | {"codes": "*fp8e4nv"}, constants, options)
+    return [*found, e4m3, *index_scores_sm90.compile_list()]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tests.bench.kernels.timing import Row, copy_bandwidth, graph_ms, num_copies, report
 from workers.kernels import indexer
-from workers.kernels.indexer import IndexWork, index_scores, select_entries
+from workers.kernels.indexer import IndexWork, decode_scores, select_entries
 from workers.kernels.topk import select_topk
 
 HEADS, DI, RD, K = 64, 128, 64, 512
@@ -76,7 +76,7 @@ def decode_rows(batch: int, context: int) -> Iterator[Row]:
     scores = work.scores[: batch * columns].view(batch, columns)
 
     def score(layer: Layer) -> Callable[[], None]:
-        return lambda: index_scores(layer.q, layer.weights, meta, rope, layer.pool, scores)
+        return lambda: decode_scores(layer.q, layer.weights, meta, rope, layer.pool, scores, work)
 
     def choose(layer: Layer) -> Callable[[], None]:
         return lambda: select_topk(scores, meta.positions, layer.selected, work.topk)
@@ -115,7 +115,7 @@ def prefill_rows(tokens: int, context: int) -> Iterator[Row]:
         return lambda: indexer._prefill_block(*inputs, scores, work)
 
     def choose(layer: Layer) -> Callable[[], None]:
-        return lambda: select_topk(scores, positions, layer.selected[part], work.topk)
+        return lambda: select_topk(scores, positions, layer.selected[part], work.topk, ranked=False)
 
     flops = 2 * HEADS * DI * float(((positions + 1) // 4).sum())
     last = f"last {block} of {name}"
