@@ -29,9 +29,6 @@ GROUP = 128
 """Columns that share an activation scale, and that the expert order permutes among themselves."""
 
 
-ROW_ELEMENTS = 4096
-"""Of a program that has whole rows: 32 a thread."""
-
 PLACES = 1024
 """Pairs of a program that only writes places."""
 
@@ -114,23 +111,20 @@ def round_in_place_kernel(x, num_rows, T, K: tl.constexpr, R: tl.constexpr, C: t
 
 
 @triton.jit
-def quantise_in_place_kernel(x, codes, scales, num_rows, K: tl.constexpr, R: tl.constexpr, HW: tl.constexpr):
-    """`R` rows of `x` bf16 `[T, K]` to codes u8 and scales fp32 in the same memory; only the first `num_rows[0]` rows.
+def quantise_in_place_kernel(x, codes, scales, num_rows, K: tl.constexpr, HW: tl.constexpr):
+    """A row of `x` bf16 `[T, K]` to codes u8 and scales fp32 in the same memory; only the first `num_rows[0]` rows.
 
     Of a row's 2 K bytes the first K are codes in fragment order, the next K / 32 scales.
     """
-    first = tl.program_id(0) * R
-    last = tl.load(num_rows)
-    if first >= last:
+    row = tl.program_id(0).to(tl.int64)
+    if row >= tl.load(num_rows):
         return
-    row = (first + tl.arange(0, R)).to(tl.int64)[:, None]
-    inside = row < last
     column = tl.arange(0, K)[None, :]
-    value = tl.load(x + row * K + column, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row * K + column).to(tl.float32)
     tl.debug_barrier()  # all threads have read what codes are about to replace
     code, scale = round_fp8_groups(value, 128, HW)
-    tl.store(codes + row * (2 * K) + column, _fragment_order(code, R, K), mask=inside)
-    tl.store(scales + row * (K // 2) + K // 4 + tl.arange(0, K // 128)[None, :], scale, mask=inside)
+    tl.store(codes + row * (2 * K) + column, _fragment_order(code, 1, K))
+    tl.store(scales + row * (K // 2) + K // 4 + tl.arange(0, K // 128)[None, :], scale)
 
 
 @triton.jit
@@ -223,11 +217,10 @@ def quantise_in_place(x: Tensor, num_rows: Tensor) -> None:
     A row's first K bytes become e4m3 codes in fragment order, the next K / 32 its fp32 scales. K: a power of two.
     """
     rows, columns = x.shape
-    height = max(1, ROW_ELEMENTS // columns)
     if rows:
-        quantise_in_place_kernel[(-(-rows // height),)](
-            x, x.view(torch.uint8), x.view(torch.float32), num_rows, K=columns, R=height, HW=hardware_formats(x.device),
-            num_warps=4,
+        quantise_in_place_kernel[(rows,)](
+            x, x.view(torch.uint8), x.view(torch.float32), num_rows, K=columns, HW=hardware_formats(x.device),
+            num_warps=2,
         )  # fmt: skip
 
 
@@ -280,7 +273,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     return [
         ("quantise", quantise_kernel, quantise, both, shape.options),
         ("round_in_place", round_in_place_kernel, in_place, {"K": 2048, "HW": hardware, **size}, shape.options),
-        ("in_place", quantise_in_place_kernel, whole, {"K": 2048, "R": 2, "HW": hardware}, warps),
+        ("in_place", quantise_in_place_kernel, whole, {"K": 2048, "HW": hardware}, {"num_warps": 2}),
         ("places", places_kernel, indices, {"BLOCK": PLACES}, warps),
         ("pairs", quantise_pairs_kernel, pairs, {"K": 4096, "CHOICES": 6, "HW": hardware}, warps),
         ("swiglu", swiglu_kernel, glu, {"I": 2048, **size}, shape.options),
