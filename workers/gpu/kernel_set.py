@@ -65,7 +65,7 @@ class MakeKernels(Protocol):
 
 def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     """Triton's ops for steps of one token a sequence; batch invariant bit for bit."""
-    from workers.kernels import experts_decode, indexer, linear_decode, mhc, routing_gate, sampling
+    from workers.kernels import indexer, linear_decode, mhc, routing_gate, sampling
     from workers.kernels import sparse_attention as attention
 
     c, tokens, device = config, sizes.num_tokens, sizes.device
@@ -86,7 +86,7 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         grouped_linear=linear_decode.grouped_linear,
         route=partial(routing_gate.gate_route, work=gate_work, route_work=_route_work(config, sizes)),
         expert_gate_up=ops.expert_gate_up,
-        expert_down=experts_decode.expert_down,
+        expert_down=ops.expert_down,
         head=linear_decode.head,
         sample_greedy=sampling.sample_greedy,
     )
@@ -153,6 +153,9 @@ class _DecodeOps:
     def expert_gate_up(self, *operands: Any, x_quantised: Tensor, room: Tensor, **others: Any) -> None:
         scratch = {"x_quantised": self._for_many(x_quantised), "counters": self._counters}
         self._experts.expert_gate_up(*operands, **scratch, **others)
+
+    def expert_down(self, *operands: Any, **others: Any) -> None:
+        self._experts.expert_down(*operands, counters=self._counters, **others)
 
 
 class _PrefillOps:

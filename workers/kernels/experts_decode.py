@@ -83,7 +83,7 @@ def expert_gate_up(
     if not tokens:
         return
     if experts_sm90.serves(x.device, x.shape[1], inner):
-        experts_sm90.gate_up(x, shared_w13, weights, groups, slab, hidden, limit, shared_hidden, pdl)
+        experts_sm90.gate_up(x, shared_w13, weights, groups, slab, hidden, limit, shared_hidden, counters, pdl)
         return
     shared_gate_up(x, shared_w13, limit, shared_hidden, x_quantised=x_quantised, pdl=pdl)
     most = min(ids.numel(), slab.table.numel())
@@ -107,6 +107,7 @@ def expert_down(
     slab: ExpertSlab,
     out: Tensor,
     *,
+    counters: Tensor,
     pdl: bool | None = None,
 ) -> None:
     """`out [T, k + 1, D]` bf16: w2 of the chosen experts, then the shared expert's, of fake-quantised inputs.
@@ -119,7 +120,7 @@ def expert_down(
         return
     wide = out.shape[2]
     if experts_sm90.serves(hidden.device, wide, inner):
-        experts_sm90.down(hidden, shared_hidden, shared_w2, groups, slab, out, pdl)
+        experts_sm90.down(hidden, shared_hidden, shared_w2, groups, slab, out, counters, pdl)
         return
     most = min(ids.numel(), slab.table.numel())
     experts_plain.down_kernel[(wide // experts_plain.ROWS, 1 + most)](

@@ -50,14 +50,10 @@ def padded(count):
 
 
 @gluon.jit
-def row_scale_buffer(K: gl.constexpr):
-    """Shared memory for the fp32 scales of two rows of FP8 blocks."""
-    return gl.allocate_shared_memory(gl.float32, [2, padded(K // 128)], FLAT1)
-
-
-@gluon.jit
 def issue_row_scales(buffer, scales, other_scales, K: gl.constexpr):
-    """Start the copies of both rows of scales; they belong to the next group that is closed."""
+    """Start the copies of two rows of fp32 scales of FP8 blocks; they belong to the next group that is closed.
+    `buffer`: the scales of a pair of slots, in which no tile's come before the last step."""
+    buffer = buffer._reinterpret(gl.float32, [2, padded(K // 128)], FLAT1)
     at = gl.arange(0, padded(K // 128), layout=gl.BlockedLayout([4], [32], [WARPS], [0]))
     async_copy.async_copy_global_to_shared(buffer.index(0), scales + at, mask=at < K // 128)
     async_copy.async_copy_global_to_shared(buffer.index(1), other_scales + at, mask=at < K // 128)

@@ -6,8 +6,9 @@ Owns: which program multiplies which rows, when it may read what, and the launch
 The tiles of a launch, expert by expert, are cut into as many runs as programs fit on the GPU. A program quantises its
 inputs once per expert and has the next tile's copies on their way while it multiplies; so a launch begins and ends
 once, however many experts there are. A tile's pairs beyond eight take further turns over its weights. The shared expert
-comes first, 16 rows a program, because its weights are there before the launch's wait. An expert that is not in the
-slab is read where it is, by boxes over its own memory, each byte once per eight pairs. Between the launches
+comes first, 16 rows a program, because it needs nothing of the predecessor, in `down` neither: `gate_up` stores the
+shared hidden state before its own wait, and its programs count themselves in `counters` then. An expert that is not
+in the slab is read where it is, by boxes over its own memory, each byte once per eight pairs. Between the launches
 `hidden` and `shared_hidden` are natural columns, not rounded: `down` quantises what it reads.
 """
 
@@ -29,12 +30,13 @@ from workers.kernels.experts_rows import (
     WIDE_STEP,
     issue_first_rows,
     issue_row_scales,
-    row_scale_buffer,
+    padded,
     rows_product,
 )
 from workers.kernels.experts_tiles import (
     BOX3,
     BOX5,
+    FLAT1,
     ROWS,
     SCALE_BOX3,
     SCALE_BOX5,
@@ -44,14 +46,17 @@ from workers.kernels.experts_tiles import (
     SUMS,
     TOKENS,
     WARPS,
+    arrive,
+    await_all,
     fill_inputs,
     fill_row,
     input_buffers,
+    issue,
     issue_first,
     slots_of_steps,
     tile_product,
 )
-from workers.kernels.launch import L2_LINE_BYTES, num_sms, pdl_options, prefetch_l2
+from workers.kernels.launch import num_sms, pdl_options
 
 gdc_wait = tl.extra.cuda.gdc_wait
 gdc_launch_dependents = tl.extra.cuda.gdc_launch_dependents
@@ -73,21 +78,36 @@ LEAVES_ROOM = 4
 UNIT = 1024
 """Columns of two turns of a tile: sizes must be multiples."""
 
-TABLE_LINE = gl.constexpr(L2_LINE_BYTES // 4)
+ENTRIES = gl.constexpr(gl.BlockedLayout([1], [32], [WARPS.value], [0]))
 
 
 # -- kernels ------------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
-def _tile_of(unit, units, active_experts, active_begin, table, BLOCKS: gl.constexpr):
-    """Code of the place of a tile's expert, and the first and last of its pairs; harmless beyond the last tile."""
+def _member_of(unit, units, active_experts, active_begin, BLOCKS: gl.constexpr, E: gl.constexpr):
+    """A tile's expert, and the first and last of its pairs; harmless beyond the last tile."""
     inside = unit < units
     member = unit // BLOCKS
     expert = gl.load(active_experts + member, mask=inside, other=0)
     begin = gl.load(active_begin + member, mask=inside, other=0)
     end = gl.load(active_begin + member + 1, mask=inside, other=0)
+    return gl.minimum(gl.maximum(expert, 0), E - 1), begin, end
+
+
+@gluon.jit
+def _tile_of(unit, units, active_experts, active_begin, table, BLOCKS: gl.constexpr, E: gl.constexpr):
+    """`_member_of`, the code of its place instead of the expert."""
+    expert, begin, end = _member_of(unit, units, active_experts, active_begin, BLOCKS, E)
     return gl.load(table + expert), begin, end
+
+
+@gluon.jit
+def _share(count):
+    """First of the program's share of `count` things, and first of the next program's. Earlier programs have more."""
+    pid, programs = gl.program_id(0), gl.num_programs(0)
+    each, rest = count // programs, count % programs
+    return pid * each + gl.minimum(pid, rest), (pid + 1) * each + gl.minimum(pid + 1, rest)
 
 
 @gluon.jit
@@ -111,8 +131,10 @@ def _shared_gate_up(
     """The shared expert's hidden rows `out [T, INNER]`: eight columns of eight tokens at a time, tokens outermost."""
     PIECES: gl.constexpr = INNER // 8
     items = (num_tokens + TOKENS - 1) // TOKENS * PIECES
-    item = gl.program_id(0) * items // gl.num_programs(0)
-    items = (gl.program_id(0) + 1) * items // gl.num_programs(0)
+    # The last programs come late, where the predecessor's stand: 129 of the router's, 12 on a multiprocessor.
+    early = gl.num_programs(0) * 10 // 11
+    item = gl.minimum(gl.program_id(0), early) * items // early
+    items = gl.minimum(gl.program_id(0) + 1, early) * items // early
     begin = 0
     filled = -1
     loaded = item % PIECES // 16
@@ -155,7 +177,7 @@ def _shared_gate_up(
 def gate_up_kernel(
     x, routing, hidden, num_active, active_experts, active_begin, pair_order, table,
     slab_codes, slab_scales, host_codes, host_scales, peer_codes, peer_scales,
-    shared_codes, shared_scales, shared_hidden, num_tokens, limit,
+    shared_codes, shared_scales, shared_hidden, counter, num_tokens, limit,
     D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr, E: gl.constexpr, HOST: gl.constexpr,
     PEER: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -167,20 +189,27 @@ def gate_up_kernel(
     inputs, input_scales = input_buffers(D)
     # `x` is older than the predecessor, `gate_route`, which lets this kernel start only after its own wait.
     _shared_gate_up(
-        slots, inputs, input_scales, row_scale_buffer(D), x, pair_order, shared_codes, shared_scales, shared_hidden,
+        slots, inputs, input_scales, slots[2].index(0), x, pair_order, shared_codes, shared_scales, shared_hidden,
         num_tokens, limit, D, INNER,
     )  # fmt: skip
+    arrive(counter, gl.num_programs(0))
+    # The table changes between steps only.
+    places = slots[0].index(0)._reinterpret(gl.int32, [padded(E), 1], FLAT1)
+    entry = gl.arange(0, padded(E), layout=ENTRIES)
+    places._reinterpret(gl.int32, [padded(E)], FLAT1).store(gl.load(table + entry, mask=entry < E, other=0))
     if PDL:
-        line = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-        prefetch_l2(table + gl.minimum(line * TABLE_LINE, E - 1))
         gdc_wait()
         # All programs are here: the successor may take the room of those that end first. It reads the groups before its
         # own wait.
         gdc_launch_dependents()
-    tiles = gl.load(num_active) * BLOCKS
-    unit = gl.program_id(0) * tiles // gl.num_programs(0)
-    units = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
-    code, first, end = _tile_of(unit, units, active_experts, active_begin, table, BLOCKS)
+    # A token's experts are CHOICES, if not all alike: the first are looked up beside their number.
+    active = gl.load(num_active)
+    unit, units = _share(CHOICES * BLOCKS)
+    expert, first, end = _member_of(unit, units, active_experts, active_begin, BLOCKS, E)
+    if active != CHOICES:
+        unit, units = _share(active * BLOCKS)
+        expert, first, end = _member_of(unit, units, active_experts, active_begin, BLOCKS, E)
+    code = gl.max(places.index(expert).load(ENTRIES), 0)
     experts = (slab_codes, slab_scales, host_codes, host_scales, peer_codes, peer_scales)
     tile_row = unit % BLOCKS * (ROWS // 2)
     if unit < units:
@@ -190,7 +219,7 @@ def gate_up_kernel(
     while unit < units:
         more = first + TOKENS < end
         next_unit = gl.where(more, unit, unit + 1)
-        next_code, next_first, next_end = _tile_of(next_unit, units, active_experts, active_begin, table, BLOCKS)
+        next_code, next_first, next_end = _tile_of(next_unit, units, active_experts, active_begin, table, BLOCKS, E)
         next_first = gl.where(more, first + TOKENS, next_first)
         next_row = next_unit % BLOCKS * (ROWS // 2)
         if first != filled:
@@ -256,11 +285,11 @@ def _shared_down(
     return begin
 
 
-@gluon.jit(do_not_specialize=["num_tokens"])
+@gluon.jit(do_not_specialize=["num_tokens", "counted"])
 def down_kernel(
     hidden, shared_hidden, shared_codes, shared_scales, out, num_active, active_experts, active_begin, pair_order,
-    table, slab_codes, slab_scales, host_codes, host_scales, peer_codes, peer_scales, num_tokens,
-    D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr, HOST: gl.constexpr,
+    table, slab_codes, slab_scales, host_codes, host_scales, peer_codes, peer_scales, counter, counted, num_tokens,
+    D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr, E: gl.constexpr, HOST: gl.constexpr,
     PEER: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Any number of programs. A tile is 64 rows of w2."""
@@ -268,7 +297,6 @@ def down_kernel(
     PIECES: gl.constexpr = D // 16
     slots = slots_of_steps()
     inputs, input_scales = input_buffers(INNER)
-    row_scales = row_scale_buffer(INNER)
     # Weights and groups are older than the predecessor, `gate_up_kernel`, which lets this kernel start only after its
     # own wait. A piece is half a tile's work.
     shared = (num_tokens + TOKENS - 1) // TOKENS * PIECES
@@ -276,8 +304,9 @@ def down_kernel(
     begin = gl.program_id(0) * work // gl.num_programs(0)
     end = (gl.program_id(0) + 1) * work // gl.num_programs(0)
     item, items = gl.minimum(begin, shared), gl.minimum(end, shared)
+    row_scales = slots[2].index(((items - item) * (INNER // WIDE_STEP // 2) + 1) % 2)
     unit, units = (gl.maximum(begin - shared, 0) + 1) // 2, (gl.maximum(end - shared, 0) + 1) // 2
-    code, first, end = _tile_of(unit, units, active_experts, active_begin, table, BLOCKS)
+    code, first, end = _tile_of(unit, units, active_experts, active_begin, table, BLOCKS, E)
     experts = (slab_codes, slab_scales, host_codes, host_scales, peer_codes, peer_scales)
     tile_row = unit % BLOCKS * ROWS
     if item < items:
@@ -285,22 +314,36 @@ def down_kernel(
         issue_row_scales(row_scales, row, row, INNER)
         issue_first_rows(slots, 0, shared_codes + (item % PIECES * 16).to(gl.int64) * INNER, 0, INNER)
     elif unit < units:
-        issue_first(slots, 0, experts, code, tile_row, False, HOST, PEER)
+        # One turn: memory is the predecessor's until it has ended.
+        issue(slots, 0, experts, code, tile_row, 0, False, HOST, PEER)
+    only_tiles = (item >= items) & (unit < units)
+    turns = 0
+    begin = 0
+    if item < items:
+        # Stored before the predecessor's wait, hence before this kernel began. Nobody reads `out` any more.
+        await_all(counter, counted)
+        begin = _shared_down(
+            slots, inputs, input_scales, row_scales, shared_hidden, pair_order, item, items, shared_codes,
+            shared_scales, out, num_tokens, experts, code, tile_row, unit < units, D, INNER, CHOICES, HOST, PEER,
+        )  # fmt: skip
+    alone = (unit < units) & (end - first == 1)
+    source = gl.load(pair_order + first, mask=alone, other=0)
     if PDL:
         gdc_wait()
         if num_tokens == 1:
             # All programs are here. Before its wait the successor reads streams and gates: older than the predecessor.
             gdc_launch_dependents()
-    turns = 0
-    begin = _shared_down(
-        slots, inputs, input_scales, row_scales, shared_hidden, pair_order, item, items, shared_codes, shared_scales,
-        out, num_tokens, experts, code, tile_row, unit < units, D, INNER, CHOICES, HOST, PEER,
-    )  # fmt: skip
+    if only_tiles:
+        issue(slots, 1, experts, code, tile_row, 1, False, HOST, PEER)
     filled = -1
+    if alone:
+        fill_row(inputs, input_scales, hidden + source.to(gl.int64) * INNER, INNER)
+        fence_async_shared()
+        filled = first
     while unit < units:
         more = first + TOKENS < end
         next_unit = gl.where(more, unit, unit + 1)
-        next_code, next_first, next_end = _tile_of(next_unit, units, active_experts, active_begin, table, BLOCKS)
+        next_code, next_first, next_end = _tile_of(next_unit, units, active_experts, active_begin, table, BLOCKS, E)
         next_first = gl.where(more, first + TOKENS, next_first)
         next_row = next_unit % BLOCKS * ROWS
         if first != filled:
@@ -340,21 +383,24 @@ def num_programs(columns: int, device: torch.device, most: int = MOST_PROGRAMS) 
 
 def gate_up(
     x: Tensor, shared_w13: Any, weights: Tensor, groups: Any, slab: ExpertSlab, hidden: Tensor, limit: float,
-    shared_hidden: Tensor, pdl: bool | None,
+    shared_hidden: Tensor, counters: Tensor, pdl: bool | None,
 ) -> None:  # fmt: skip
-    """`experts_decode.expert_gate_up` of `x [T, D]` bf16, natural columns, not rounded."""
+    """`experts_decode.expert_gate_up` of `x [T, D]` bf16, natural columns, not rounded.
+
+    `counters`: int32 zeros, one at least, for this and the `down` that follows; for launches of the same D only.
+    """
     tokens, choices, inner = hidden.shape
     gate_up_kernel[(num_programs(x.shape[1], x.device),)](
         x, weights, hidden, groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order,
         slab.table, *boxes(slab, x.shape[1], inner, gates=True),
-        shared_w13.codes.view(torch.uint8), shared_w13.scales, shared_hidden, tokens, float(limit),
+        shared_w13.codes.view(torch.uint8), shared_w13.scales, shared_hidden, counters, tokens, float(limit),
         E=slab.table.numel(), **_constants(x.shape[1], inner, choices, slab), **OPTIONS, **pdl_options(x, pdl),
     )  # fmt: skip
 
 
 def down(
     hidden: Tensor, shared_hidden: Tensor, shared_w2: Any, groups: Any, slab: ExpertSlab, out: Tensor,
-    pdl: bool | None,
+    counters: Tensor, pdl: bool | None,
 ) -> None:  # fmt: skip
     """`experts_decode.expert_down` of what `gate_up` leaves."""
     tokens, choices, inner = hidden.shape
@@ -362,8 +408,8 @@ def down(
     down_kernel[(num_programs(inner, hidden.device, most),)](
         hidden, shared_hidden, shared_w2.codes.view(torch.uint8), shared_w2.scales, out, groups.num_active,
         groups.active_experts, groups.active_begin, groups.pair_order, slab.table,
-        *boxes(slab, out.shape[2], inner, gates=False), tokens,
-        **_constants(out.shape[2], inner, choices, slab), **OPTIONS, **pdl_options(hidden, pdl),
+        *boxes(slab, out.shape[2], inner, gates=False), counters, num_programs(out.shape[2], out.device), tokens,
+        E=slab.table.numel(), **_constants(out.shape[2], inner, choices, slab), **OPTIONS, **pdl_options(hidden, pdl),
     )  # fmt: skip
 
 
@@ -402,9 +448,10 @@ def compile_list() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[
     """Compilations of V4-Flash for sm_90: name, function, signature, constants, options."""
     wide, inner = 4096, 2048
     pointers = dict.fromkeys(("num_active", "active_experts", "active_begin", "pair_order", "table"), "*i32")
-    pointers |= {"shared_codes": "*u8"}
+    pointers |= {"shared_codes": "*u8", "counter": "*i32"}
     pointers |= dict.fromkeys(("x", "hidden", "shared_hidden", "out"), "*bf16")
-    types = pointers | {"routing": "*fp32", "shared_scales": "*fp32", "num_tokens": "i32", "limit": "fp32"}
+    types = pointers | {"routing": "*fp32", "shared_scales": "*fp32", "limit": "fp32"}
+    types |= {"num_tokens": "i32", "counted": "i32"}
     cases = []
     for kernel in (gate_up_kernel, down_kernel):
         for tiers in (False, True):
@@ -412,7 +459,7 @@ def compile_list() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[
                 "D": wide, "INNER": inner, "CHOICES": 6, "HOST": tiers, "PEER": tiers, "PDL": True,
             }  # fmt: skip
             name = f"sm90_{kernel.fn.__name__}_{'tiers' if tiers else 'resident'}"
-            constants |= {"E": 256} if kernel is gate_up_kernel else {}
+            constants |= {"E": 256}
             types |= _box_types(gates=kernel is gate_up_kernel)
             signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
             cases.append((name, kernel, signature, constants, OPTIONS | {"launch_pdl": True}))

@@ -96,6 +96,31 @@ INPUTS = gl.constexpr(gl.NVMMASharedLayout(32, 8, rank=2))
 INPUT_WORDS3 = gl.constexpr(gl.NVMMASharedLayout(32, 32, rank=3))
 
 
+# -- programs that wait for others --------------------------------------------------------------------------------
+
+
+@gluon.jit
+def arrive(counter, programs):
+    """One of `programs` programs has come here; what it has stored is visible to who sees it in the int32 `counter`,
+    which goes round at twice their number."""
+    gl.thread_barrier()
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
+        " @p red.release.gpu.global.inc.u32 [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r", [counter, 2 * programs - 1], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def await_all(counter, programs):
+    """Every thread waits until all `programs` programs of a launch have arrived. They must have begun to."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 v; again: ld.acquire.gpu.global.b32 v, [$1]; setp.ne.s32 p, v, 0;"
+        " setp.ne.and.s32 p, v, $2, p; @p bra again; mov.b32 $0, 0; }",
+        "=r,l,r", [counter, programs], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 # -- inputs -------------------------------------------------------------------------------------------------------
 
 
