@@ -9,8 +9,8 @@ multiprocessor that overlap would take 1.2 ms for the first product, the FP8 lin
 Result (H200, 2026-11-21, 8,192 tokens): first product 2,645 us (624 TFLOP/s of real pairs), second 1,366 (604), inputs
 to their places 80, rounding between 77; skewed routing 2,599 and 1,341; 1,024 tokens 935 and 484. The plain form takes
 3,625 and 1,702, at 1,024 tokens 1,523 and 764. Rows of the two differ by at most 2.4e-3 and 1.0e-3 of their size (bf16
-outputs of FP8 sums). What the rest of the time is: without unpacking (wrong numbers) 2,329, without the copies in the
-loop 2,326. Slower: activations by asynchronous copies of 16 bytes from the tokens' rows 2,894 and 1,453; the product of
+outputs of FP8 sums). What the rest of the time is: without unpacking 2,329 of 2,619, without the copies in the loop
+2,326. Slower: activations by asynchronous copies of 16 bytes from the tokens' rows 2,894 and 1,453; the product of
 64 rows in two halves of 64 pairs, so that one is added while the other runs, 2,982 and 1,583 (it spills); 64 rows and
 168 registers a program, three a multiprocessor, 2,903 and 1,582 (by ncu L2 69 % busy, tensor cores 37 %, issue slots
 47 %), with two stages 2,877 and 1,560. One box of 128 inputs instead of two of 64: no difference.
@@ -18,9 +18,9 @@ loop 2,326. Slower: activations by asynchronous copies of 16 bytes from the toke
 The plain form (TFLOP/s of real pairs): 397 / 435 / 472 at 4,096 / 8,192 / 16,384 tokens, 426 with skewed routing. Four
 products of 32 columns each with a wait between them instead of one of 128: 428; copies of the activations by TMA:
 slower (1,743 to 1,942 us for the second product, 1,687 as it is); blocks of 256 weight rows and 8 warps: 413; 256
-tokens: 348; tiles of 64 tokens alone: 357. By ncu neither memory nor tensor cores are full (L2 51 %, issue slots 38 %):
-a sixth of the time waits for the addresses of the copies of activations, one for each 16 bytes of a thread. FP8 products
-whose weights go through shared memory: first product 4.65 ms, second 2.3 to 3.4.
+tokens: 348; tiles of 64 tokens alone: 357. By ncu neither memory nor tensor cores are full (L2 51 %, issue slots 38
+%): a sixth of the time waits for the addresses of the copies of activations, one for each 16 bytes of a thread. FP8
+products whose weights go through shared memory: first product 4.65 ms, second 2.3 to 3.4.
 """
 
 from __future__ import annotations
