@@ -34,8 +34,8 @@ room is left to crowd.
 # measured (H200, 2026-11-21): half a layer, mHC to wo_b, 60.9 us with their signals at the end, 58.5 after the wait.
 # measured: bulk prefetches to L2 (`cp.async.bulk.prefetch.L2`) of a linear's weights, asked for by it or by the kernel
 # before it, ahead of `gdc_wait`: -0.5 to +3 us. The products were no faster with their weights in L2.
-# measured: all kernels with the largest shared memory carveout, so that none divides a multiprocessor's memory for itself:
-8 layers at one token 1.036 ms, 1.030 with the driver's choice.
+# measured: all kernels with the largest shared memory carveout, so that none divides a multiprocessor's memory for
+# itself: 8 layers at one token 1.036 ms, 1.030 with the driver's choice.
 Triton's interpreter and GPUs before sm_90 know none of this: `PDL` is False there.
 """
 

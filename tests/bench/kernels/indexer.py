@@ -11,9 +11,9 @@ In the model at batch 1 and 4K both take 7.0. Prefill of 8,192 tokens: 616 in al
 the last tokens of 64K of context score at 480 TFLOP/s.
 
 Tried for one token and lost (H200, 2026-11-21, equal bits; us of a C4 layer from project_x to wo_b at 4K, now 55.0):
-- Both in one launch, whose programs meet at a counter: alone 7.1 at 4K, where two launches take 5.6, and 32 at 64K (22),
-  the K-th score being found digit by digit by all programs together; in the chain 58.0. To give scores free, to count
-  arrivals and to see them takes as long as the end of a launch.
+- Both in one launch, whose programs meet at a counter: alone 7.1 at 4K, where two launches take 5.6, and 32 at 64K
+  (22), the K-th score being found digit by digit by all programs together; in the chain 58.0. To give scores free, to
+  count arrivals and to see them takes as long as the end of a launch.
 - The selection beside the product of attention's queries, whose index rows then have a launch of their own ahead: these
   two take 14.6 where the whole product takes 10.5, for each waits, reads its input and ends; 55.2 to 59.2. With the
   selection before the larger part, which waits for nothing but at its end: 55.9 to 61.3. Nothing runs beside anything.
