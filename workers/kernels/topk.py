@@ -3,8 +3,9 @@
 Owns: the choice (`workers/reference/indexer.select_topk`, as a set). Scores are compared as integers of the same order,
 NaN below everything. The search keeps an interval around the K-th largest and counts, in one packed sum, how many
 scores reach two thresholds inside it: mostly the two beside the place where interpolation expects it, every third time
-the thirds of the interval. It ends when exactly K reach a threshold or the interval is one number wide. What passes is
-compacted by one scan. The order inside a selection is fixed: it depends on the scores and their number alone.
+the thirds of the interval. It ends when exactly K reach a threshold, when so few are left in the interval that their
+ranks are counted, or when it is one number wide. What passes is compacted by one scan. The order inside a selection is
+fixed: it depends on the scores and their number alone.
 
 One program looks at CHUNK entries of a token. Longer contexts have several: each leaves its own K best, and the last
 to arrive (an integer counter) chooses among those, so that length costs no further launch.
@@ -42,9 +43,16 @@ RANK_ROWS, RANK_WIDTH = 16, 128
 # measured (H200, 2026-11-21, one token at 4K of context): 2.0 us, 3.1 with 32 entries; the search takes 4.8, and 9.6
 # with the 32 warps of long page tables."""
 
+MOST_NEAR = 32
+"""A search ends when so many scores are left around the K-th."""
+
 WARPS = (8, 32)
 """Warps of a program for each chunk. measured: with 8 warps for the second, 16,200 machine instructions (5,736 with 32)
 and 17 us at 64K tokens of context (H200, 2026-11-21)."""
+
+
+PREFILL_SIZES = ((2048, 2), (4096, 4))
+"""(entries, warps) of a program of prefill: very many tokens need few instructions, not many threads."""
 
 
 @triton.jit
@@ -93,18 +101,46 @@ def _thresholds(lo, hi, reach_lo, reach_hi, count, step, K: tl.constexpr):
 
 
 @triton.jit
-def _chosen(key, entry, live, count, K: tl.constexpr, THREADS: tl.constexpr):
+def _cut_by_rank(scores, entries, scratch, count, missing, NEAR: tl.constexpr, INDIRECT: tl.constexpr):
+    """Key and entry of the `missing`-th best of `count` <= NEAR scores, whose places `scratch` has."""
+    at = tl.arange(0, NEAR)
+    place = tl.load(scratch + at, mask=at < count, other=0)
+    key = tl.where(at < count, _ordered(tl.load(scores + place, mask=at < count, other=0.0)), -2147483648)
+    entry = place
+    if INDIRECT:
+        entry = tl.load(entries + place, mask=at < count, other=0)
+    before = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & (entry[None, :] < entry[:, None]))
+    last = (at < count) & (tl.sum(before.to(tl.int32), 1) == missing - 1)
+    return tl.max(tl.where(last, key, -2147483648), 0), tl.max(tl.where(last, entry, 0), 0)
+
+
+@triton.jit
+def _places(chosen, N: tl.constexpr, THREADS: tl.constexpr):
+    """The place of each of the chosen among them. Thread t holds keys t, t + THREADS, ... and its chosen ones take
+    neighbouring places, so that only the threads' sums are scanned across threads."""
+    C: tl.constexpr = THREADS if N > THREADS else N
+    number = tl.reshape(chosen.to(tl.int32), (N // C, C))
+    columns = tl.sum(number, 0)
+    before = tl.cumsum(columns, 0) - columns
+    return tl.reshape(before[None, :] + tl.cumsum(number, 0) - number, (N,))
+
+
+@triton.jit
+def _chosen(
+    scores, entries, key, entry, live, count, scratch, K: tl.constexpr, NEAR: tl.constexpr, THREADS: tl.constexpr,
+    INDIRECT: tl.constexpr,
+):  # fmt: skip
     """Which of the keys [N] are the K best (K < count live ones), and the place of each among the chosen.
 
-    Thread t holds keys t, t + THREADS, ... and its chosen ones take neighbouring places, so that only the threads' sums
-    are scanned across threads.
+    scores: those of the keys; entries: INDIRECT, theirs, else a score's place is its entry; scratch: K int32.
     """
+    N: tl.constexpr = key.shape[0]
     lo = tl.min(tl.where(live, key, 2147483647), 0)
     hi = tl.max(key, 0) + 1
     reach_lo = count
     reach_hi = count * 0
     step = count * 0
-    while (hi - lo != 1) & (reach_lo != K):
+    while (hi - lo != 1) & (reach_lo != K) & (reach_lo - reach_hi > NEAR):
         if step % 10 == 9:  # ends on keys that exist: many ties are found at once
             least = tl.min(tl.where(live & (key >= lo), key, 2147483647), 0)
             hi = tl.max(tl.where(key < hi, key, -2147483648), 0) + 1
@@ -119,22 +155,26 @@ def _chosen(key, entry, live, count, K: tl.constexpr, THREADS: tl.constexpr):
             lo = tl.where(above_two, two, tl.where(above_one, one, lo))
             reach_lo = tl.where(above_two, reach_two, tl.where(above_one, reach_one, reach_lo))
         step += 1
-    chosen = key >= lo
-    if reach_lo != K:  # all keys of [lo, hi) are one number: as many as are missing, from the lowest entry on
-        begin = count * 0
-        end = tl.max(tl.where(live, entry, 0), 0) + 1  # not enough of them before `begin`, enough before `end`
-        while end - begin > 1:
-            middle = (begin + end) // 2
-            enough = tl.sum(((key == lo) & (entry < middle)).to(tl.int32), 0) >= K - reach_hi
-            begin = tl.where(enough, begin, middle)
-            end = tl.where(enough, middle, end)
-        chosen = (key > lo) | ((key == lo) & (entry < end))
-    C: tl.constexpr = THREADS if key.shape[0] > THREADS else key.shape[0]
-    number = tl.reshape(chosen.to(tl.int32), (key.shape[0] // C, C))
-    columns = tl.sum(number, 0)
-    before = tl.cumsum(columns, 0) - columns
-    place = before[None, :] + tl.cumsum(number, 0) - number
-    return chosen, tl.reshape(place, (key.shape[0],))
+    cut = lo
+    last = count * 0 + 2147483647
+    if reach_lo != K:
+        if reach_lo - reach_hi <= NEAR:
+            inside = live & (key >= lo) & (key < hi)
+            tl.store(scratch + _places(inside, N, THREADS), tl.arange(0, N), mask=inside)
+            tl.debug_barrier()
+            cut, last = _cut_by_rank(scores, entries, scratch, reach_lo - reach_hi, K - reach_hi, NEAR, INDIRECT)
+            tl.debug_barrier()  # `scratch` may be written from here on
+        else:  # all keys of [lo, hi) are one number: as many as are missing, from the lowest entry on
+            begin = count * 0
+            end = tl.max(tl.where(live, entry, 0), 0) + 1  # not enough of them before `begin`, enough before `end`
+            while end - begin > 1:
+                middle = (begin + end) // 2
+                enough = tl.sum(((key == lo) & (entry < middle)).to(tl.int32), 0) >= K - reach_hi
+                begin = tl.where(enough, begin, middle)
+                end = tl.where(enough, middle, end)
+            last = end - 1
+    chosen = (key > cut) | ((key == cut) & (entry <= last))
+    return chosen, _places(chosen, N, THREADS)
 
 
 @triton.jit
@@ -166,11 +206,11 @@ def _choose_by_rank(
 
 @triton.jit
 def _choose_in_order(
-    scores, visible, selected, kept, ids, K: tl.constexpr, KP: tl.constexpr, N: tl.constexpr, THREADS: tl.constexpr,
-    PDL: tl.constexpr,
+    scores, visible, selected, kept, ids, K: tl.constexpr, KP: tl.constexpr, NEAR: tl.constexpr, N: tl.constexpr,
+    THREADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same selection by one program: the K best are searched, and then sorted."""
-    _choose(scores, visible, 0, ids, kept, K, N, THREADS, True, False)
+    _choose(scores, visible, 0, ids, kept, K, NEAR, N, THREADS, True, False)
     tl.debug_barrier()
     at = tl.arange(0, KP)
     key = _ordered(tl.load(kept + at, mask=at < K, other=0.0)).to(tl.int64) << 32
@@ -183,14 +223,15 @@ def _choose_in_order(
 
 @triton.jit
 def _choose(
-    scores, count, first, ids, kept, K: tl.constexpr, N: tl.constexpr, THREADS: tl.constexpr, KEEP: tl.constexpr,
-    PDL: tl.constexpr,
+    scores, count, first, ids, kept, K: tl.constexpr, NEAR: tl.constexpr, N: tl.constexpr, THREADS: tl.constexpr,
+    KEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The K best of `count` <= N scores, K < count: entries first + i to ids[0:K], (KEEP) their scores to `kept`."""
     at = tl.arange(0, N)
     live = at < count
     score = tl.load(scores + at, mask=live, other=0.0)
-    chosen, place = _chosen(tl.where(live, _ordered(score), -2147483648), at, live, count, K, THREADS)
+    key = tl.where(live, _ordered(score), -2147483648)
+    chosen, place = _chosen(scores, ids, key, at, live, count, ids, K, NEAR, THREADS, False)
     chosen &= place < K
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -200,13 +241,16 @@ def _choose(
 
 
 @triton.jit
-def _choose_candidates(scores, ids, count, selected, K: tl.constexpr, N: tl.constexpr, THREADS: tl.constexpr):
+def _choose_candidates(
+    scores, ids, count, selected, K: tl.constexpr, NEAR: tl.constexpr, N: tl.constexpr, THREADS: tl.constexpr
+):  # fmt: skip
     """The K best of `count` <= N candidates, K < count; entries are ids[i]."""
     at = tl.arange(0, N)
     live = at < count
     score = tl.load(scores + at, mask=live, other=0.0, cache_modifier=".cg")
     entry = tl.load(ids + at, mask=live, other=0, cache_modifier=".cg")
-    chosen, place = _chosen(tl.where(live, _ordered(score), -2147483648), entry, live, count, K, THREADS)
+    key = tl.where(live, _ordered(score), -2147483648)
+    chosen, place = _chosen(scores, ids, key, entry, live, count, selected, K, NEAR, THREADS, True)
     tl.store(selected + place, entry, mask=chosen & (place < K))
 
 
@@ -222,14 +266,14 @@ def _choose_all(scores, count, first, ids, kept, K: tl.constexpr, KP: tl.constex
 @triton.jit
 def _choose_ranked(
     scores, visible, selected, part, kept, ids,
-    K: tl.constexpr, KP: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, THREADS: tl.constexpr,
-    PDL: tl.constexpr,
+    K: tl.constexpr, KP: tl.constexpr, NEAR: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    THREADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The K best of `visible` <= N entries in order: `part` of it where ROWS says so, else all."""
     if ROWS > 0:
         _choose_by_rank(scores, visible, selected, part, K, ROWS, WIDTH, N, PDL)
     else:
-        _choose_in_order(scores, visible, selected, kept, ids, K, KP, N, THREADS, PDL)
+        _choose_in_order(scores, visible, selected, kept, ids, K, KP, NEAR, N, THREADS, PDL)
 
 
 @triton.jit(do_not_specialize=["scores_stride"])  # wider loads would give a thread other keys than `_chosen` expects
@@ -245,6 +289,7 @@ def topk(
     RATIO: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
+    NEAR: tl.constexpr,  # so many scores around the K-th are ranked, not searched; at most K
     CHUNK: tl.constexpr,
     CANDIDATES: tl.constexpr,  # of all chunks, a power of two; 0 when there is one chunk
     THREADS: tl.constexpr,
@@ -255,6 +300,7 @@ def topk(
 ):
     """Grid (chunks or programs that count ranks, T). scores fp32 [T, scores_stride], selected int32 [T, K], candidates
     [T, chunks, K]."""
+    SMALL: tl.constexpr = CHUNK // 4 if CHUNK // 4 > K else CHUNK // 2
     token = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(0)
     visible = (tl.load(positions + token) + 1) // RATIO
@@ -270,34 +316,46 @@ def topk(
             if (chunk == 0) | ((ROWS > 0) & (chunk * ROWS < visible)):
                 row -= first
                 if visible <= RANK // 2:
-                    _choose_ranked(row, visible, out, chunk, kept, ids, K, KP, RANK // 2, ROWS, WIDTH, THREADS, PDL)
+                    _choose_ranked(
+                        row, visible, out, chunk, kept, ids, K, KP, NEAR, RANK // 2, ROWS, WIDTH, THREADS, PDL
+                    )
                 else:
-                    _choose_ranked(row, visible, out, chunk, kept, ids, K, KP, RANK, ROWS, WIDTH, THREADS, PDL)
+                    _choose_ranked(row, visible, out, chunk, kept, ids, K, KP, NEAR, RANK, ROWS, WIDTH, THREADS, PDL)
             return
     if visible <= CHUNK:
         if chunk == 0:
             if visible <= K:
                 _choose_all(row, visible, 0, out, row, K, KP, False)
-            elif visible <= CHUNK // 4:
-                _choose(row, visible, 0, out, row, K, CHUNK // 4, THREADS, False, PDL)
+            elif visible <= SMALL:
+                _choose(row, visible, 0, out, row, K, NEAR, SMALL, THREADS, False, PDL)
             else:
-                _choose(row, visible, 0, out, row, K, CHUNK, THREADS, False, PDL)
+                _choose(row, visible, 0, out, row, K, NEAR, CHUNK, THREADS, False, PDL)
     elif CANDIDATES > 0:  # noqa: SIM102 - the outer one is decided by the compiler
         if first < visible:
             count = min(visible - first, CHUNK)
             if count <= K:
                 _choose_all(row, count, first, ids + chunk * K, kept + chunk * K, K, KP, True)
             else:
-                _choose(row, count, first, ids + chunk * K, kept + chunk * K, K, CHUNK, THREADS, True, PDL)
+                _choose(row, count, first, ids + chunk * K, kept + chunk * K, K, NEAR, CHUNK, THREADS, True, PDL)
             tl.debug_barrier()  # every thread's stores come before the counter's release
             last = tl.cdiv(visible, CHUNK) - 1
             if tl.atomic_add(arrived + token, 1, sem="acq_rel", scope="gpu") == last:
                 tl.store(arrived + token, 0)
-                _choose_candidates(kept, ids, last * K + min(visible - last * CHUNK, K), out, K, CANDIDATES, THREADS)
+                _choose_candidates(
+                    kept, ids, last * K + min(visible - last * CHUNK, K), out, K, NEAR, CANDIDATES, THREADS
+                )
 
 
 def _chunk(max_entries: int) -> int:
     return next((chunk for chunk in CHUNKS if chunk >= max_entries), CHUNKS[-1])
+
+
+def _size(max_entries: int, ranked: bool) -> tuple[int, int]:
+    """Chunk and warps of a program."""
+    chunk = _chunk(max_entries)
+    if ranked:
+        return chunk, WARPS[CHUNKS.index(chunk)]
+    return next(size for size in (*PREFILL_SIZES, (chunk, WARPS[-1])) if size[0] >= min(max_entries, chunk))
 
 
 class TopkWork(NamedTuple):
@@ -344,9 +402,8 @@ def select_topk(
     num_tokens, k = selected.shape
     if not num_tokens:
         return
-    chunk = _chunk(scores.shape[1])
+    chunk, warps = _size(scores.shape[1], ranked)
     chunks = triton.cdiv(scores.shape[1], chunk)
-    warps = WARPS[CHUNKS.index(chunk)]
     assert num_tokens <= work.capacity(scores.shape[1]), "TopkWork is too small"
     most_ranked, spread = min(RANKED, chunk), num_tokens <= RANK_TOKENS
     if not ranked or most_ranked < 2 * RANK_WIDTH:
@@ -364,6 +421,7 @@ def select_topk(
         RATIO=ratio,
         K=k,
         KP=triton.next_power_of_2(k),
+        NEAR=min(MOST_NEAR, triton.next_power_of_2(k + 1) // 2),
         CHUNK=chunk,
         CANDIDATES=triton.next_power_of_2(chunks * k) if chunks > 1 else 0,
         THREADS=32 * warps,
@@ -380,17 +438,21 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     signature = dict.fromkeys(("positions", "selected", "candidate_ids", "arrived"), "*i32")
     signature |= dict.fromkeys(("scores", "candidate_scores"), "*fp32")
     signature |= {"scores_stride": "i32", "chunks": "i32"}
-    constants = {"RATIO": 4, "K": 512, "KP": 512, "PDL": arch >= 90}
+    constants = {"RATIO": 4, "K": 512, "KP": 512, "NEAR": MOST_NEAR, "PDL": arch >= 90}
     constants["WIDTH"] = RANK_WIDTH
-    sizes = zip(("short", "long"), CHUNKS, (0, 8192), WARPS, strict=True)
+    cases = [
+        (f"{name} {tokens}", *_size(columns, bool(rank)), candidates, rank, rows)
+        for name, columns, candidates in (("short", CHUNKS[0], 0), ("long", 2 * CHUNKS[1], 8192))
+        for tokens, rank, rows in (("few", RANKED, RANK_ROWS), ("many", RANKED, 0), ("prefill", 0, 0))
+    ]
+    cases.append(("shortest prefill", *PREFILL_SIZES[0], 0, 0, 0))
     return [
         (
-            f"{name} {tokens}",
+            name,
             topk,
             signature,
             constants | {"CHUNK": chunk, "CANDIDATES": candidates, "THREADS": 32 * warps, "RANK": rank, "ROWS": rows},
             {"num_warps": warps, "launch_pdl": arch >= 90},
         )
-        for name, chunk, candidates, warps in sizes
-        for tokens, rank, rows in (("few", RANKED, RANK_ROWS), ("many", RANKED, 0), ("prefill", 0, 0))
+        for name, chunk, warps, candidates, rank, rows in cases
     ]
