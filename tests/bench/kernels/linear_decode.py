@@ -15,15 +15,15 @@ all activations before it multiplies. 64 tokens: q 35.8, wo_a 31.9 (53.0 with pr
 29.2 (35.8), project_x 21.5 (23.6): there a program reads more bytes of activations than of weights.
 Tried and left out: the ring filled by TMA (-0.4 to +0.3 us), rings of 160 to 192 KB (+0.4 to +1.5: activations wait
 behind what is in flight), prefetches to L2 by the launches before attention (+1.9 to +7), or by a kernel on a branch of
-the graph beside selection and attention (0 to +1.2, for 8 to 34 MB of wo_a), q in two launches with the selection
-between (-0.7 in C4 layers), prologues that wait for a copy before they start the next (0 to +5), in the plain form 8 or
+the graph beside selection and attention (-0.4 to +1.1, 8 to 34 MB of wo_a), q in two launches with the selection
+between (-0.7 in C4 layers), prologues that wait for a copy before they start the next (-1 to +5), in the plain form 8 or
 16 warps a program (13-20 us), walking several tiles of K = 4096 (13.6 us).
 
-q stands behind `store_and_compress`, which norms its input; without that launch half a layer would be 3.4 us (C4), 3.2
-(C128) and 1.3 (windows) shorter. Tried, with q norming the raw latent by itself (equal bits): q first, then the store,
-then attention that reads no key ahead of its wait (+0.9, -0.4, +0.7); the store between two launches of q (+1 to +3,
--1 to +1, 0 to +2); q that waits for a counter of the projection's programs and not for the launch between (+1.7, +0.4,
--0.1); the store on a branch of the captured graph beside q (-1.9, -2.1, -0.7), in C4 with the selection beside wq_b's
+q stands behind `store_and_compress`, which norms its input; without that launch half a layer would be 3.3 us (C4), 3.4
+(C128) and 1.1 (windows) shorter. Tried, with q norming the raw latent by itself (equal bits): q first, then the store,
+then attention that reads no key ahead of its wait (+0.9, -0.4, +0.7); the store between two launches of q (+1 to +4,
+-1 to +2, 0 to +3); q that waits for a counter of the projection's programs and not for the launch between (+1.9, +0.9,
+-0.3); the store on a branch of the captured graph beside q (-1.9, -2.1, -0.5), in C4 with the selection beside wq_b's
 rows (-3.9). The branch lost in the whole model: 8 layers at one token 1.047 ms against 1.033, 8 tokens 2.361 and 2.348,
 64 tokens 8.01 and 7.79. There, attention's early reads need a launch at the end of the branch that is not dependent,
 for edges into a join are those of dependent launches, on either line.
