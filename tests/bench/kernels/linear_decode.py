@@ -16,8 +16,8 @@ all activations before it multiplies. 64 tokens: q 35.8, wo_a 31.9 (53.0 with pr
 Tried and left out: the ring filled by TMA (-0.4 to +0.3 us), rings of 160 to 192 KB (+0.4 to +1.5: activations wait
 behind what is in flight), prefetches to L2 by the launches before attention (+1.9 to +7), or by a kernel on a branch of
 the graph beside selection and attention (-0.4 to +1.1, 8 to 34 MB of wo_a), q in two launches with the selection
-between (-0.7 in C4 layers), prologues that wait for a copy before they start the next (-1 to +5), in the plain form 8 or
-16 warps a program (13-20 us), walking several tiles of K = 4096 (13.6 us).
+between (-0.7 in C4 layers), prologues that wait for a copy before they start the next (-1 to +5), in the plain form 8
+or 16 warps a program (13-20 us), walking several tiles of K = 4096 (13.6 us).
 
 q stands behind `store_and_compress`, which norms its input; without that launch half a layer would be 3.3 us (C4), 3.4
 (C128) and 1.1 (windows) shorter. Tried, with q norming the raw latent by itself (equal bits): q first, then the store,
