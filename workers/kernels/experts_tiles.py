@@ -113,7 +113,11 @@ def arrive(counter, programs):
 
 @gluon.jit
 def await_all(counter, programs):
-    """Every thread waits until all `programs` programs of a launch have arrived. They must have begun to."""
+    """Every thread waits until all `programs` programs of a launch have arrived.
+
+    For kernels that begin only after all have, so that this is an acquire more than a wait: a count at which the launch
+    before ended looks the same. What an arrival announces is visible before the arrival is.
+    """
     gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .b32 v; again: ld.acquire.gpu.global.b32 v, [$1]; setp.ne.s32 p, v, 0;"
         " setp.ne.and.s32 p, v, $2, p; @p bra again; mov.b32 $0, 0; }",
