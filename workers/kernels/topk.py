@@ -54,6 +54,10 @@ and 17 us at 64K tokens of context (H200, 2026-11-21)."""
 PREFILL_SIZES = ((2048, 2), (4096, 4))
 """(entries, warps) of a program of prefill: very many tokens need few instructions, not many threads."""
 
+PREFILL_COLUMNS = 256
+"""Columns of the order of prefill's selections. One number for all tables: those of a step are as wide as its longest
+context asks, and the bits of a token must not depend on the others."""
+
 
 @triton.jit
 def _ordered(scores):
@@ -115,10 +119,10 @@ def _cut_by_rank(scores, entries, scratch, count, missing, NEAR: tl.constexpr, I
 
 
 @triton.jit
-def _places(chosen, N: tl.constexpr, THREADS: tl.constexpr):
-    """The place of each of the chosen among them. Thread t holds keys t, t + THREADS, ... and its chosen ones take
-    neighbouring places, so that only the threads' sums are scanned across threads."""
-    C: tl.constexpr = THREADS if N > THREADS else N
+def _places(chosen, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """The place of each of the chosen among them, in the order of (key % COLUMNS, key // COLUMNS): a thread holds whole
+    columns, so that only their sums are scanned across threads."""
+    C: tl.constexpr = COLUMNS if N > COLUMNS else N
     number = tl.reshape(chosen.to(tl.int32), (N // C, C))
     columns = tl.sum(number, 0)
     before = tl.cumsum(columns, 0) - columns
@@ -127,7 +131,7 @@ def _places(chosen, N: tl.constexpr, THREADS: tl.constexpr):
 
 @triton.jit
 def _chosen(
-    scores, entries, key, entry, live, count, scratch, K: tl.constexpr, NEAR: tl.constexpr, THREADS: tl.constexpr,
+    scores, entries, key, entry, live, count, scratch, K: tl.constexpr, NEAR: tl.constexpr, COLUMNS: tl.constexpr,
     INDIRECT: tl.constexpr,
 ):  # fmt: skip
     """Which of the keys [N] are the K best (K < count live ones), and the place of each among the chosen.
@@ -160,7 +164,7 @@ def _chosen(
     if reach_lo != K:
         if reach_lo - reach_hi <= NEAR:
             inside = live & (key >= lo) & (key < hi)
-            tl.store(scratch + _places(inside, N, THREADS), tl.arange(0, N), mask=inside)
+            tl.store(scratch + _places(inside, N, COLUMNS), tl.arange(0, N), mask=inside)
             tl.debug_barrier()
             cut, last = _cut_by_rank(scores, entries, scratch, reach_lo - reach_hi, K - reach_hi, NEAR, INDIRECT)
             tl.debug_barrier()  # `scratch` may be written from here on
@@ -174,7 +178,7 @@ def _chosen(
                 end = tl.where(enough, middle, end)
             last = end - 1
     chosen = (key > cut) | ((key == cut) & (entry <= last))
-    return chosen, _places(chosen, N, THREADS)
+    return chosen, _places(chosen, N, COLUMNS)
 
 
 @triton.jit
@@ -207,10 +211,10 @@ def _choose_by_rank(
 @triton.jit
 def _choose_in_order(
     scores, visible, selected, kept, ids, K: tl.constexpr, KP: tl.constexpr, NEAR: tl.constexpr, N: tl.constexpr,
-    THREADS: tl.constexpr, PDL: tl.constexpr,
+    COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same selection by one program: the K best are searched, and then sorted."""
-    _choose(scores, visible, 0, ids, kept, K, NEAR, N, THREADS, True, False)
+    _choose(scores, visible, 0, ids, kept, K, NEAR, N, COLUMNS, True, False)
     tl.debug_barrier()
     at = tl.arange(0, KP)
     key = _ordered(tl.load(kept + at, mask=at < K, other=0.0)).to(tl.int64) << 32
@@ -223,7 +227,7 @@ def _choose_in_order(
 
 @triton.jit
 def _choose(
-    scores, count, first, ids, kept, K: tl.constexpr, NEAR: tl.constexpr, N: tl.constexpr, THREADS: tl.constexpr,
+    scores, count, first, ids, kept, K: tl.constexpr, NEAR: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
     KEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The K best of `count` <= N scores, K < count: entries first + i to ids[0:K], (KEEP) their scores to `kept`."""
@@ -231,7 +235,7 @@ def _choose(
     live = at < count
     score = tl.load(scores + at, mask=live, other=0.0)
     key = tl.where(live, _ordered(score), -2147483648)
-    chosen, place = _chosen(scores, ids, key, at, live, count, ids, K, NEAR, THREADS, False)
+    chosen, place = _chosen(scores, ids, key, at, live, count, ids, K, NEAR, COLUMNS, False)
     chosen &= place < K
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -242,7 +246,7 @@ def _choose(
 
 @triton.jit
 def _choose_candidates(
-    scores, ids, count, selected, K: tl.constexpr, NEAR: tl.constexpr, N: tl.constexpr, THREADS: tl.constexpr
+    scores, ids, count, selected, K: tl.constexpr, NEAR: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """The K best of `count` <= N candidates, K < count; entries are ids[i]."""
     at = tl.arange(0, N)
@@ -250,7 +254,7 @@ def _choose_candidates(
     score = tl.load(scores + at, mask=live, other=0.0, cache_modifier=".cg")
     entry = tl.load(ids + at, mask=live, other=0, cache_modifier=".cg")
     key = tl.where(live, _ordered(score), -2147483648)
-    chosen, place = _chosen(scores, ids, key, entry, live, count, selected, K, NEAR, THREADS, True)
+    chosen, place = _chosen(scores, ids, key, entry, live, count, selected, K, NEAR, COLUMNS, True)
     tl.store(selected + place, entry, mask=chosen & (place < K))
 
 
@@ -267,13 +271,13 @@ def _choose_all(scores, count, first, ids, kept, K: tl.constexpr, KP: tl.constex
 def _choose_ranked(
     scores, visible, selected, part, kept, ids,
     K: tl.constexpr, KP: tl.constexpr, NEAR: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-    THREADS: tl.constexpr, PDL: tl.constexpr,
+    COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The K best of `visible` <= N entries in order: `part` of it where ROWS says so, else all."""
     if ROWS > 0:
         _choose_by_rank(scores, visible, selected, part, K, ROWS, WIDTH, N, PDL)
     else:
-        _choose_in_order(scores, visible, selected, kept, ids, K, KP, NEAR, N, THREADS, PDL)
+        _choose_in_order(scores, visible, selected, kept, ids, K, KP, NEAR, N, COLUMNS, PDL)
 
 
 @triton.jit(do_not_specialize=["scores_stride"])  # wider loads would give a thread other keys than `_chosen` expects
@@ -292,7 +296,7 @@ def topk(
     NEAR: tl.constexpr,  # so many scores around the K-th are ranked, not searched; at most K
     CHUNK: tl.constexpr,
     CANDIDATES: tl.constexpr,  # of all chunks, a power of two; 0 when there is one chunk
-    THREADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     RANK: tl.constexpr,  # most entries whose selection is in order
     ROWS: tl.constexpr,  # of a program that counts ranks; 0: one program does
     WIDTH: tl.constexpr,
@@ -317,32 +321,32 @@ def topk(
                 row -= first
                 if visible <= RANK // 2:
                     _choose_ranked(
-                        row, visible, out, chunk, kept, ids, K, KP, NEAR, RANK // 2, ROWS, WIDTH, THREADS, PDL
+                        row, visible, out, chunk, kept, ids, K, KP, NEAR, RANK // 2, ROWS, WIDTH, COLUMNS, PDL
                     )
                 else:
-                    _choose_ranked(row, visible, out, chunk, kept, ids, K, KP, NEAR, RANK, ROWS, WIDTH, THREADS, PDL)
+                    _choose_ranked(row, visible, out, chunk, kept, ids, K, KP, NEAR, RANK, ROWS, WIDTH, COLUMNS, PDL)
             return
     if visible <= CHUNK:
         if chunk == 0:
             if visible <= K:
                 _choose_all(row, visible, 0, out, row, K, KP, False)
             elif visible <= SMALL:
-                _choose(row, visible, 0, out, row, K, NEAR, SMALL, THREADS, False, PDL)
+                _choose(row, visible, 0, out, row, K, NEAR, SMALL, COLUMNS, False, PDL)
             else:
-                _choose(row, visible, 0, out, row, K, NEAR, CHUNK, THREADS, False, PDL)
+                _choose(row, visible, 0, out, row, K, NEAR, CHUNK, COLUMNS, False, PDL)
     elif CANDIDATES > 0:  # noqa: SIM102 - the outer one is decided by the compiler
         if first < visible:
             count = min(visible - first, CHUNK)
             if count <= K:
                 _choose_all(row, count, first, ids + chunk * K, kept + chunk * K, K, KP, True)
             else:
-                _choose(row, count, first, ids + chunk * K, kept + chunk * K, K, NEAR, CHUNK, THREADS, True, PDL)
+                _choose(row, count, first, ids + chunk * K, kept + chunk * K, K, NEAR, CHUNK, COLUMNS, True, PDL)
             tl.debug_barrier()  # every thread's stores come before the counter's release
             last = tl.cdiv(visible, CHUNK) - 1
             if tl.atomic_add(arrived + token, 1, sem="acq_rel", scope="gpu") == last:
                 tl.store(arrived + token, 0)
                 _choose_candidates(
-                    kept, ids, last * K + min(visible - last * CHUNK, K), out, K, NEAR, CANDIDATES, THREADS
+                    kept, ids, last * K + min(visible - last * CHUNK, K), out, K, NEAR, CANDIDATES, COLUMNS
                 )
 
 
@@ -424,7 +428,7 @@ def select_topk(
         NEAR=min(MOST_NEAR, triton.next_power_of_2(k + 1) // 2),
         CHUNK=chunk,
         CANDIDATES=triton.next_power_of_2(chunks * k) if chunks > 1 else 0,
-        THREADS=32 * warps,
+        COLUMNS=32 * warps if ranked else PREFILL_COLUMNS,
         RANK=most_ranked,
         ROWS=RANK_ROWS if spread else 0,
         WIDTH=RANK_WIDTH,
@@ -446,13 +450,10 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         for tokens, rank, rows in (("few", RANKED, RANK_ROWS), ("many", RANKED, 0), ("prefill", 0, 0))
     ]
     cases.append(("shortest prefill", *PREFILL_SIZES[0], 0, 0, 0))
-    return [
-        (
-            name,
-            topk,
-            signature,
-            constants | {"CHUNK": chunk, "CANDIDATES": candidates, "THREADS": 32 * warps, "RANK": rank, "ROWS": rows},
-            {"num_warps": warps, "launch_pdl": arch >= 90},
-        )
-        for name, chunk, warps, candidates, rank, rows in cases
-    ]
+    found = []
+    for name, chunk, warps, candidates, rank, rows in cases:
+        columns = 32 * warps if rank else PREFILL_COLUMNS
+        sizes = {"CHUNK": chunk, "CANDIDATES": candidates, "COLUMNS": columns, "RANK": rank, "ROWS": rows}
+        options = {"num_warps": warps, "launch_pdl": arch >= 90}
+        found.append((name, topk, signature, constants | sizes, options))
+    return found

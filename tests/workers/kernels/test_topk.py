@@ -130,6 +130,19 @@ def test_few_and_many_tokens_choose_in_the_order_of_scores(kind: str, device: to
     assert torch.equal(torch.cat((run(slice(0, 5)), run(slice(5, 9)))), many)
 
 
+def test_an_order_in_prefill_does_not_depend_on_the_longest_context(device: torch.device, seed: int) -> None:
+    """Tables are as wide as the step's longest context, and programs differ with them."""
+    visible = torch.tensor([100, 700, 1025, 2000], device=device)
+    scores, found = normal(seed, device, 4, 16384).round(decimals=1), []
+    for columns in (2048, 4096, 16384):
+        out = torch.full((4, 64), -7, dtype=torch.int32, device=device)
+        work = TopkWork.allocate(4, columns, 64, device)
+        select_topk(scores[:, :columns].contiguous(), (visible * 4 - 1).int(), out, work, ranked=False)
+        found.append(out)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert torch.equal(found[0].sort(-1).values, expected(scores, visible, 64))
+
+
 def test_no_tokens(device: torch.device) -> None:
     scores, positions = torch.zeros(2, 128, device=device), torch.full((2,), 99, dtype=torch.int32, device=device)
     selected = torch.full((2, 16), 7, dtype=torch.int32, device=device)
