@@ -22,7 +22,7 @@ from workers.kernels import index_scores_sm90
 from workers.kernels.compressor import Mode, StepMeta
 from workers.kernels.formats import e4m3_to_f16, hardware_formats
 from workers.kernels.index_queries import hadamard_matrix, index_queries_tile, query_codes
-from workers.kernels.launch import num_sms, pdl_options
+from workers.kernels.launch import EARLY_TOKENS, num_sms, pdl_options
 from workers.kernels.topk import TopkWork, select_topk
 
 PAGE_ENTRIES = 64
@@ -81,12 +81,16 @@ def scores_decode(
     HP: tl.constexpr,
     STRIDE: tl.constexpr,
     HW: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (splits, T): program i of a token scores its i-th run of pages. keys uint8, key_scales the same as fp32.
+    EARLY: the launch behind, top-k, may start at once: before its wait it reads positions only.
 
     Keys are older than the launch that makes the queries, which waits before it signals: the first page comes early.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     matrix = hadamard_matrix(64)
     token = tl.program_id(1)
     split = tl.program_id(0)
@@ -273,6 +277,7 @@ def index_scores(
     programs = next(count for most, count in PROGRAMS_PER_SM if num_tokens <= most) * num_sms(q.device)
     splits = -(-programs // num_tokens)
     splits = max(1, min(splits, scores.shape[1] // PAGE_ENTRIES))
+    options = pdl_options(q, pdl)
     scores_decode[splits, num_tokens](
         q,
         head_weights,
@@ -289,9 +294,10 @@ def index_scores(
         WEIGHT_ROW=head_weights.stride(0),
         HEADS=heads,
         **_static(heads, pool),
+        EARLY=options["PDL"] and num_tokens <= EARLY_TOKENS,
         num_warps=4,
         num_stages=1,
-        **pdl_options(q, pdl),
+        **options,
     )
 
 
@@ -440,7 +446,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     launch = four | {"launch_pdl": pdl}
     decode = {"num_warps": 4, "num_stages": 1, "launch_pdl": pdl}
     cases = (
-        ("scores_decode", scores_decode, shape | query | {"STRIDE": 8448, "PDL": pdl}, decode),
+        ("scores_decode", scores_decode, shape | query | {"STRIDE": 8448, "EARLY": pdl, "PDL": pdl}, decode),
         ("index_queries_tile", index_queries_tile, shape | query | {"TOKENS": QUERY_TOKENS, "PDL": False}, four),
         ("index_queries_decode", index_queries_tile, shape | query | {"TOKENS": 1, "PDL": pdl}, launch),
         ("scores_prefill", scores_prefill, shape | prefill, {"num_warps": _PREFILL_WARPS, "num_stages": 3}),
