@@ -46,13 +46,15 @@ RANK_ROWS, RANK_WIDTH = 16, 128
 MOST_NEAR = 32
 """A search ends when so many scores are left around the K-th."""
 
-WARPS = (8, 32)
-"""Warps of a program for each chunk. measured: with 8 warps for the second, 16,200 machine instructions (5,736 with 32)
-and 17 us at 64K tokens of context (H200, 2026-11-21)."""
-
+WARPS = (8, 16)
+"""Warps of a program for each chunk.
+# measured (H200, 2026-11-21, index scores and selection of 1, 16 and 64 sequences of 64K tokens): 20.3, 39.1 and 73.3 us;
+# 23.8, 43.1 and 77.8 with 32 warps, 25.6, 45.8 and 82.1 with 8."""
 
 PREFILL_SIZES = ((2048, 2), (4096, 4))
-"""(entries, warps) of a program of prefill: very many tokens need few instructions, not many threads."""
+"""(entries, warps) of a program of prefill: very many tokens need few instructions, not many threads.
+# measured (H200, 2026-11-21, 8,192 tokens of one prompt): 74 us, 77 with 4 warps, 116 with one, and 130 and 141 with 4
+# and 8 for 4,096 entries."""
 
 PREFILL_COLUMNS = 256
 """Columns of the order of prefill's selections. One number for all tables: those of a step are as wide as its longest

@@ -5,22 +5,13 @@ at 4K tokens of context and 0.5 us at 64K: a launch takes longer, so the share m
 very long context on. Floor of prefill scores: 2 * 64 * 128 FLOP for each (token, visible entry) at the dense f16 rate.
 Top-k has no floor but its launch: it reads 4 bytes an entry.
 
-Result (H200, 2026-11-21, PDL, us): batch 1 scores 3.7 / 5.1 at 4K / 64K, top-k 2.1 / 18.5 (4.3 at 4K by search, 10.5
-with page tables of 64K, for which ranks take 2.6); batch 64 scores 12.8 / 78.3 (42 % of the floor), top-k at 64K 25.7.
-In the model at batch 1 and 4K both take 7.0. Prefill of 8,192 tokens: 616 in all, of which scores 450 (305 TFLOP/s);
-the last tokens of 64K of context score at 480 TFLOP/s.
-
-Tried for one token and lost (H200, 2026-11-21, equal bits; us of a C4 layer from project_x to wo_b at 4K, now 55.0):
-- Both in one launch, whose programs meet at a counter: alone 7.1 at 4K, where two launches take 5.6, and 32 at 64K
-  (22), the K-th score being found digit by digit by all programs together; in the chain 58.0. To give scores free, to
-  count arrivals and to see them takes as long as the end of a launch.
-- The selection beside the product of attention's queries, whose index rows then have a launch of their own ahead: these
-  two take 14.6 where the whole product takes 10.5, for each waits, reads its input and ends; 55.2 to 59.2. With the
-  selection before the larger part, which waits for nothing but at its end: 55.9 to 61.3, one after the other, for the
-  driver divides the multiprocessors' memory for the small kernels. With the largest shared memory for all kernels they
-  do run side by side (from project_x to the end of both 30.2, else 37.0; one product, then the selection 31.0), but
-  attention, with less L1 cache, takes 1.3 more: 57.1 to 59.9, and 56.7 as it was (project_x mixes its input by now).
-- Top-k signalling first of all, so that attention's programs come early: 2.7 more. Scores doing so: 0.3 less, kept.
+Result (H200, 2026-11-21, PDL, us): batch 1 scores 3.7 / 5.1 at 4K / 64K, both 7.0 in the model at 4K, 20.3 at 64K.
+Batch 64 scores 8.4 at 4K, 16.6 at 16K, 42.3 to 44.8 at 64K (74 to 78 % of the floor; 78.5 before sm_90 had a form of its
+own), both 16.9, 28.5 and 73.3: the choice of 512 among 16,384 takes 28, on 64 of 132 multiprocessors. Choosing by bins
+that the scores' launch counts takes 17 us and makes that launch 22 slower.
+Prefill of 8,192 tokens: queries and scores 240 (scores alone 183, half of what FP8 products could do; 425 with f16 in
+plain Triton, 288 with f16 in this form), top-k 74 (171 with 8 warps). A second product on its way while the first is
+summed up is slower (218), as are more slots (222) and programs of 8 warps (236).
 """
 
 from __future__ import annotations
