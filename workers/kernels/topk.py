@@ -48,8 +48,8 @@ MOST_NEAR = 32
 
 WARPS = (8, 16)
 """Warps of a program for each chunk.
-# measured (H200, 2026-11-21, index scores and selection of 1, 16 and 64 sequences of 64K tokens): 20.3, 39.1 and 73.3 us;
-# 23.8, 43.1 and 77.8 with 32 warps, 25.6, 45.8 and 82.1 with 8."""
+# measured (H200, 2026-11-21, index scores and selection of 1, 16 and 64 sequences of 64K tokens): 20.3, 39.1 and 73.3
+# us; 23.8, 43.1 and 77.8 with 32 warps, 25.6, 45.8 and 82.1 with 8."""
 
 PREFILL_SIZES = ((2048, 2), (4096, 4))
 """(entries, warps) of a program of prefill: very many tokens need few instructions, not many threads.

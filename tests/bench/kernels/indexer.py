@@ -6,9 +6,9 @@ very long context on. Floor of prefill scores: 2 * 64 * 128 FLOP for each (token
 Top-k has no floor but its launch: it reads 4 bytes an entry.
 
 Result (H200, 2026-11-21, PDL, us): batch 1 scores 3.7 / 5.1 at 4K / 64K, both 7.0 in the model at 4K, 20.3 at 64K.
-Batch 64 scores 8.4 at 4K, 16.6 at 16K, 42.3 to 44.8 at 64K (74 to 78 % of the floor; 78.5 before sm_90 had a form of its
-own), both 16.9, 28.5 and 73.3: the choice of 512 among 16,384 takes 28, on 64 of 132 multiprocessors. Choosing by bins
-that the scores' launch counts takes 17 us and makes that launch 22 slower.
+Batch 64 scores 8.4 at 4K, 16.6 at 16K, 42.3 to 44.8 at 64K (74 to 78 % of the floor; 78.5 in plain Triton), both 16.9,
+28.5 and 73.3: the choice of 512 among 16,384 takes 28, on 64 of 132 multiprocessors. Choosing by bins that the scores'
+launch counts takes 17 us and makes that launch 22 slower.
 Prefill of 8,192 tokens: queries and scores 240 (scores alone 183, half of what FP8 products could do; 425 with f16 in
 plain Triton, 288 with f16 in this form), top-k 74 (171 with 8 warps). A second product on its way while the first is
 summed up is slower (218), as are more slots (222) and programs of 8 warps (236).
