@@ -1,7 +1,8 @@
 """Index scores of C4 entries on the GPU, decode and prefill: `workers/reference/indexer.index_scores` over pages.
 
 Owns: scores `sum_h relu(q[h] . k) * weight[h]` straight from the e4m3 keys in their pages, and the launches of the
-whole selection (`select_entries`). Does not own: the queries' arithmetic (`index_queries.py`), the choice (`topk.py`).
+whole selection (`select_entries`). Does not own: the queries' arithmetic (`index_queries.py`), the choice (`topk.py`),
+the forms of sm_90 for decode of many tokens and for prefill (`index_scores_sm90.py`).
 
 Codes of queries and keys are exact in f16 and their products in fp32; both scales are positive and so leave the relu:
 a query's is folded into its head weight, a key's multiplies the finished sum. A score is computed by one tile shape and
