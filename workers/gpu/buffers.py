@@ -333,7 +333,7 @@ class Activations:
             "hidden": (num_tokens * c.num_experts_per_tok * c.moe_intermediate_size, bf16),
             "x_rows": (num_rows * hidden, bf16),
             "logits": (num_rows * c.vocab_size, fp32),
-            "finite": (num_rows, i32),
+            "results": (num_rows * 2, i32),
         }
         self.flats = {name: Flat(count, dtype, device) for name, (count, dtype) in sizes.items()}
 

@@ -72,6 +72,7 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     ops = _DecodeOps(config, sizes)
     widest = max(c.q_lora_rank, c.o_groups * c.o_lora_rank)
     rounded = torch.empty(tokens * widest, dtype=torch.bfloat16, device=device)
+    samples = sampling.SampleWork.allocate(tokens, c.vocab_size, device)
     gate_work = routing_gate.GateWork.allocate(tokens, c.n_routed_experts, c.hidden_size, device)
     return KernelSet(
         embed_streams=mhc.embed_streams,
@@ -88,7 +89,7 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         expert_gate_up=ops.expert_gate_up,
         expert_down=ops.expert_down,
         head=linear_decode.head,
-        sample_greedy=sampling.sample_greedy,
+        sample_greedy=partial(sampling.sample_greedy, work=samples),
     )
 
 

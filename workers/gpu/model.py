@@ -354,7 +354,7 @@ class _Decode:
         self.steps_left = 0
         """Steps after the last one whose tokens lie in pages that the device's tables name."""
         pinned = sizes.device.type == "cuda"
-        self._results = torch.empty(2, sizes.num_tokens, dtype=torch.int32, pin_memory=pinned)
+        self._results = torch.empty(sizes.num_tokens, 2, dtype=torch.int32, pin_memory=pinned)
         self._ready = torch.cuda.Event() if pinned else None
 
     def launch(self, bucket: int, step: Step | None = None) -> None:
@@ -362,9 +362,9 @@ class _Decode:
 
         `step`: another one than the whole, to compile kernels.
         """
-        meta, finite = self.meta.bucket(bucket), self.step.buffers.view("finite", bucket)
+        meta, results = self.meta.bucket(bucket), self.step.buffers.view("results", bucket, 2)
         logits = (step or self.step).run(meta)
-        self.step.kernels.sample_greedy(logits, meta.token_ids, finite, positions=meta.positions)
+        self.step.kernels.sample_greedy(logits, meta.token_ids, results, positions=meta.positions)
 
     def replay(self) -> None:
         """Enqueue the step that the metadata describes, and its results' way to the host."""
@@ -373,8 +373,7 @@ class _Decode:
         if self._before is not None:
             self._before()
         self.graphs.replay(bucket)
-        self._results[0, :count].copy_(self.meta.bucket(bucket).token_ids[:count], non_blocking=True)
-        self._results[1, :count].copy_(self.step.buffers.view("finite", count), non_blocking=True)
+        self._results[:count].copy_(self.step.buffers.view("results", count, 2), non_blocking=True)
         if self._ready is not None:
             self._ready.record()
 
@@ -382,7 +381,7 @@ class _Decode:
         """As `GpuModel.greedy`."""
         if self._ready is not None:
             self._ready.synchronize()
-        ids, finite = self._results[:, : self.running].tolist()
+        ids, finite = self._results[: self.running].T.tolist()
         return ids, [bool(flag) for flag in finite]
 
 

@@ -68,8 +68,9 @@ def route(num_tokens: int, *, hashed: bool) -> Row:
 def greedy(num_rows: int) -> Row:
     logits = [torch.randn(num_rows, VOCABULARY, device="cuda") for _ in range(COPIES)]
     token_ids = torch.zeros(num_rows, dtype=torch.int32, device="cuda")
-    finite = torch.zeros_like(token_ids)
-    calls = [lambda rows=rows: sampling.sample_greedy(rows, token_ids, finite) for rows in logits]
+    results = torch.zeros(num_rows, 2, dtype=torch.int32, device="cuda")
+    work = sampling.SampleWork.allocate(num_rows, VOCABULARY, "cuda")
+    calls = [lambda rows=rows: sampling.sample_greedy(rows, token_ids, results, work=work) for rows in logits]
     return Row(f"sample_greedy B={num_rows}", graph_ms(calls), num_rows * VOCABULARY * 4.0)
 
 

@@ -283,11 +283,11 @@ def expert_down(hidden, shared_hidden, shared_w2, ids, groups: Groups, slab, out
     out[:, chosen] = (shared_hidden.float() @ _fp8(shared_w2).T).to(out.dtype)
 
 
-def sample_greedy(logits, token_ids, finite, *, positions=None) -> None:
+def sample_greedy(logits, token_ids, results, *, positions=None) -> None:
     best, ids = logits.max(-1)
     live = torch.ones_like(token_ids) if positions is None else (positions >= 0).int()
     token_ids.copy_(torch.where(live > 0, ids.int(), -1))
-    finite.copy_((best - best == 0).int() * live)
+    results.copy_(torch.stack([ids.int(), (best - best == 0).int()], 1))
     if positions is not None:
         positions.add_(live)
 

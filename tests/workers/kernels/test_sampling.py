@@ -11,9 +11,13 @@ sampling = pytest.importorskip("workers.kernels.sampling")
 
 def greedy(logits: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
     token_ids = torch.full((logits.shape[0],), -1, dtype=torch.int32, device=logits.device)
-    finite = torch.full_like(token_ids, -77)
-    sampling.sample_greedy(logits, token_ids, finite, positions=positions)
-    return token_ids, finite
+    results = torch.full((logits.shape[0], 2), -77, dtype=torch.int32, device=logits.device)
+    work = sampling.SampleWork.allocate(*logits.shape, logits.device)
+    sampling.sample_greedy(logits, token_ids, results, positions=positions, work=work)
+    assert not work.arrived.any()
+    running = slice(None) if positions is None else positions > 0
+    assert torch.equal(token_ids[running], results[running, 0])
+    return token_ids, results[:, 1]
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 5])
