@@ -94,6 +94,9 @@ class CostModel:
             for field in dataclasses.fields(layer):
                 for tensor in tensors_in(getattr(layer, field.name)):
                     self._names[tensor.data_ptr()] = field.name
+            if layer.kind is LayerKind.C4:
+                for tensor in layer.q_fp8.rows(config.num_attention_heads * config.head_dim):
+                    self._names[tensor.data_ptr()] = "q_fp8 index"
         for name in ("embed", "head", "norm", "hc_head"):
             for tensor in tensors_in(getattr(weights, name)):
                 self._names[tensor.data_ptr()] = name

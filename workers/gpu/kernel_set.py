@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from workers.gpu.branch import Branch
 from workers.model.config import PAGE_TOKENS, LayerKind, ModelConfig
 
 Op = Callable[..., Any]
@@ -40,6 +41,8 @@ class KernelSet:
     expert_down: Op
     head: Op
     sample_greedy: Op
+    branch: Branch | None = None
+    """For launches beside others. Where there is one, `linear` can norm latents by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     widest = max(c.q_lora_rank, c.o_groups * c.o_lora_rank)
     rounded = torch.empty(tokens * widest, dtype=torch.bfloat16, device=device)
     samples = sampling.SampleWork.allocate(tokens, c.vocab_size, device)
+    # All rows of a product, and those of either part.
+    parts = (c.num_attention_heads * c.head_dim, c.index_n_heads * c.index_head_dim)
     gate_work = routing_gate.GateWork.allocate(tokens, c.n_routed_experts, c.hidden_size, device)
     return KernelSet(
         embed_streams=mhc.embed_streams,
@@ -89,6 +94,7 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         expert_gate_up=ops.expert_gate_up,
         expert_down=ops.expert_down,
         head=linear_decode.head,
+        branch=Branch(device) if all(linear_decode.norms(device, rows, c.q_lora_rank) for rows in parts) else None,
         sample_greedy=partial(sampling.sample_greedy, work=samples),
     )
 
@@ -310,5 +316,5 @@ class Recorder:
 
 def recorded(kernels: KernelSet, recorder: Recorder) -> KernelSet:
     """The same ops, noted in `recorder` instead of launched."""
-    names = [field.name for field in dataclasses.fields(kernels)]
-    return KernelSet(**{name: recorder.op(name, getattr(kernels, name)) for name in names})
+    ops = {field.name: getattr(kernels, field.name) for field in dataclasses.fields(kernels)}
+    return dataclasses.replace(kernels, **{name: recorder.op(name, op) for name, op in ops.items() if callable(op)})

@@ -11,6 +11,7 @@ token is treated by itself there, so blocks change nothing but memory; a decode 
         store_and_compress  latent norm; window rows, finished entries and compressor states to their pools
         linear              wq_b | indexer.wq_b
         select_entries      C4: index queries and scores, then top-k
+                            (with a branch: store beside the rows of indexer.wq_b, selection beside those of wq_b)
         sparse_attention
         grouped_linear, linear                      wo_a, wo_b
         hc_post_pre                                 output to the streams, next input
@@ -21,6 +22,7 @@ token is treated by itself there, so blocks change nothing but memory; a decode 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -28,11 +30,17 @@ from torch import Tensor
 
 from kvstore.pools.aggregate import KVPools
 from workers.experts.layout import ExpertSlab
+from workers.gpu.branch import Branch
 from workers.gpu.buffers import Activations, LayerPools, StepMeta
 from workers.gpu.kernel_set import KernelSet, Recorder
 from workers.gpu.rope_tables import RopeTables
 from workers.gpu.weights import GpuLayer, GpuWeights, x_bf16_columns
 from workers.model.config import LayerKind, ModelConfig
+
+BESIDE_TOKENS = 1
+"""Up to so many tokens a C4 layer's store and selection run beside the product of the queries, which then norms raw
+latents.
+# measured (H200, 2026-11-21): at 8 and 64 tokens 1 and 3 % of the step are lost with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,27 +155,31 @@ class Step:
         rope, eps, tokens = self.parts.ropes.of(layer.kind), c.rms_norm_eps, x.shape[0]
         out_fp8 = a.view("out_fp8", tokens, layer.x_fp8.codes.shape[0])
         rows = None if layer.x_bf16 is None else a.view("out_bf16", tokens, layer.x_bf16.shape[0])
-        latent = a.view("latent", tokens, c.q_lora_rank)
+        branch = k.branch if pools.index is not None and tokens <= BESIDE_TOKENS else None
+        latent = a.view("latent", tokens, c.q_lora_rank) if branch is None else None
         k.project_x(x, layer.x_fp8, layer.x_bf16, out_fp8, rows, x_quantised=rounded, between=between)
-        k.store_and_compress(
-            out_fp8,
-            layer.q_norm,
-            layer.kv_norm,
-            rope,
-            meta,
-            pools.window,
-            latent,
-            rows=rows,
-            main=pools.main,
-            index=pools.index,
-            eps=eps,
-            between=between,
-        )
+        with branch.beside() if branch else nullcontext():
+            k.store_and_compress(
+                out_fp8,
+                layer.q_norm,
+                layer.kv_norm,
+                rope,
+                meta,
+                pools.window,
+                latent,
+                rows=rows,
+                main=pools.main,
+                index=pools.index,
+                eps=eps,
+                between=between,
+            )
+        if latent is None:
+            latent = out_fp8[:, : c.q_lora_rank]
         for lo in range(0, tokens, a.block):
             hi = min(tokens, lo + a.block)
             part = meta if hi - lo == tokens else meta.tokens(lo, hi)
             some = None if rows is None else rows[lo:hi]
-            self._attend(index, layer, part, latent[lo:hi], some, out[lo:hi, 0], max_entries)
+            self._attend(index, layer, part, latent[lo:hi], some, out[lo:hi, 0], max_entries, branch)
 
     def _attend(
         self,
@@ -178,19 +190,29 @@ class Step:
         rows: Tensor | None,
         out: Tensor,
         max_entries: int | None,
+        branch: Branch | None,
     ) -> None:
-        """Attention of one block of tokens: latents [t, q_lora] and raw bf16 rows [t, N2] to `out` [t, D]."""
+        """Attention of one block of tokens: latents [t, q_lora] (raw with a branch) and raw bf16 rows [t, N2] to `out`
+        [t, D]."""
         c, k, a, pools = self.parts.config, self.kernels, self.buffers, self.parts.pools[index]
         rope, tokens, width = self.parts.ropes.of(layer.kind), latent.shape[0], c.num_attention_heads * c.head_dim
         q = a.view("q", tokens, layer.q_fp8.codes.shape[0])
         heads, o_latent = a.view("heads", tokens, width), a.view("o_latent", tokens, c.o_groups * c.o_lora_rank)
-        k.linear(latent, layer.q_fp8, q)
+        first = width if branch else 0
+        norm = (layer.q_norm, c.rms_norm_eps) if branch else None
+        k.linear(latent, layer.q_fp8.rows(first), q[:, first:], norm=norm)
         selected = None
         if rows is not None and pools.index is not None:
             selected = a.view("selected", tokens, c.index_topk)
             start, end = x_bf16_columns(c, layer.kind)["indexer.weights_proj"]
             queries, entries = (q[:, width:], rows[:, start:end]), pools.index.entries
-            k.select_entries(*queries, meta, rope, entries, selected, max_entries=max_entries)
+            with branch.beside() if branch else nullcontext():
+                k.select_entries(
+                    *queries, meta, rope, entries, selected, max_entries=max_entries, dependent=branch is None
+                )
+        if branch:
+            k.linear(latent, layer.q_fp8.rows(0, first), q[:, :first], norm=norm)
+            branch.join()
         keys = (pools.window, pools.entries, selected, layer.kind.value)
         k.sparse_attention(q, meta, *keys, layer.sink, rope, heads, eps=c.rms_norm_eps)
         k.grouped_linear(heads.view(tokens, c.o_groups, -1), layer.wo_a, o_latent)

@@ -32,6 +32,11 @@ class Fp8Weight(NamedTuple):
     codes: Tensor
     scales: Tensor
 
+    def rows(self, begin: int, end: int | None = None) -> Fp8Weight:
+        """A view of rows, `begin` and `end` (default: the last) multiples of `WEIGHT_BLOCK`."""
+        last = None if end is None else end // WEIGHT_BLOCK
+        return Fp8Weight(self.codes[begin:end], self.scales[begin // WEIGHT_BLOCK : last])
+
 
 class HyperConnection(NamedTuple):
     """mHC of one sublayer (`fn [24, 4D]`, `base [24]`, `scale [3]`) or of the head (4 rows, 1 scale), fp32, and the

@@ -264,6 +264,7 @@ def index_scores(
     pool: Tensor,
     scores: Tensor,
     *,
+    dependent: bool = True,
     pdl: bool | None = None,
 ) -> None:
     """Decode: scores fp32 [T, N] of each token's visible entries, N a multiple of 64 that holds them all.
@@ -278,7 +279,7 @@ def index_scores(
     programs = next(count for most, count in PROGRAMS_PER_SM if num_tokens <= most) * num_sms(q.device)
     splits = -(-programs // num_tokens)
     splits = max(1, min(splits, scores.shape[1] // PAGE_ENTRIES))
-    options = pdl_options(q, pdl)
+    options = pdl_options(q, pdl, dependent=dependent)
     scores_decode[splits, num_tokens](
         q,
         head_weights,
@@ -311,14 +312,15 @@ def decode_scores(
     scores: Tensor,
     work: IndexWork,
     *,
+    dependent: bool = True,
     pdl: bool | None = None,
 ) -> None:
-    """`index_scores` in the form for so many tokens."""
+    """`index_scores` in the form for so many tokens; `dependent`: as in `select_entries`."""
     if len(scores) > FEW_TOKENS and work.codes is not None and work.weights is not None:
         _make_queries(q, head_weights, meta.positions, rope_table, work.codes, work.weights, 1, pdl=pdl)
         index_scores_sm90.score_decode(work.codes, work.weights, meta, pool, scores, pdl=pdl)
     else:
-        index_scores(q, head_weights, meta, rope_table, pool, scores, pdl=pdl)
+        index_scores(q, head_weights, meta, rope_table, pool, scores, dependent=dependent, pdl=pdl)
 
 
 def _make_queries(
@@ -406,20 +408,21 @@ def select_entries(
     *,
     mode: Mode = "decode",
     max_entries: int | None = None,
+    dependent: bool = True,
     pdl: bool | None = None,
 ) -> None:
     """The K best visible entries of each token: selected int32 [T, K], -1 after the last.
 
     Arguments as for `index_scores`. Decode is two launches, three for many tokens. Prefill walks blocks of tokens whose
     scores fit the work buffer, three launches each; `max_entries` bounds the visible entries of any token there
-    (default: what the page table can name).
+    (default: what the page table can name). `dependent` False, for few tokens: it starts when all before has ended.
     """
     num_tokens = selected.shape[0]
     reach = meta.full_pages.shape[1] * PAGE_ENTRIES
     columns = _columns(reach if max_entries is None else min(reach, max_entries))
     if mode == "decode":
         scores = work.scores[: num_tokens * columns].view(num_tokens, columns)
-        decode_scores(q, head_weights, meta, rope_table, pool, scores, work, pdl=pdl)
+        decode_scores(q, head_weights, meta, rope_table, pool, scores, work, dependent=dependent, pdl=pdl)
         select_topk(scores, meta.positions, selected, work.topk, pdl=pdl)
         return
     block = min(work.scores.numel() // columns, work.topk.capacity(columns), max(num_tokens, 1))

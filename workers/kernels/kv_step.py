@@ -85,16 +85,18 @@ def _store_step(
     WIDTH: tl.constexpr,
     HW: tl.constexpr,
     WIDEN: tl.constexpr,
+    FIRST: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (roles, T): latent, window row, matrices of mHC, then main and indexer's compressor (C4) or HD / WIDTH parts
-    of C128's. EARLY: the launch behind streams weights, and may start at once (roles signal again, to no effect)."""
+    of C128's; those from FIRST on. EARLY: the launch behind streams weights, and may start at once (roles signal again,
+    to no effect)."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     HD: tl.constexpr = NOPE + 64
     ENTRY: tl.constexpr = (STRIDE, HD, 64, False, HW)
-    role = tl.program_id(0)
+    role = tl.program_id(0) + FIRST
     token = tl.program_id(1)
     row = out_fp8 + token.to(tl.int64) * OUT_ROW
     step = (positions, slots, full_pages, page_columns)
@@ -129,7 +131,7 @@ def _store_step(
 
 
 ROLES = 3
-"""Programs of every token besides those of its compressors."""
+"""Programs of every token besides those of its compressors, the latent's among them."""
 
 
 def store_and_compress(
@@ -139,7 +141,7 @@ def store_and_compress(
     rope_table: Tensor,
     meta: Any,
     window_pool: Tensor,
-    latent: Tensor,
+    latent: Tensor | None,
     rows: Tensor | None,
     main: CompressorTensors | None,
     index: CompressorTensors | None,
@@ -153,7 +155,7 @@ def store_and_compress(
     """Decode: `kv_store.norm_and_store` and `compress_c4` (`index` None: `compress_c128`) of one layer at once.
 
     Arguments as theirs; `rows` fp32 [T, N2] are the raw rows of the compressors, None (and `main`) for a layer without.
-    Token b is sequence b's.
+    `latent` None: nobody reads it, and this is not the launch before one that streams. Token b is sequence b's.
 
     Args:
         work: for C128; allocated here when None.
@@ -161,31 +163,33 @@ def store_and_compress(
         mixed: of `mhc.hc_sums`, one token's: its `post` and `comb` are made by the way, instead. The launch before must
             signal after its own wait.
     """
-    num_tokens, q_lora = latent.shape
+    num_tokens, first = out_fp8.shape[0], 1 if latent is None else 0
     if not num_tokens:
         return
     compressors, programs, sizes = _compressors(rows, main, index, rope_table, window_pool)
     scratch = (rope_table, meta.slots)  # read by C128 alone
     if sizes["RATIO"] == 128:
-        scratch = work or C128Work.allocate(num_tokens, kv_norm.shape[0], latent.device)
+        scratch = work or C128Work.allocate(num_tokens, kv_norm.shape[0], out_fp8.device)
     pages = (meta.full_pages, meta.full_pages.stride(0))
     window = (meta.window_pages, meta.window_pages.shape[1], window_pool, window_pool.view(torch.bfloat16))
-    options = pdl_options(latent, pdl)
-    gates, mixing = _gates(latent, comb, mixed)
-    _store_step[ROLES + programs, num_tokens](
-        *(out_fp8, q_norm, kv_norm, rope_table, meta.positions, meta.sequence_of_token, *window, latent, eps),
+    options = pdl_options(out_fp8, pdl)
+    gates, mixing = _gates(q_norm, comb, mixed)
+    _store_step[ROLES - first + programs, num_tokens](
+        *(out_fp8, q_norm, kv_norm, rope_table, meta.positions, meta.sequence_of_token, *window),
+        *(out_fp8 if latent is None else latent, eps),
         *gates,
         *(rope_table if rows is None else rows, meta.slots, *pages, *compressors, *scratch),
-        LATENT=q_lora,
+        LATENT=q_norm.shape[0],
         NOPE=kv_norm.shape[0] - 64,
         OUT_ROW=out_fp8.stride(0),
         WINDOW_STRIDE=window_pool.shape[1],
         **mixing,
         **sizes,
         WIDTH=C128_WIDTH,
-        HW=hardware_formats(latent.device),
-        WIDEN=not latent.is_cuda,
-        EARLY=options["PDL"] and num_tokens <= EARLY_TOKENS,
+        HW=hardware_formats(out_fp8.device),
+        WIDEN=not out_fp8.is_cuda,
+        FIRST=first,
+        EARLY=options["PDL"] and num_tokens <= EARLY_TOKENS and not first,
         num_warps=WARPS,
         **options,
     )
@@ -241,10 +245,17 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     static = {"LATENT": 1024, "NOPE": 448, "OUT_ROW": 1536, "WINDOW_STRIDE": 149_760, "ITERS": 20, "COMB_EPS": 1e-6}
     static |= {"MIX_CHANNELS": 4096, "MIX_TILES": 128, "NORM_EPS": 1e-6}
     static |= {"WIDTH": C128_WIDTH, "HW": arch >= 89, "WIDEN": False, "EARLY": arch >= 90, "PDL": arch >= 90}
+    static["FIRST"] = 0
     none = static | {"RATIO": 0, "ROW": 0, "STRIDE": 0, "INDEX_STRIDE": 0, "DI": 0}
     c4 = static | {"RATIO": 4, "ROW": 2624, "STRIDE": 37440, "INDEX_STRIDE": 8448, "DI": 128}
     c128 = static | {"RATIO": 128, "ROW": 1024, "STRIDE": 1728, "INDEX_STRIDE": 1728, "DI": 512}
     options = {"num_warps": WARPS, "launch_pdl": arch >= 90}
-    later = {"MIX_CHANNELS": 0}
-    cases = (("store", none), ("store_c4", c4), ("store_c4 of many", c4 | later), ("store_c128", c128))
+    later, beside = {"MIX_CHANNELS": 0}, c128 | {"FIRST": 1, "EARLY": False}
+    cases = (
+        ("store", none),
+        ("store_c4", c4),
+        ("store_c4 of many", c4 | later),
+        ("store_c128", c128),
+        ("store_c128 beside", beside),
+    )
     return [(name, _store_step, kinds, case, options) for name, case in cases]

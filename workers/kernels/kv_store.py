@@ -31,7 +31,10 @@ class StepMetadata(Protocol):
 
 @triton.jit
 def store_latent(row, q_norm, latent, token, eps, LATENT: tl.constexpr, WIDEN: tl.constexpr, PDL: tl.constexpr):
-    """RMS norm of the first LATENT columns of a raw row into row `token` of `latent [T, LATENT]`."""
+    """RMS norm of the first LATENT columns of a raw row into row `token` of `latent [T, LATENT]`.
+
+    Squares are added over 128 columns first, as where a product norms its input (`linear_inputs.py`).
+    """
     BLOCK: tl.constexpr = triton.next_power_of_2(LATENT)
     at = tl.arange(0, BLOCK)
     inside = at < LATENT
@@ -39,7 +42,8 @@ def store_latent(row, q_norm, latent, token, eps, LATENT: tl.constexpr, WIDEN: t
     if PDL:
         tl.extra.cuda.gdc_wait()
     y = tl.load(row + at, mask=inside, other=0.0).to(tl.float32)
-    y = y * tl.rsqrt(tl.sum(y * y, 0) / LATENT + eps) * gamma
+    squares = tl.sum(tl.reshape(y * y, (BLOCK // 128, 128)), 1)
+    y = y * tl.rsqrt(tl.sum(squares, 0) / LATENT + eps) * gamma
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tl.store(latent + token.to(tl.int64) * LATENT + at, as_bf16(y, WIDEN), mask=inside)

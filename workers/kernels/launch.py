@@ -32,6 +32,7 @@ wait. The launch before one signals first of all (`EARLY_TOKENS`), so that memor
 they signal after their own wait, or first of all where the next launch is of their kind: beside their programs little
 room is left to crowd.
 # measured (H200, 2026-11-21): half a layer, mHC to wo_b, 60.9 us with their signals at the end, 58.5 after the wait.
+Small launches that a large one does not depend on can run beside it (`workers/gpu/branch.py`).
 # measured: bulk prefetches to L2 (`cp.async.bulk.prefetch.L2`) of a linear's weights, asked for by it or by the kernel
 # before it, ahead of `gdc_wait`: -0.5 to +3 us. The products were no faster with their weights in L2.
 # measured: all kernels with the largest shared memory carveout, so that none divides a multiprocessor's memory for
@@ -67,10 +68,13 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def pdl_options(tensor: torch.Tensor, pdl: bool | None = None) -> dict[str, Any]:
-    """Keyword arguments of a launch on the tensor's device. `pdl` None: wherever the device can; True: only there."""
+def pdl_options(tensor: torch.Tensor, pdl: bool | None = None, *, dependent: bool = True) -> dict[str, Any]:
+    """Keyword arguments of a launch on the tensor's device. `pdl` None: wherever the device can; True: only there.
+
+    Without `dependent` the launch starts when all before it has ended, and lets its successor in as written.
+    """
     enabled = has_pdl(tensor.device) and pdl is not False
-    return {"PDL": enabled, "launch_pdl": enabled} if enabled else {"PDL": False}
+    return {"PDL": enabled, "launch_pdl": dependent} if enabled else {"PDL": False}
 
 
 @triton.jit

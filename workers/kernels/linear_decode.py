@@ -33,7 +33,7 @@ from workers.kernels.formats import (
     pow2_scale_ceil,
 )
 from workers.kernels.launch import num_sms, pdl_options
-from workers.kernels.linear_stream import ARCHITECTURES, SHORT, stream_cases, stream_rows, streams
+from workers.kernels.linear_stream import ARCHITECTURES, SHORT, Signal, serves, stream_cases, stream_rows, streams
 from workers.kernels.mhc import Mixed
 from workers.kernels.row_products import bf16_rows, fp8_rows, inputs_of, spread, store_rows, tokens_of, total_of
 from workers.kernels.tiles import Tile, tile
@@ -46,6 +46,9 @@ WIDE_TOKENS = 16
 
 MORE_ROWS = 2048
 """From here on the first projections have more tiles than a GPU has multiprocessors (`linear_stream.py`)."""
+
+LESS_ROWS = 8192
+"""Rows of `SHORT` columns whose bytes all find room in shared memory of the GPU: every copy starts at once."""
 
 ROUNDED_TOKENS = 8
 """Most tokens whose activations every program rounds for itself although rounded ones are at hand."""
@@ -317,10 +320,13 @@ def linear(
     out: Tensor,
     *,
     act_fp8: bool = True,
+    norm: tuple[Tensor, float] | None = None,
     rounded: Tensor | None = None,
     pdl: bool | None = None,
 ) -> None:
     """`out [T, N]` bf16 = `x [T, K]` bf16 times an FP8 weight; with `act_fp8` the input first passes e4m3.
+
+    `norm`: weights fp32 [K] and eps of an RMS norm before that. Raises ValueError where no product does (`norms`).
 
     `rounded`: room for T * K bf16. With it, more than `ROUNDED_TOKENS` tokens are rounded once, by a launch of its own,
     and not by every program: the same bits, sooner. Without `act_fp8` the input is taken in f16: exact for magnitudes
@@ -330,11 +336,12 @@ def linear(
         return
     N, K = weight.codes.shape
     if act_fp8 and (K <= SHORT or x.shape[0] == 1) and streams(x, N, K):
-        if K <= SHORT:
-            stream_rows("short", x, weight, out, signal="waited" if x.shape[0] == 1 else "last", pdl=pdl)
-        else:
-            stream_rows("long", x, weight, out, signal="waited", pdl=pdl)
+        signal: Signal = "waited" if x.shape[0] == 1 else "last"
+        op = "long" if K > SHORT else "short_less" if N <= LESS_ROWS and x.shape[0] == 1 else "short"
+        stream_rows(op, x, weight, out, norm=norm, signal=signal, pdl=pdl)
         return
+    if norm is not None:
+        raise ValueError(f"no product norms {K} columns on {x.device}")
     act = "round" if act_fp8 else "plain"
     if act_fp8 and rounded is not None and x.shape[0] > (WIDE_TOKENS if K <= SHORT else ROUNDED_TOKENS):
         x, act = _round(x, rounded, pdl), "rounded"
@@ -347,6 +354,11 @@ def linear(
         x.shape[0], out.stride(0), out.stride(0),
         N_BF16=0, ACT=act, GROUP_ROWS=N, GROUP_COLUMNS=0, **plan.constants, **plan.options,
     )  # fmt: skip
+
+
+def norms(device: torch.device, rows: int, K: int) -> bool:
+    """Whether `linear` norms inputs of any number of tokens for a weight `[rows, K]`."""
+    return 1024 <= K <= SHORT and serves(device, rows, K)
 
 
 def _round(x: Tensor, room: Tensor, pdl: bool | None) -> Tensor:

@@ -1,8 +1,8 @@
 """Activations of linears that stream (`linear_stream.py`): from memory to shared memory, as their products take them.
 
 A program holds all K columns of its tokens, in blocks of 128 columns `[places, KW, R, 128]`: KW blocks for each slot of
-weights, R tokens. One token's may still have to be mixed of mHC's streams. FP8 rows see e4m3 codes and a scale for each
-block, or f16; bf16 rows see bf16, in halves of blocks.
+weights, R tokens. One token's may still have to be mixed of mHC's streams, and what FP8 rows see may have to pass RMS
+norm. FP8 rows see e4m3 codes and a scale for each block, or f16; bf16 rows see bf16, in halves of blocks.
 """
 
 from __future__ import annotations
@@ -84,17 +84,62 @@ def _spread(factor, L: gl.constexpr):
     return gl.convert_layout(factor, ONE, assert_trivial=True)[:, None, None, None]
 
 
+@gluon.constexpr_function
+def _layout(KW, warps):
+    """Of activations `[places, KW, R, 128]`: half a warp has a block of 128 columns, whatever R."""
+    return gl.BlockedLayout([1, 1, 1, 8], [1, 2, 1, 16], [warps * 2 // KW, KW // 2, 1, 1], [3, 1, 2, 0])
+
+
 @gluon.jit
-def hold(x, mixing, num_tokens, codes, scales, X_STRIDE: gl.constexpr, K: gl.constexpr, ROUND: gl.constexpr):
+def norm_weights(weights, PLACES: gl.constexpr, KW: gl.constexpr, K: gl.constexpr):
+    """fp32 `[places, KW, 1, 128]`: weights `[K]` of a norm, as `hold` takes them; places past the last repeat it."""
+    L: gl.constexpr = gl.SliceLayout(2, _layout(KW, gl.num_warps()))
+    place = gl.arange(0, PLACES, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
+    block = gl.arange(0, KW, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
+    lane = gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
+    place = gl.minimum(place, K // (KW * 128) - 1)
+    return gl.expand_dims(gl.load(weights + (place * KW + block) * 128 + lane), 2)
+
+
+@gluon.jit
+def _normed(value, gamma, EPS: gl.constexpr, squares, K: gl.constexpr):
+    """fp32 `value [places, KW, R, 128]` after RMS norm over K columns, rounded to bf16. squares: shared memory
+    `[places, KW, R]`.
+
+    Squares of bf16 are exact. Those of 128 columns are added, then these sums in the order in which the warps of
+    `kv_store.store_latent` add theirs, whatever R: 1,024 columns or more.
+    """
+    BLOCKS: gl.constexpr = value.shape[0] * value.shape[1]
+    ROWS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    TOKEN: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, value.type.layout)))
+    squares.store(gl.sum(value * value, 3))
+    gl.thread_barrier()
+    blocks = squares._reinterpret(gl.float32, [BLOCKS, value.shape[2]], ROWS)
+    sums = ()
+    for b in gl.static_range(8):
+        part = blocks.index(b).load(TOKEN)
+        if b + 8 < K // 128:
+            part += blocks.index(b + 8).load(TOKEN)
+        sums += (part,)
+    total = ((sums[0] + sums[1]) + (sums[4] + sums[5])) + ((sums[2] + sums[3]) + (sums[6] + sums[7]))
+    factor = gl.rsqrt(total / K + EPS)
+    return (value * factor[None, None, :, None] * gamma).to(gl.bfloat16).to(gl.float32)
+
+
+@gluon.jit
+def hold(
+    x, mixing, gamma, num_tokens, codes, scales, X_STRIDE: gl.constexpr, K: gl.constexpr, ROUND: gl.constexpr,
+    NORM: gl.constexpr, EPS: gl.constexpr,
+):  # fmt: skip
     """Activations of FP8 rows into shared memory, `codes [places, KW, R, 128]` and `scales [places, KW, R]`.
 
     ROUND: e4m3 in groups of 128 (as `row_products.inputs_of`), else as they are in f16. mixing: as `_mixed` takes it
-    where `x` is the streams of one token, or ().
+    where `x` is the streams of one token, or (). NORM: rows pass RMS norm first, weights `gamma` of `norm_weights`.
     """
     KW: gl.constexpr = codes.shape[1]
-    WARPS: gl.constexpr = gl.num_warps()
-    L: gl.constexpr = gl.BlockedLayout([1, 1, 1, 8], [1, 2, 1, 16], [WARPS * 2 // KW, KW // 2, 1, 1], [3, 1, 2, 0])
+    L: gl.constexpr = _layout(KW, gl.num_warps())
     R: gl.constexpr = codes.shape[2]
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     MOST: gl.constexpr = 16 if R > 16 else R  # more at once would not fit in registers
     for begin in gl.static_range(0, R, MOST):
         some, some_scales = codes.slice(begin, MOST, 2), scales.slice(begin, MOST, 2)
@@ -104,6 +149,9 @@ def hold(x, mixing, num_tokens, codes, scales, X_STRIDE: gl.constexpr, K: gl.con
             value = _inputs(x, begin, num_tokens, some, X_STRIDE, K, L)
         if ROUND:
             value = value.to(gl.float32)
+            if NORM:
+                squares = gl.allocate_shared_memory(gl.float32, [codes.shape[0], KW, MOST], FLAT)
+                value = _normed(value, gamma, EPS, squares, K)
             scale = _scale_of(gl.max(gl.abs(value), 3))
             some_scales.store(scale)
             some.store((value * gl.expand_dims(pow2_reciprocal(scale), 3)).to(codes.dtype))

@@ -23,7 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mma_v2
 
 from workers.kernels.launch import L2_LINE_BYTES, num_sms, prefetch_l2
-from workers.kernels.linear_inputs import hold, hold_words, operand, room
+from workers.kernels.linear_inputs import hold, hold_words, norm_weights, operand, room
 from workers.kernels.mhc import TILE_CHANNELS, Mixed
 from workers.kernels.mhc_stream import mix_factors
 from workers.kernels.tiles import Tile, architecture, tile
@@ -259,12 +259,14 @@ def _stream_kernel(
     num_tokens, out_codes_stride, out_words_stride, num_tiles,
     X_STRIDE: gl.constexpr, K: gl.constexpr, WORD_ROWS: gl.constexpr, KW: gl.constexpr, ROWS: gl.constexpr,
     SUB: gl.constexpr, R: gl.constexpr, ROUND: gl.constexpr, TILES: gl.constexpr, GROUP_TILES: gl.constexpr,
-    STAGES: gl.constexpr, MIX_TILES: gl.constexpr, EPS: gl.constexpr, NORM_EPS: gl.constexpr, SIGNAL: gl.constexpr,
+    STAGES: gl.constexpr, MIX_TILES: gl.constexpr, EPS: gl.constexpr, NORM_EPS: gl.constexpr,
+    NORM: gl.constexpr, SIGNAL: gl.constexpr,
 ):  # fmt: skip
     """Programs (walker, token tile). Tiles: first those of bf16 rows, then those of FP8 rows; TILES a program at most.
 
     Rows of group g (`tile // GROUP_TILES`) see the columns of `x` from `g * K` on; 0: there are no groups.
     MIX_TILES: parts of mHC's partial sums, of which, with streams `x [4, K]`, a program makes the token; 0: it is `x`.
+    NORM: FP8 rows see `x` after RMS norm.
     """
     if SIGNAL == "first":
         tl.extra.cuda.gdc_launch_dependents()
@@ -286,6 +288,7 @@ def _stream_kernel(
         _bring(step, ring, weights, walk, SHAPE)
     row_scales = gl.allocate_shared_memory(gl.float32, [_power(TILES), PLACES, KW], FLAT)
     _row_scales(scales, row_scales, num_tiles, WORD_TILES, ROWS, SHAPE)
+    gamma = norm_weights(norm_weight, PLACES, KW, K) if NORM else 0
     if MIX_TILES > 0:
         base = gl.load(mix_base), gl.load(mix_base + 1), gl.load(mix_base + 2), gl.load(mix_base + 3)
         mix_weights = (gl.load(mix_scale),) + base
@@ -305,7 +308,7 @@ def _stream_kernel(
     held_codes = room(CODES, PLACES, KW, R, 128)
     token_scales = gl.allocate_shared_memory(gl.float32, [PLACES, KW, R], FLAT)
     if word_tiles < TILES:
-        hold(x, mixing, num_tokens - start, held_codes, token_scales, X_STRIDE, K, ROUND)
+        hold(x, mixing, gamma, num_tokens - start, held_codes, token_scales, X_STRIDE, K, ROUND, NORM, NORM_EPS)
     if WORD_ROWS > 0:
         held_words = room(gl.bfloat16, 2 * PLACES, KW, R, 64)
         if word_tiles > 0:
@@ -326,11 +329,15 @@ def _stream_kernel(
         tl.extra.cuda.gdc_launch_dependents()
 
 
+def serves(device: torch.device, rows: int, K: int) -> bool:
+    """Whether FP8 weights `[rows, K]` can stream: the GPU has room for the ring, slots and tiles are whole."""
+    here = device.type == "cuda" and architecture(device) in ARCHITECTURES
+    return here and K // 128 % _blocks(K) == 0 and rows % 128 == 0
+
+
 def streams(x: Tensor, rows: int, K: int) -> bool:
-    """Whether `stream_rows` serves FP8 weights `[rows, K]` on the device of `x`: a GPU with room for the ring, whole
-    slots and tiles."""
-    here = x.device.type == "cuda" and architecture(x.device) in ARCHITECTURES
-    return here and x.stride(-1) == 1 and K // 128 % _blocks(K) == 0 and rows % 128 == 0
+    """Whether `stream_rows` serves the product of `x [T, K]` with FP8 weights `[rows, K]`."""
+    return x.stride(-1) == 1 and serves(x.device, rows, K)
 
 
 def _blocks(K: int) -> int:
@@ -347,6 +354,7 @@ def stream_rows(
     words: Tensor | None = None,
     out_words: Tensor | None = None,
     groups: int = 0,
+    norm: tuple[Tensor, float] | None = None,
     signal: Signal = "last",
     mixed: Mixed | None = None,
     pdl: bool | None = None,
@@ -354,7 +362,8 @@ def stream_rows(
     """`out [T, N]` bf16 = `x [T, K]` times FP8 rows, `out_words [T, M]` fp32 = `x` times bf16 rows `words [M, K]`.
 
     `op`: row of the tile table. `weight`: a `linear_decode.Weight`. `groups`: the FP8 rows are cut into as many, which
-    see K columns each of a wider `x`, as they are (f16). `signal`: when the next launch may start (`launch.py`).
+    see K columns each of a wider `x`, as they are (f16). `norm`: weights fp32 [K] and eps of an RMS norm that `x`
+    passes on its way to the FP8 rows. `signal`: when the next launch may start (`launch.py`).
     `mixed`: what the row is made of, instead of `x`. One token, or any number where K is at most `SHORT`.
     """
     codes = weight.codes if weight.codes.dtype == torch.uint8 else weight.codes.view(torch.uint8)
@@ -362,14 +371,15 @@ def stream_rows(
     rows, K = codes.shape
     tiles, programs, constants = plan(op, x.shape[0], rows, K, word_rows, groups, x.device)
     more, out_more = (weight.scales, out) if words is None or out_words is None else (words, out_words)
-    mixing, sizes = (weight.scales,) * 4, {"MIX_TILES": 0, "EPS": 0.0, "NORM_EPS": 0.0}
+    weights, eps = norm or (weight.scales, 0.0)
+    mixing, sizes = (weights,) * 4, {"MIX_TILES": 0, "EPS": 0.0, "NORM_EPS": eps}
     if mixed is not None:
         hc, x = mixed.hc, mixed.streams
         mixing = (mixed.norm_weight, hc.base, hc.scale, mixed.work)
         sizes = {"MIX_TILES": K // TILE_CHANNELS, "EPS": hc.eps, "NORM_EPS": hc.norm_eps}
     _stream_kernel[(programs, -(-x.shape[0] // constants["R"]))](
         x, codes, weight.scales, more, out, out_more, *mixing, x.shape[0], out.stride(0), out_more.stride(0), tiles,
-        X_STRIDE=x.stride(0), ROUND=not groups, SIGNAL=signal, **constants, **sizes,
+        X_STRIDE=x.stride(0), ROUND=not groups, NORM=norm is not None, SIGNAL=signal, **constants, **sizes,
         num_warps=WARPS, launch_pdl=pdl is not False,
     )  # fmt: skip
 
@@ -423,6 +433,7 @@ def stream_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, An
         constants = plan(op, T, rows, K, word_rows, groups, arch)[2]
         constants |= {"X_STRIDE": K * max(1, groups), "ROUND": not groups, "SIGNAL": "first" if groups else "waited"}
         constants |= {"MIX_TILES": mixed * K // TILE_CHANNELS, "EPS": 1e-6, "NORM_EPS": 1e-6}
+        constants["NORM"] = K <= SHORT
         return name, _stream_kernel, signature, constants, options
 
     return [
@@ -433,6 +444,7 @@ def stream_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, An
         case("project_x of Pro mixed and streamed", "project", 1, 2048, 7168, 2624, mixed=True),
         case("grouped_linear streamed", "grouped", 1, 8192, 4096, 0, 8),
         case("linear streamed", "long", 1, 4096, 8192),
+        case("linear wide 1 streamed, few rows", "short_less", 1, 8192, 1024),
         *(case(f"linear wide {T} streamed", "short", T, 40960, 1024) for T in (1, 8, 16, 32, 64)),
         *(case(f"linear wide of Pro, {T}, streamed", "short", T, 73728, 1536) for T in (1, 64)),
     ]

@@ -76,13 +76,15 @@ TILES: dict[str, dict[int, Tile]] = {
     "linear_decode.some": {80: Tile(n=16, stages=2), 89: Tile(n=16, stages=2), 90: Tile(n=16, stages=4)},
     "linear_decode.wide": {80: Tile(n=16, stages=3, group=2), 90: Tile(n=32, stages=3, group=2)},
     # k: columns of a step, group: programs per multiprocessor. A ring admits no more: the GPU crowds those of an early
-    # launch. project_less: fewer tiles than multiprocessors. short: K up to 1,536, for 1 token, 2 to 16, and more.
+    # launch. project_less: fewer tiles than multiprocessors. short: K up to 1,536, for 1 token, 2 to 16, and more;
+    # short_less: all bytes in shared memory of the GPU, with room beside for a launch of `short`.
     "linear_stream.grouped": {90: Tile(n=32, k=1024, stages=4, group=1)},
     "linear_stream.long": {90: Tile(n=16, k=2048, stages=4, group=1)},
     "linear_stream.project": {90: Tile(n=16, k=1024, stages=6, group=2)},
     "linear_stream.project_less": {90: Tile(n=16, k=1024, stages=8, group=1)},
     "linear_stream.short": {90: Tile(n=64, k=512, stages=4, group=1)},
     "linear_stream.short_few": {90: Tile(n=32, k=1024, stages=4, group=1)},
+    "linear_stream.short_less": {90: Tile(n=64, k=512, stages=3, group=1)},
     "linear_stream.short_many": {90: Tile(n=64, k=512, stages=3, group=1)},
     "experts_prefill.experts": {
         80: Tile(m=128, n=128, k=128, warps=4, stages=2),

@@ -107,7 +107,9 @@ def project_x(x, x_fp8, x_bf16, out_fp8, out_bf16, *, x_quantised, between) -> N
         out_bf16.copy_(x.float() @ x_bf16.float().T)
 
 
-def linear(x, weight, out, *, act_fp8=True) -> None:
+def linear(x, weight, out, *, act_fp8=True, norm=None) -> None:
+    if norm is not None:
+        x = rms_norm(x.float(), *norm)
     out.copy_((_rounded(x) if act_fp8 else x.float()) @ _fp8(weight).T)
 
 
@@ -132,7 +134,8 @@ def store_and_compress(
 
 def _store_window(out_fp8, q_norm, kv_norm, rope_table, meta: StepMeta, window_pool, latent, eps) -> None:
     lora, head_dim = q_norm.shape[0], kv_norm.shape[0]
-    latent.copy_(rms_norm(out_fp8[:, :lora].float(), q_norm, eps))
+    if latent is not None:
+        latent.copy_(rms_norm(out_fp8[:, :lora].float(), q_norm, eps))
     live = meta.positions >= 0
     positions, sequence = meta.positions[live].long(), meta.sequence_of_token[live].long()
     kv = rms_norm(out_fp8[live, lora:].float(), kv_norm, eps)
@@ -169,7 +172,7 @@ def _compress(rows: Tensor, meta: StepMeta, c: CompressorTensors, table, eps, ra
         _store(c.entries, page, torch.tensor([row % every]), every, planes, stored)
 
 
-def select_entries(q, head_weights, meta, rope_table, pool, selected, *, max_entries=None) -> None:
+def select_entries(q, head_weights, meta, rope_table, pool, selected, *, max_entries=None, dependent=True) -> None:
     heads, chosen = head_weights.shape[1], selected.shape[1]
     selected.fill_(-1)
     for token in range(q.shape[0]):

@@ -6,6 +6,8 @@ that a last bit flips: a wrong operand, row, page or order shows as an error of 
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,9 @@ from tests.workers.gpu.models import TINY, make_gpu_model, stored_weights
 from workers.batch import ForwardBatch
 from workers.gpu import buffers
 from workers.gpu import model as gpu_model
+from workers.gpu.branch import Branch
+from workers.gpu.kernel_set import KernelSet, MakeKernels, StepSizes
+from workers.model.config import LayerKind, ModelConfig
 from workers.model.precision import Precision
 from workers.model.transformer import ReferenceTransformer
 
@@ -32,11 +37,18 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stand_ins, "_rounded", lambda x: x.float())
 
 
-def _run(prompts: list[list[int]], *, reference: bool = False, seed: int = 0, **options: object) -> PagedRun:
+def _run(
+    prompts: list[list[int]],
+    *,
+    reference: bool = False,
+    seed: int = 0,
+    decode: MakeKernels = stand_ins.stand_ins,
+    **options: object,
+) -> PagedRun:
     def make(*args: object) -> object:
         if reference:
             return ReferenceTransformer(*args)  # type: ignore[arg-type]
-        ops = (stand_ins.stand_ins, stand_ins.stand_ins)
+        ops = (decode, stand_ins.stand_ins)
         return make_gpu_model(*args, kernels=ops, **options)  # type: ignore[arg-type]
 
     return PagedRun(make, TINY, stored_weights(TINY), UNROUNDED, prompts, seed)
@@ -86,6 +98,33 @@ def test_decode_after_prefill_equals_the_reference() -> None:
         expected = _run([prompts[b]], reference=True, seed=9).step({0: len(prompts[b])})
         start = run.tables[b].num_tokens - 15
         _close(torch.stack([row[column] for row in rows]), expected[start : start + 15])
+
+
+def _branched(config: ModelConfig, sizes: StepSizes) -> KernelSet:
+    return dataclasses.replace(stand_ins.stand_ins(config, sizes), branch=Branch(sizes.device))
+
+
+def test_a_step_with_a_branch_equals_one_without() -> None:
+    prompt = _tokens(150, seed=1)
+
+    def decoded(decode: MakeKernels) -> tuple[torch.Tensor, dict[int, list[str]]]:
+        run = _run([prompt], decode=decode)
+        run.step({0: 140})
+        logits = torch.stack([run.model.decode(_decode_batch(run, [0])).clone() for _ in range(8)])
+        ops: dict[int, list[str]] = {}
+        for launch in run.model.launches(_decode_batch(run, [0])):
+            ops.setdefault(-1 if launch.layer is None else launch.layer, []).append(launch.op)
+        return logits, ops
+
+    (expected, plain), (found, branched) = decoded(stand_ins.stand_ins), decoded(_branched)
+    _close(found, expected)
+    for layer, kind in enumerate(TINY.layer_kinds):
+        selects = ["linear", "select_entries"] if kind is LayerKind.C4 else ["linear"]
+        before = plain[layer].index("sparse_attention")
+        assert plain[layer][:before] == ["project_x", "store_and_compress", *selects]
+        before = branched[layer].index("sparse_attention")
+        more = ["linear"] if kind is LayerKind.C4 else []
+        assert branched[layer][:before] == ["project_x", "store_and_compress", *selects, *more]
 
 
 def test_last_logits_are_the_rows_of_all_logits() -> None:

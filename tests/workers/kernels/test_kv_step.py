@@ -40,9 +40,10 @@ def bytes_after(run: Run, inputs: Inputs) -> list[Tensor]:
     return [*pools, inputs.window.data, inputs.latent.view(torch.uint8)]
 
 
+@pytest.mark.parametrize("with_latent", [True, False])
 @pytest.mark.parametrize(("ratio", "done", "padding"), [(4, 6, 2), (4, 7, 0), (128, 126, 2), (128, 127, 0)])
 def test_one_launch_stores_what_three_store(
-    ratio: int, done: int, padding: int, device: torch.device, seed: int
+    ratio: int, done: int, padding: int, with_latent: bool, device: torch.device, seed: int
 ) -> None:
     apart, together = (Run(device, seed, ratio=ratio, head_dim=128, lengths=[140, 140]) for _ in range(2))
     for run in (apart, together):
@@ -54,7 +55,11 @@ def test_one_launch_stores_what_three_store(
     tensors = [part.tensors for part in together.parts]
     main, index = tensors if ratio == 4 else (tensors[0], None)
     norms, window = (other.q_norm, other.kv_norm, together.rope), other.window.data[0]
-    store_and_compress(other.out_fp8, *norms, other.meta, window, other.latent, other.rows, main, index, EPS)
+    latent = other.latent if with_latent else None
+    store_and_compress(other.out_fp8, *norms, other.meta, window, latent, other.rows, main, index, EPS)
+    if not with_latent:
+        assert (other.latent == 7).all()
+        other.latent = one.latent
     for x, y in zip(bytes_after(apart, one), bytes_after(together, other), strict=True):
         assert torch.equal(x, y)
 
@@ -71,8 +76,11 @@ def test_a_layer_without_compressors_stores_latents_and_window_rows(device: torc
     assert torch.equal(one.latent, other.latent) and (one.latent != 7).any()
 
 
+@pytest.mark.parametrize("with_latent", [True, False])
 @pytest.mark.parametrize("num_tokens", [1, 40])
-def test_the_launch_finishes_the_matrices_that_were_left_open(device: torch.device, num_tokens: int, seed: int) -> None:
+def test_the_launch_finishes_the_matrices_that_were_left_open(
+    device: torch.device, num_tokens: int, with_latent: bool, seed: int
+) -> None:
     left, closed = Step(num_tokens, device), Step(num_tokens, device)
     closed.post_pre()
     left.post_pre(finish=False)
@@ -80,9 +88,9 @@ def test_the_launch_finishes_the_matrices_that_were_left_open(device: torch.devi
     run = Run(device, seed, ratio=4, head_dim=128, lengths=[8] * num_tokens)
     inputs = Inputs(run, 0)
     norms, window = (inputs.q_norm, inputs.kv_norm, run.rope), inputs.window.data[0]
-    absent = (None, None, None)
+    absent, latent = (None, None, None), inputs.latent if with_latent else None
     comb = (left.comb, left.hc)
-    store_and_compress(inputs.out_fp8, *norms, inputs.meta, window, inputs.latent, *absent, EPS, comb=comb)
+    store_and_compress(inputs.out_fp8, *norms, inputs.meta, window, latent, *absent, EPS, comb=comb)
     assert torch.equal(left.comb, closed.comb)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.workers.kernels.test_linear_decode import fp8_weight, poisoned, tokens
 from tests.workers.kernels.test_mhc import Step
 from workers.kernels import linear_decode, linear_stream, mhc
+from workers.kernels.kv_store import norm_and_store
 from workers.kernels.tiles import SHARED_BYTES
 
 FLASH = [
@@ -16,6 +19,7 @@ FLASH = [
     ("project_less", 1, 1536, 4096, 0, 0),
     ("grouped", 1, 8192, 4096, 0, 8),
     ("long", 1, 4096, 8192, 0, 0),
+    ("short_less", 1, 8192, 1024, 0, 0),
     *(("short", T, 40960, 1024, 0, 0) for T in (1, 2, 16, 17, 64, 65)),
 ]
 PRO = [
@@ -131,3 +135,43 @@ def test_a_projection_mixes_its_input(hidden: int, rows: int, word_rows: int, de
         assert torch.equal(step.streams[0], batch.streams[i]) and step.x.isnan().all()
         for mine, theirs in zip(found, projected(apart, None), strict=True):
             assert torch.equal(mine, theirs)
+
+
+EPS = 1e-6
+
+
+def normed(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`x` after the norm of the launch that stores prefill's latents."""
+    (T, K), device = x.shape, x.device
+    none = torch.full((T,), -1, dtype=torch.int32, device=device)
+    meta = SimpleNamespace(positions=none, sequence_of_token=torch.zeros_like(none), window_pages=none[:, None])
+    rope, pool = torch.zeros(1, 64, device=device), torch.zeros(1, 576, dtype=torch.uint8, device=device)
+    out = poisoned(T, K, dtype=torch.bfloat16, device=device)
+    rows = torch.cat((x, x[:, :128]), 1)
+    norm_and_store(rows, weights, torch.ones(128, device=device), rope, meta, pool, out, EPS)
+    return out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("K", [1024, 1536])
+@pytest.mark.parametrize("T", [1, 3, 16, 40, 64])
+def test_a_product_norms_its_input(T: int, K: int, device: torch.device) -> None:
+    if not linear_decode.norms(device, 256, K):
+        pytest.skip("this GPU has the plain form only")
+    generator = torch.Generator().manual_seed(T)
+    weight, weights = fp8_weight(256, K, device), (1 + 0.1 * torch.randn(K, generator=generator)).to(device)
+    x = tokens(T, K + 128, device=device)[:, :K]
+    found, expected = (poisoned(T, 256, dtype=torch.bfloat16, device=device) for _ in range(2))
+    linear_decode.linear(x, weight, found, norm=(weights, EPS))
+    linear_decode.linear(normed(x, weights), weight, expected)
+    assert torch.equal(found, expected)
+    for row in {0, T // 2, T - 1}:
+        alone = poisoned(1, 256, dtype=torch.bfloat16, device=device)
+        linear_decode.linear(x[row : row + 1], weight, alone, norm=(weights, EPS))
+        assert torch.equal(found[row], alone[0])
+
+
+def test_where_no_product_norms_it_is_said(device: torch.device) -> None:
+    x, out = tokens(1, 128, device=device), torch.empty(1, 128, dtype=torch.bfloat16, device=device)
+    with pytest.raises(ValueError, match="norms 128 columns"):
+        linear_decode.linear(x, fp8_weight(128, 128, device), out, norm=(torch.ones(128, device=device), EPS))
