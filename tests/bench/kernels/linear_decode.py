@@ -24,9 +24,10 @@ q stands behind `store_and_compress`, which norms its input; without that launch
 then attention that reads no key ahead of its wait (+0.9, -0.4, +0.7); the store between two launches of q (+1 to +4,
 -1 to +2, 0 to +3); q that waits for a counter of the projection's programs and not for the launch between (+1.9, +0.9,
 -0.3); the store on a branch of the captured graph beside q (-1.9, -2.1, -0.5), in C4 with the selection beside wq_b's
-rows (-3.9). The branch lost in the whole model: 8 layers at one token 1.047 ms against 1.033, 8 tokens 2.361 and 2.348,
-64 tokens 8.01 and 7.79. There, attention's early reads need a launch at the end of the branch that is not dependent,
-for edges into a join are those of dependent launches, on either line.
+rows (-3.9). Of these the last is in the tree, for one token (`workers/gpu/branch.py`): 8 layers, three of them C4, take
+1.009 ms instead of 1.018. With the branch in every layer and at every number of tokens the whole model lost: 1.047 ms
+against 1.033, 8 tokens 2.361 and 2.348, 64 tokens 8.01 and 7.79; where no selection follows the store, attention's
+early reads need one more launch at the end of the branch, for edges into a join are those of dependent launches.
 """
 
 from __future__ import annotations
