@@ -199,8 +199,8 @@ class Step:
         q = a.view("q", tokens, layer.q_fp8.codes.shape[0])
         heads, o_latent = a.view("heads", tokens, width), a.view("o_latent", tokens, c.o_groups * c.o_lora_rank)
         first = width if branch else 0
-        norm = (layer.q_norm, c.rms_norm_eps) if branch else None
-        k.linear(latent, layer.q_fp8.rows(first), q[:, first:], norm=norm)
+        norm = {"norm": (layer.q_norm, c.rms_norm_eps)} if branch else {}
+        k.linear(latent, layer.q_fp8.rows(first), q[:, first:], **norm)
         selected = None
         if rows is not None and pools.index is not None:
             selected = a.view("selected", tokens, c.index_topk)
@@ -211,7 +211,7 @@ class Step:
                     *queries, meta, rope, entries, selected, max_entries=max_entries, dependent=branch is None
                 )
         if branch:
-            k.linear(latent, layer.q_fp8.rows(0, first), q[:, :first], norm=norm)
+            k.linear(latent, layer.q_fp8.rows(0, first), q[:, :first], **norm)
             branch.join()
         keys = (pools.window, pools.entries, selected, layer.kind.value)
         k.sparse_attention(q, meta, *keys, layer.sink, rope, heads, eps=c.rms_norm_eps)
