@@ -19,6 +19,10 @@ ROW_ERROR = 6e-3
 """Of a row of one product: its result is rounded to bf16, and the tensor cores' FP8 sums carry few bits."""
 
 
+VALUE_ERROR = 3e-2
+"""Of a value before the second product, in parts of its row's root mean square: a gate's error times a large `up`."""
+
+
 def make_slab(wide: int, inner: int, device: torch.device) -> ExpertSlab:
     layout = ExpertShape(wide, inner)
     base = torch.randint(0, 256, (EXPERTS, layout.expert_bytes), dtype=torch.uint8, device=device)
@@ -78,18 +82,27 @@ def test_products_are_the_references_every_time(
     order = groups.pair_order.long()
     expert, token = ids.flatten()[order], order // CHOICES
     inputs, by_place = quant.fp8_fake_quant(x.float(), 128), parts.flatten(0, 1)[order].float()
-    for number in range(used):
+    for number in expert.unique().tolist():
         rows = expert == number
         w1, w3, w2 = matrices(slab, wide, inner, number)
         value = moe.swiglu(inputs[token[rows]] @ w1.T, inputs[token[rows]] @ w3.T, LIMIT)
-        value = quant.fp8_fake_quant((value * weights.flatten()[order][rows, None]).bfloat16().float(), 128)
-        # A value next to a rounding boundary of e4m3 may fall to its other side: a sixteenth of itself.
-        assert_rows_close(hidden[rows], value, 2e-2)
+        assert_rounded(hidden[rows], value * weights.flatten()[order][rows, None])
         assert_rows_close(by_place[rows], hidden[rows] @ w2.T, ROW_ERROR)
     for _ in range(5):
         again = products(x, ids, weights, groups, slab, inner)
         assert torch.equal(again[0], hidden)
         assert torch.equal(again[1], parts)
+
+
+def assert_rounded(actual: Tensor, exact: Tensor) -> None:
+    """e4m3 of values close to `exact`: half a step of three bits, beside what a product of the whole row may be off.
+
+    Whole rows of the reference's own rounding would say less: one value next to a boundary falls to its other side.
+    """
+    allowed = exact.abs() / 16 + VALUE_ERROR * exact.square().mean(1, keepdim=True).sqrt()
+    assert ((actual - exact).abs() <= allowed).all(), ((actual - exact).abs() - allowed).max()
+    error = (actual - quant.fp8_fake_quant(exact.bfloat16().float(), 128)).norm(dim=1) / exact.norm(dim=1)
+    assert error.median() < 2 * ROW_ERROR, error.median()
 
 
 def assert_rows_close(actual: Tensor, expected: Tensor, bound: float) -> None:
