@@ -212,6 +212,8 @@ class RouterActor:
         if (backend := self._backends.get(address.name)) is not None:
             await backend.bind(address)
             await introduce(tuple(self._backends.values()))
+            if self._router is not None:
+                await self._router.probe(address.name)
 
     async def unbind(self, name: str) -> None:
         """A worker is known to be down."""

@@ -208,6 +208,12 @@ class Fleet:
         await asyncio.gather(*(slot.probe() for slot in slots if slot not in old))
         await self.reap()
 
+    async def probe(self, name: str) -> None:
+        """Asks a worker at once, for it is known to have come back; an unknown name is nobody."""
+        slot = self._prefill.get(name) or self._decode.get(name)
+        if slot is not None:
+            await slot.probe()
+
     async def reap(self) -> None:
         """Closes removed workers that hold no request of this router any more."""
         done = {slot for slot in self._retired if slot.requests == 0}

@@ -58,6 +58,10 @@ class RunningRouter:
         """Replaces the workers. Requests at a worker that is gone from the list run to their end there."""
         await self._fleet.update(prefill, decode)
 
+    async def probe(self, name: str) -> None:
+        """Asks a worker that came back whether it answers, ahead of its next probe."""
+        await self._fleet.probe(name)
+
     async def close(self) -> None:
         """Refuses new requests, lets running ones finish for `drain_s`, aborts the rest, and releases the port."""
         self._app.draining = True

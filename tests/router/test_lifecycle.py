@@ -323,6 +323,17 @@ async def test_unreachable_workers_come_back_by_themselves(make_rig, say):
     assert (await rig.chat())["choices"][0]["message"]["content"] == "hello"
 
 
+async def test_a_worker_that_came_back_serves_ahead_of_its_next_probe(make_rig, say):
+    rig: Rig = await make_rig(say("</think>hello"), stats_interval_s=1000.0)
+    rig.prefill[0].down = True
+    await rig.refused(503, json=chat_body())
+    rig.prefill[0].down = False
+    await rig.refused(503, json=chat_body())
+    await rig.router.probe(rig.prefill[0].name)
+    await rig.router.probe("nobody")
+    assert (await rig.chat())["choices"][0]["message"]["content"] == "hello"
+
+
 async def test_a_slow_probe_is_not_a_dead_worker():
     prefill = FakePrefill("p", {})
     slot = PrefillSlot(prefill, RouterConfig(stats_timeout_s=0.001, stats_interval_s=1000.0, missed_probes=3))

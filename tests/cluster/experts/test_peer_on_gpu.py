@@ -73,10 +73,12 @@ def until_peers(deployment: Deployment, *, met: bool) -> None:
 
 
 def until_back(deployment: Deployment, name: str, before: str) -> None:
+    """Until the router has work for the worker's next process: it answers metrics a little before."""
     limit = time.monotonic() + 90
     while True:
-        row = next(row for row in deployment.status().workers if row["name"] == name)
-        if row["up"] and row["incarnation"] != before:
+        found = deployment.status()
+        row = next(row for row in found.workers if row["name"] == name)
+        if row["up"] and row["incarnation"] != before and found.ready:
             return
         assert time.monotonic() < limit, deployment.log.read_text()
         time.sleep(0.2)
