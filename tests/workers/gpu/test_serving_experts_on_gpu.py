@@ -56,8 +56,8 @@ def answers(bundle: ModelBundle, prompts: list[list[int]]) -> tuple[list[list[in
     engines = [
         make_engine(bundle, NATIVE, SIZES, device="cuda", max_context=2048, num_threads=4, role=role) for role in ROLES
     ]
-    for engine, role in zip(engines, ROLES, strict=True):
-        engine.warm_up(decode=role is WorkerRole.DECODE)  # a first request waits 20 s, an empty kernel cache takes longer
+    for engine, role in zip(engines, ROLES, strict=True):  # with an empty kernel cache longer than requests wait
+        engine.warm_up(decode=role is WorkerRole.DECODE)
     requests = [make_request(f"r{i}", p, max_tokens=60, ignore_eos=True) for i, p in enumerate(prompts[:8])]
     with Pair(prefill_engine=engines[0], decode_engine=engines[1]) as pair:
         for request in requests:
