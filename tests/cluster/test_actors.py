@@ -104,6 +104,25 @@ async def test_a_router_whose_process_is_new_hears_of_a_worker_without_failing(t
     assert not await shell.is_started()
 
 
+async def test_a_router_probes_a_worker_that_came_back_at_once(tmp_path: Path) -> None:
+    bound, probed = [], []
+
+    class Backend:
+        address, role = None, WorkerRole.PREFILL
+
+        async def bind(self, address: WorkerAddress) -> None:
+            bound.append(address.incarnation)
+
+    async def probe(name: str) -> None:
+        probed.append((name, list(bound)))
+
+    shell = RouterActor(router_spec(config(tmp_path)))
+    shell._backends = {"prefill-0": Backend()}
+    shell._router = SimpleNamespace(probe=probe)
+    await shell.bind(WorkerAddress("prefill-0", WorkerRole.PREFILL, "127.0.0.1:1", "new", 1, "n", 0.5))
+    assert probed == [("prefill-0", ["new"])]
+
+
 def test_settings_reach_the_workers_own_config(tmp_path: Path) -> None:
     settings = config(tmp_path, precision="fp32", decode={"kv_budget": "64MiB", "lease": "7s", "port": 9000})
     prefill, decode = (worker_spec(item, settings) for item in plan(settings, [NodeResources("n", 0, 2)]))
