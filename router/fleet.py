@@ -1,9 +1,9 @@
 """The workers a router knows: liveness, load, and the event streams of decode workers.
 
 Owns: one probe task per worker, one reader task per decode worker that hands each event to its request, and the choice
-of workers. Does not own: the requests (`lifecycle`). Invariants: a request's events come through the slot it is
-registered at; when that stream breaks, every request there is told exactly once; a worker that was removed takes no new
-request and keeps its stream until its last one ends.
+of workers, who are the same as long as the router lives: one that comes back does so behind its backend. Does not own:
+the requests (`lifecycle`). Invariants: a request's events come through the slot it is registered at; when that stream
+breaks, every request there is told exactly once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Collection, Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from router.backend import DecodeBackend, PrefillBackend
 from router.config import RouterConfig
@@ -133,11 +133,6 @@ class DecodeSlot(WorkerSlot):
         """Also false while the event stream is down: a request would never hear of its tokens."""
         return self._answers and not self._broken
 
-    @property
-    def idle(self) -> bool:
-        """True when no request waits for events."""
-        return not self._sinks
-
     def register(self, request_id: str, sink: EventSink) -> None:
         """Events of `request_id` go to `sink` from now on."""
         self._sinks[request_id] = sink
@@ -178,47 +173,30 @@ class DecodeSlot(WorkerSlot):
             sink.lose(error)
 
 
-Slot = TypeVar("Slot", PrefillSlot, DecodeSlot)
-
-
 class Fleet:
-    """The current workers of both roles. Lives on one event loop; create it inside the loop."""
+    """The workers of both roles. Lives on one event loop; create it inside the loop."""
 
-    def __init__(self, config: RouterConfig, router_id: str) -> None:
-        self._config = config
-        self._router_id = router_id
-        self._prefill: dict[str, PrefillSlot] = {}
-        self._decode: dict[str, DecodeSlot] = {}
-        self._retired: set[PrefillSlot | DecodeSlot] = set()
+    def __init__(
+        self,
+        config: RouterConfig,
+        router_id: str,
+        prefill: Sequence[PrefillBackend],
+        decode: Sequence[DecodeBackend],
+    ) -> None:
+        self._prefill = {backend.name: PrefillSlot(backend, config) for backend in prefill}
+        self._decode = {backend.name: DecodeSlot(backend, config, router_id) for backend in decode}
         self._prefill_turn = itertools.count()
         self._decode_turn = itertools.count()
 
-    async def update(self, prefill: Sequence[PrefillBackend], decode: Sequence[DecodeBackend]) -> None:
-        """Makes these the workers. A slot survives when its backend is the same object; new ones are probed once."""
-        old: list[PrefillSlot | DecodeSlot] = [*self._prefill.values(), *self._decode.values()]
-        self._prefill = {
-            backend.name: _same(self._prefill, backend) or PrefillSlot(backend, self._config) for backend in prefill
-        }
-        self._decode = {
-            backend.name: _same(self._decode, backend) or DecodeSlot(backend, self._config, self._router_id)
-            for backend in decode
-        }
-        slots = {*self._prefill.values(), *self._decode.values()}
-        self._retired.update(slot for slot in old if slot not in slots)
-        await asyncio.gather(*(slot.probe() for slot in slots if slot not in old))
-        await self.reap()
+    async def probe_all(self) -> None:
+        """Asks every worker once; whether one answers shows in its slot."""
+        await asyncio.gather(*(slot.probe() for slot in self._slots()))
 
     async def probe(self, name: str) -> None:
         """Asks a worker at once, for it is known to have come back; an unknown name is nobody."""
         slot = self._prefill.get(name) or self._decode.get(name)
         if slot is not None:
             await slot.probe()
-
-    async def reap(self) -> None:
-        """Closes removed workers that hold no request of this router any more."""
-        done = {slot for slot in self._retired if slot.requests == 0}
-        self._retired -= done
-        await asyncio.gather(*(slot.close() for slot in done))
 
     def pick_prefill(self, excluded: Collection[str]) -> PrefillSlot:
         """The least loaded prefill worker outside `excluded`. Raises `WorkerUnavailable`."""
@@ -249,13 +227,10 @@ class Fleet:
 
     async def close(self) -> None:
         """Stops every probe and reader."""
-        slots = [*self._prefill.values(), *self._decode.values(), *self._retired]
-        await asyncio.gather(*(slot.close() for slot in slots))
+        await asyncio.gather(*(slot.close() for slot in self._slots()))
 
-
-def _same(slots: dict[str, Slot], backend: PrefillBackend | DecodeBackend) -> Slot | None:
-    slot = slots.get(backend.name)
-    return slot if slot is not None and slot.backend is backend else None
+    def _slots(self) -> list[PrefillSlot | DecodeSlot]:
+        return [*self._prefill.values(), *self._decode.values()]
 
 
 def _views(slots: Iterable[WorkerSlot]) -> list[WorkerView]:

@@ -151,7 +151,6 @@ class Dispatcher:
             now = asyncio.get_running_loop().time()
             for generation in list(self._live):
                 generation.check_silence(now)
-            await self.fleet.reap()
 
 
 class Generation:

@@ -54,10 +54,6 @@ class RunningRouter:
         """Generation requests in flight."""
         return self._app.active
 
-    async def update_backends(self, prefill: Sequence[PrefillBackend], decode: Sequence[DecodeBackend]) -> None:
-        """Replaces the workers. Requests at a worker that is gone from the list run to their end there."""
-        await self._fleet.update(prefill, decode)
-
     async def probe(self, name: str) -> None:
         """Asks a worker that came back whether it answers, ahead of its next probe."""
         await self._fleet.probe(name)
@@ -91,8 +87,8 @@ async def start_router(
     tokenizer = ChatTokenizer.from_dir(Path(tokenizer_dir))
     metrics = RouterMetrics()
     router_id = f"router-{uuid.uuid4().hex[:12]}"
-    fleet = Fleet(config, router_id)
-    await fleet.update(prefill, decode)
+    fleet = Fleet(config, router_id, prefill, decode)
+    await fleet.probe_all()
     dispatcher = Dispatcher(config, router_id, fleet, metrics)
     admin = RetractAdmin(admin_workers) if admin_workers else None
     app = RouterApp(config, model, Planner(config, tokenizer, model), dispatcher, fleet, metrics, extra_metrics, admin)

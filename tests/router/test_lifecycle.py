@@ -291,22 +291,6 @@ async def test_closing_lets_running_requests_finish_first(make_rig, say):
     await closing
 
 
-async def test_new_workers_take_over_and_old_ones_finish(make_rig, say):
-    rig: Rig = await make_rig(say("</think>hello"), num_decode=2, num_prefill=2, manual=True)
-    old, new = rig.decode
-    await rig.router.update_backends([rig.prefill[0]], [old])
-    first = asyncio.create_task(rig.chat())
-    request = await old.granted()
-    await rig.router.update_backends([rig.prefill[1]], [new])
-    second = asyncio.create_task(rig.chat())
-    later = await new.granted()
-    new.play(later.request_id, new.script(later))
-    old.play(request.request_id, old.script(request))
-    for pending in (first, second):
-        assert (await pending)["choices"][0]["message"]["content"] == "hello"
-    assert len(rig.prefill[0].prefilled) == len(rig.prefill[1].prefilled) == 1
-
-
 async def test_unreachable_workers_come_back_by_themselves(make_rig, say):
     rig: Rig = await make_rig(say("</think>hello"))
     rig.prefill[0].down = True
