@@ -1,7 +1,8 @@
 """What the attention kernels of decode and prefill share: the list of keys of a token, the sink, number formats.
 
 Keys of a token are a list: its WINDOW window rows, oldest first, then its compressed entries, cut into chunks of KEYS
-at fixed places of that list. Scores are in powers of two (times log2 e).
+at fixed places of that list. Scores are in powers of two (times log2 e). What is made of given blocks alone serves the
+forms with explicit layouts, too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ def dot_bf16(a, b, total, WIDEN: tl.constexpr):
 def finite(maximum):
     """A maximum that may be subtracted: 0 in place of -inf."""
     return tl.where(maximum == -float("inf"), 0.0, maximum)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """`2 ** exponent` of whole fp32 numbers <= 0, exact; 0 below -126."""
+    return ((tl.maximum(exponent, -127.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -23,7 +23,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from workers.kernels.attention_parts import LOG2E, chunk_rows, divisor, dot_bf16, finite, visible_entries
+from workers.kernels.attention_parts import (
+    LOG2E,
+    chunk_rows,
+    divisor,
+    dot_bf16,
+    finite,
+    power_of_two,
+    visible_entries,
+)
 from workers.kernels.formats import e4m3_to_f16
 from workers.kernels.kv_rows import as_bf16, unit_and_offset
 
@@ -32,12 +40,6 @@ AT_ONCE = tl.constexpr(32)
 
 RUN_KEYS = 320
 """Keys of a run. A change moves the last bits of every result with more keys than this."""
-
-
-@triton.jit
-def _power_of_two(exponent):
-    """`2 ** exponent` of whole fp32 numbers <= 0, exact; 0 below -126."""
-    return ((tl.maximum(exponent, -127.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -218,8 +220,8 @@ def attend_decode(
                 k, live = _chunk(chunk, position, num_entries, *place, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN)
                 p, top, chunk_total = _weights(_computed_once(x, WIDEN), k, live, scale, WIDEN)
                 new_maximum = tl.maximum(maximum, top)
-                kept = _power_of_two(maximum - finite(new_maximum))
-                added = _power_of_two(top - finite(new_maximum))
+                kept = power_of_two(maximum - finite(new_maximum))
+                added = power_of_two(top - finite(new_maximum))
                 maximum = new_maximum
                 total = total * kept + chunk_total * added
                 values = values * kept[:, None] + dot_bf16(p, k, None, WIDEN) * added[:, None]
@@ -231,8 +233,8 @@ def attend_decode(
                     k, live = _chunk(chunk, position, num_entries, *place, W, WINDOW, RATIO, STRIDES, KEYS, HW, WIDEN)
                     p, top, chunk_total = _weights(_computed_once(x, WIDEN), k, live, scale, WIDEN)
                     new_maximum = tl.maximum(maximum, top)
-                    kept = _power_of_two(maximum - finite(new_maximum))
-                    added = _power_of_two(top - finite(new_maximum))
+                    kept = power_of_two(maximum - finite(new_maximum))
+                    added = power_of_two(top - finite(new_maximum))
                     maximum = new_maximum
                     run_total = run_total * kept + chunk_total * added
                     run_values = run_values * kept[:, None] + dot_bf16(p, k, None, WIDEN) * added[:, None]
@@ -268,7 +270,7 @@ def _run(work, statistics, first, live_parts, shift, PARTS: tl.constexpr, HD: tl
     for i in tl.static_range(PARTS):
         live = first + i < live_parts
         top = tl.load(statistics + (first + i) * 2, mask=live, other=-float("inf"))
-        added = _power_of_two(top - shift)
+        added = power_of_two(top - shift)
         total += tl.load(statistics + (first + i) * 2 + 1, mask=live, other=0.0) * added
         values += tl.load(work + (first + i) * HD, mask=live, other=0.0) * added
     return total, values

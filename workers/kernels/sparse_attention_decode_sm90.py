@@ -7,8 +7,10 @@ same bits for both forms' instructions, so a token may take either: which one fo
 A program of 8 warps has one token, 64 heads and PAIRS times two chunks of keys: rows are turned from fp8 to bf16 once
 for all 64 heads, where the plain form does so for every 16. The first warp group computes the scores of the first
 chunk of a pair, the second those of the second; then each has half of the dimensions of both chunks' values. Where all
-rows lie is looked up at the start, and bytes are copied one pair ahead.
-# measured (H200, 2026-11-21): C4 with 64 tokens 39.8 us, 110 in the plain form; C128 at 64K of context the same;
+rows lie is looked up at the start, and bytes are copied one pair ahead. Before it waits a program makes its queries
+where there is a selection, whose launches wait before they signal and come behind the queries; elsewhere it brings its
+first keys, which are older than the queries, as the plain form says of the window.
+# measured (H200, 2026-11-21): C4 with 64 tokens 36.5 us, 110 in the plain form; C128 at 64K of context the same;
 # windows alone 21 and 40. Of the 36 us of C4's launch 24 % went by before the first pair, 63 % in pairs (4.5 us each).
 
     shared memory: queries 64 x 1,024 bytes, keys 64 x 1,024, their stored bytes 64 x 648, weights 64 x 128
@@ -24,7 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from workers.kernels.attention_parts import LOG2E, visible_entries
+from workers.kernels.attention_parts import LOG2E, divisor, finite, power_of_two, visible_entries
 
 HEADS_OF_PROGRAM = 64
 """Heads of a program: rows of one tensor-core instruction."""
@@ -60,16 +62,6 @@ _OPERAND = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 _BYTES = gl.constexpr(gl.SwizzledSharedLayout(16, 1, 1, [1, 0]))
 _WORDS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 _TWO = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-
-
-@gluon.jit
-def _finite(maximum):
-    return gl.where(maximum == -float("inf"), 0.0, maximum)
-
-
-@gluon.jit
-def _power_of_two(exponent):
-    return ((gl.maximum(exponent, -127.0).to(gl.int32) + 127) << 23).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
@@ -196,11 +188,7 @@ def _taken(values, a, b, factors, to, second, PART: gl.constexpr, APART: gl.cons
 @gluon.jit
 def _finish(values, maximum, total, sink, angle, buffers, out):
     """Values of all keys to the program's heads of `out`: divided, rotated back, through shared memory."""
-    sinks = gl.load(sink + gl.arange(0, _BH, _ROWS)) * _LOG2E
-    top = _finite(gl.maximum(maximum, sinks))
-    kept = gl.exp2(maximum - top)
-    denominator = gl.fma(total, kept, gl.exp2(sinks - top))
-    factor = gl.where(denominator > 0, kept / denominator, 0.0)[:, None]
+    factor = divisor(maximum, total, gl.load(sink + gl.arange(0, _BH, _ROWS)))[:, None]
     buffers[0].store((values[0] * factor).to(gl.bfloat16))
     buffers[1].store((values[1] * factor).to(gl.bfloat16))
     buffers[2].store((values[2] * factor).to(gl.bfloat16))
@@ -249,10 +237,10 @@ def attend_decode_sm90(
     num_entries = visible_entries(position, SELECTED, RATIO)
     num_pairs = gl.where(position < 0, 0, WINDOW // _KEYS + (num_entries + _KEYS - 1) // _KEYS)
     first = program * PAIRS
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     if not FINAL:  # noqa: SIM102 - decided by the compiler
         if first >= num_pairs:
+            if PDL:
+                tl.extra.cuda.gdc_wait()
             return
     end = gl.minimum(first + PAIRS, num_pairs)
     tables = (window_pages + tables_at, full_pages + tables_at)
@@ -272,6 +260,11 @@ def attend_decode_sm90(
     offsets = gl.allocate_shared_memory(gl.int32, [PAIRS, _KEYS], _WORDS)
     tops = gl.allocate_shared_memory(gl.float32, [2, _BH], _WORDS)
     sums = gl.allocate_shared_memory(gl.float32, [2, _BH], _WORDS)
+    q += token.to(gl.int64) * Q_STRIDE + gl.program_id(0) * (_BH * _HD)
+    if RATIO == 4:
+        norm = _queries(q, angle, eps, query)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
     places = ()  # all lookups at once
     for i in gl.static_range(PAIRS):
         places += (_places(first + i, position, num_entries, selected, tables, WINDOW, RATIO),)
@@ -280,8 +273,11 @@ def attend_decode_sm90(
         offsets.index(i).store(places[i][1])
     _copy_rows(first, units.index(0), offsets.index(0), raw, sources, WINDOW, RATIO, STRIDES)
     async_copy.commit_group()
-    q += token.to(gl.int64) * Q_STRIDE + gl.program_id(0) * (_BH * _HD)
-    scale = gl.convert_layout(_queries(q, angle, eps, query), gl.SliceLayout(1, _SCORES))
+    if RATIO != 4:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        norm = _queries(q, angle, eps, query)
+    scale = gl.convert_layout(norm, gl.SliceLayout(1, _SCORES))
     head = gl.program_id(0) * _BH + gl.arange(0, _BH, _ROWS)
     column = gl.arange(0, 128, gl.SliceLayout(0, _OUTPUT))
     first_part = token.to(gl.int64) * HEADS * num_parts + program * (2 if PAIRS == 1 else 1)
@@ -293,7 +289,8 @@ def attend_decode_sm90(
     total = gl.zeros([_BH], gl.float32, _ROWS)
     v0 = gl.zeros([_BH, 128], gl.float32, _OUTPUT)
     v1, v2, v3 = v0, v0, v0
-    for pair in range(first, end):
+    # NOTE: hoisted, addresses in shared memory would take registers that the values need.
+    for pair in tl.range(first, end, disable_licm=True):
         async_copy.wait_group(0)
         _expand(raw, keys)
         seen = units.index(pair - first).load(gl.SliceLayout(0, _SCORES)) >= 0
@@ -310,7 +307,7 @@ def attend_decode_sm90(
         s = gl.where(seen[None, :], s * scale[:, None], -float("inf"))
         s = gl.reshape(s, (_BH, 2, _KEYS // 2))  # a chunk a warp group
         top = gl.ceil(gl.max(s, 2))
-        p = gl.exp2(s - gl.expand_dims(_finite(top), 2))
+        p = gl.exp2(s - gl.expand_dims(finite(top), 2))
         counts = gl.sum((p + 1.0).to(gl.int32, bitcast=True) - 0x3F800000, 2)
         weights.store(gl.convert_layout(gl.reshape(p, (_BH, _KEYS)).to(gl.bfloat16), _SCORES))
         tops._reinterpret(gl.float32, [2, _BH], _TWO).store(gl.permute(top, (1, 0)))
@@ -320,9 +317,9 @@ def attend_decode_sm90(
         top_a, top_b = tops.index(0).load(_ROWS), tops.index(1).load(_ROWS)
         sum_a, sum_b = sums.index(0).load(_ROWS), sums.index(1).load(_ROWS)
         new_maximum = gl.maximum(maximum, gl.maximum(top_a, top_b))
-        kept = _power_of_two(maximum - _finite(new_maximum))
-        added_a = _power_of_two(top_a - _finite(new_maximum))
-        added_b = _power_of_two(top_b - _finite(new_maximum))
+        kept = power_of_two(maximum - finite(new_maximum))
+        added_a = power_of_two(top_a - finite(new_maximum))
+        added_b = power_of_two(top_b - finite(new_maximum))
         maximum = new_maximum
         total = total * kept + sum_a * added_a + sum_b * added_b
         if PAIRS == 1:

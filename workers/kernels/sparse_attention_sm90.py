@@ -23,7 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from workers.kernels.attention_parts import LOG2E
+from workers.kernels.attention_parts import LOG2E, divisor, finite
 from workers.kernels.sparse_attention_prefill import MARGIN, tokens_of_sequence
 
 HEADS_OF_PROGRAM = 64
@@ -45,11 +45,6 @@ _LOAD = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [NUM_WARPS, 1], [1, 0]))
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16]))
 _OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16]))
 _SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
-
-
-@gluon.jit
-def _finite(maximum):
-    return gl.where(maximum == -float("inf"), 0.0, maximum)
 
 
 @gluon.jit
@@ -121,8 +116,8 @@ def _chunk(
     s = warpgroup_mma_wait(0, deps=[s])
     s = gl.where(seen[None, :], s * scale, -float("inf"))
     new_maximum = gl.maximum(maximum, gl.max(s, 1))
-    kept = gl.exp2(maximum - _finite(new_maximum))
-    p = gl.exp2(s - _finite(new_maximum)[:, None])
+    kept = gl.exp2(maximum - finite(new_maximum))
+    p = gl.exp2(s - finite(new_maximum)[:, None])
     weights.store(p.to(gl.bfloat16))
     o = o * gl.convert_layout(kept, gl.SliceLayout(1, _OUTPUT))[:, None]
     fence_async_shared()
@@ -208,11 +203,8 @@ def attend_prefill_sm90(
     async_copy.wait_group(0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    sinks = gl.load(sink + gl.program_id(0) * _BH + gl.arange(0, _BH, gl.SliceLayout(1, _SCORES))) * _LOG2E
-    top = _finite(gl.maximum(maximum, sinks))
-    kept = gl.exp2(maximum - top)
-    denominator = gl.fma(gl.sum(total, 1), kept, gl.exp2(sinks - top))
-    factor = gl.where(denominator > 0, kept / denominator, 0.0)
+    sinks = gl.load(sink + gl.program_id(0) * _BH + gl.arange(0, _BH, gl.SliceLayout(1, _SCORES)))
+    factor = divisor(maximum, gl.sum(total, 1), sinks)
     o = o * gl.convert_layout(factor, gl.SliceLayout(1, _OUTPUT))[:, None]
     keys.store(_rotated(o, rope_table, position, -1.0))
     gl.store(out + token.to(gl.int64) * (HEADS * _HD) + place, keys.load(_LOAD))

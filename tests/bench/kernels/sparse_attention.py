@@ -18,13 +18,15 @@ products. At 64 tokens 338 us, then 110: queries as operands of every warp had f
 are 0.2 us faster for the window alone and 4.5 us slower for C4. Tried before: 64 heads by wgmma, a chunk a program:
 13.1, 16.0, 15.3 us; the same in a loop: 18-24 us; 16 warps of 32 dimensions, in 43 layers: 18.1, 21.0, 19.2 us.
 One token in one launch, whose programs pass on weights in place of values and wait for each other, from the queries'
-product to wo_b: sliding 34.6 to 33.2 us a layer, C128 34.8 to 34.1, C4 44.8 to 44.6 at best; not in the tree. With
+product to wo_b: sliding 34.6 to 33.2 us a layer, C128 34.8 to 34.1, C4 44.8 to 44.6 at best. In a model sliding and
+C128 lose by it (8 layers 1.003 ms, twice, and 1.000; wo_a comes into its way), so it is not in the tree. With
 stamps of its time C4 spent 1.8 us on looking rows up, 0.8 each on queries and keys, 1.8 on scores, 1.5 on waiting for
 all of them, 1.8 on values. wo_a, streaming beside it, makes the exchange slower (4.1 us in place of 2.3 from keys to
 scores); where wo_a asks for 32 KB at a time and not for 96 before it waits, sliding takes 35.9 in two launches.
-64 tokens, 39.7 us in C4 and 39.4 in C128 at 64K, the second launch 6.6 of them: queries (C4) or keys (C128) before the
-wait 36.5 and 37.1, 16 tokens 31.7 to 29.1, not in the tree either; two programs that exchange halves in place of the
-second launch 47.7; keys of the next pair expanded between products of values 56 to 82, with registers spilt.
+64 tokens, 39.7 us in C4 and 39.4 in C128 at 64K, the second launch 6.6 of them: with queries (C4) or keys (C128) before
+the wait 36.5 and 37.1, 16 tokens 29.1 in place of 31.7, the whole of 8 layers at 64K 8.10 ms in place of 8.16; two
+programs that exchange halves in place of the second launch 47.7; keys of the next pair expanded between products of
+values 56 to 82, with registers spilt.
 Prefill of 8,192 tokens in Triton's form: C4 3.03 ms (204 TFLOP/s), C128 1.11, sliding 0.84; after 57,344 tokens C4
 3.38, C128 2.73. C4 took 4.0 to 8.6 ms when every program undid the fp8 of its rows. With explicit layouts (sm_90): C4
 1.93 (320), C128 0.93, sliding 0.77; after 57,344 C4 2.08, C128 1.87 (349). There, by ncu: with one allocation for
