@@ -1,7 +1,7 @@
 """Router of a decode step in one launch: logits, chosen experts, their weights, and the pairs grouped by expert.
 
-Owns: the product with the gate and the launch. Does not own: the choice of a token's experts (`routing_choice.py`),
-routing of logits that are there (`routing.py`).
+Owns: the launch for several tokens. Does not own: products with the gate (`routing_product.py`), the choice of a
+token's experts (`routing_choice.py`), routing of logits that are there (`routing.py`), of one token (`routing_one.py`).
 
 The gate is small (2 MB at V4-Flash) and its product is over in less time than a launch takes, so one launch does all:
 a program multiplies 16 experts by 512 columns for a few tokens, the last program of those tokens to arrive (a counter)
@@ -21,26 +21,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.kernels import routing_one
 from workers.kernels.launch import pdl_options
 from workers.kernels.mhc import HyperConnection
 from workers.kernels.mhc_gates import COMB_TOKENS, finish_comb, finish_comb_kernel
 from workers.kernels.routing import PER_STEP, PER_TOKEN, Groups, route
 from workers.kernels.routing_choice import choose, load_logits, pairs_of, sort_pairs
-from workers.kernels.row_products import spread
+from workers.kernels.routing_one import empty_parts, route_one
+from workers.kernels.routing_product import BLOCK, EXPERTS, TOKENS, blocks_of_program, gate_product, gate_rows, splits
 
 DECODE_TOKENS = 64
 """Most tokens whose pairs one program groups; beyond, `route` does it from the logits, in launches of its own."""
 
-EXPERTS = 16
-"""Experts of a program: rows of a tensor-core instruction."""
-
-TILES = ((1, 1, 1), (8, 2, 8), (DECODE_TOKENS, 8, DECODE_TOKENS))
+TILES = ((8, 2, 8), (DECODE_TOKENS, 8, DECODE_TOKENS))
 """(most tokens of the step, tokens of a program, tokens whose pairs are grouped): the first that holds the step.
-Changes no result. One token has programs of one warp: nothing of its choice then crosses warps.
+Changes no result.
 # measured (H200, 2026-11-21): 8 tokens 12.6 us by programs of 8, 9.2 of 4, 9.0 of 2; 64 tokens 18.9, 20.4, 24.7."""
-
-BLOCK = 128
-"""Columns of a product with a sum of its own."""
 
 
 class GateWork(NamedTuple):
@@ -48,55 +44,15 @@ class GateWork(NamedTuple):
 
     parts: Tensor  # fp32, flat [columns / 512, T, E]: partial products
     arrived: Tensor  # int32 [1 + tiles of tokens], zero before and after
+    one: Tensor  # of `routing_one.empty_parts`
 
     @classmethod
     def allocate(cls, tokens: int, num_experts: int, hidden: int, device: torch.device | str) -> GateWork:
         """For steps of up to `tokens` tokens."""
-        parts = tokens * num_experts * _splits(hidden)
+        parts = tokens * num_experts * splits(hidden)
         counters = torch.zeros(1 + tokens, dtype=torch.int32, device=device)
-        return cls(torch.empty(parts, dtype=torch.float32, device=device), counters)
-
-
-def _blocks_of_program(hidden: int) -> int:
-    blocks = hidden // BLOCK
-    return min(4, blocks & -blocks)
-
-
-def _splits(hidden: int) -> int:
-    """Programs that share the columns of a product."""
-    return hidden // (BLOCK * _blocks_of_program(hidden))
-
-
-@triton.jit
-def _total(sums, R: tl.constexpr):
-    """Sums `[KW, BE, BT]` of blocks of columns to `[BE, BT]`; with R = 1 one of the equal columns, `[BE]`. Spelled out:
-    the order of a reduction would follow the number of warps."""
-    KW: tl.constexpr = sums.shape[0]
-    BE: tl.constexpr = sums.shape[1]
-    COLUMNS: tl.constexpr = 1 if R == 1 else sums.shape[2]
-    if R == 1:
-        sums = tl.max(sums, 2)
-    sums = tl.reshape(sums, (KW, BE, COLUMNS))
-    if KW == 4:
-        first, second = tl.split(tl.permute(tl.reshape(sums, (2, 2, BE, COLUMNS)), (1, 2, 3, 0)))
-        sums = first + second
-    if KW >= 2:
-        first, second = tl.split(tl.permute(sums, (1, 2, 0)))
-        sums = first + second
-    return tl.reshape(sums, (BE,)) if R == 1 else tl.reshape(sums, (BE, COLUMNS))
-
-
-@triton.jit
-def _product(
-    x, w, token, inside, column, X_STRIDE: tl.constexpr, BT: tl.constexpr, R: tl.constexpr, WIDEN: tl.constexpr
-):
-    """fp32 `[BE, BT]`, or `[BE]` where R is 1: rows `w [KW, BE, 128]` times tokens `[BT or 1]`, at the same columns."""
-    value = tl.load(x + token[None, :, None] * X_STRIDE + column, mask=inside[None, :, None], other=0.0)
-    if WIDEN:  # the interpreter's `tl.dot` takes bf16 for integers
-        sums = tl.dot(w.to(tl.float32), spread(value.to(tl.float32), BT), input_precision="ieee")
-    else:
-        sums = tl.dot(w, spread(value, BT))
-    return _total(sums, R)
+        one = empty_parts(num_experts, splits(hidden), device)
+        return cls(torch.empty(parts, dtype=torch.float32, device=device), counters, one)
 
 
 @triton.jit
@@ -118,37 +74,6 @@ def _group(ids, token_ids, groups, heat, num_tokens, K: tl.constexpr, PAIRS: tl.
         tl.atomic_add(heat + expert, 1, mask=real if HEAT == PER_TOKEN else first, sem="relaxed")
 
 
-@triton.jit
-def _group_one(chosen, token_ids, groups, heat, K: tl.constexpr, HEAT: tl.constexpr):
-    """`_group` of a step of one token, by counting: nothing is read back or sorted. chosen: K blocks `[1]`."""
-    num_active, active_experts, active_begin, pair_order = groups
-    none = tl.zeros((1,), tl.int32)
-    real = tl.load(token_ids + none) >= 0
-    total = none
-    for c in tl.static_range(K):
-        place = none
-        slot = none
-        first = real
-        for o in tl.static_range(K):
-            smaller = chosen[o] < chosen[c]
-            counts = smaller  # among distinct experts: where no earlier choice is the same
-            for e in tl.static_range(o):
-                counts &= chosen[e] != chosen[o]
-            slot += counts.to(tl.int32)
-            if o < c:
-                smaller |= chosen[o] == chosen[c]
-                first &= chosen[o] != chosen[c]
-            place += smaller.to(tl.int32)
-        total += first.to(tl.int32)
-        tl.store(pair_order + place, none + c, mask=real)
-        tl.store(active_experts + slot, chosen[c], mask=first)
-        tl.store(active_begin + slot, place, mask=first)
-        if HEAT:
-            tl.atomic_add(heat + chosen[c], 1, mask=real if HEAT == PER_TOKEN else first, sem="relaxed")
-    tl.store(num_active + none, total)
-    tl.store(active_begin + total, tl.where(real, K, 0))
-
-
 @triton.jit(do_not_specialize=["num_tokens", "vocab"])
 def gate_route_kernel(
     x, gate, logits, parts, arrived, chooser, token_ids, ids, weights,
@@ -166,11 +91,7 @@ def gate_route_kernel(
     PROGRAMS: tl.constexpr = (E + BE - 1) // BE * SPLITS
     pid = tl.program_id(0)
     tile = tl.program_id(1)
-    split = pid % SPLITS
-    expert = pid // SPLITS * BE + tl.arange(0, BE)
-    known = expert < E
-    column = split * (KW * 128) + tl.arange(0, KW)[:, None, None] * 128 + tl.arange(0, 128)[None, None, :]
-    w = tl.load(gate + expert[None, :, None] * D + column, mask=known[None, :, None], other=0.0)
+    split, expert, rows, column = gate_rows(gate, pid, D, KW, BE, E)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -179,15 +100,12 @@ def gate_route_kernel(
             if tile * COMB_TOKENS < num_tokens:
                 finish_comb(comb, tile * COMB_TOKENS, num_tokens, COMB_TOKENS, ITERS, EPS)
         return
-    wide = tile * R + tl.arange(0, BT if R > 1 else 1)
+    wide = tile * R + tl.arange(0, BT)
     live = (wide < num_tokens) & (wide < tile * R + R)
-    sums = _product(x, w, wide, live, column, X_STRIDE, BT, R, WIDEN)
+    value = tl.load(x + wide[None, :, None] * X_STRIDE + column, mask=live[None, :, None], other=0.0)
     part_stride = num_tokens * E
-    if R == 1:
-        tl.store(parts + split * part_stride + tile * E + expert, sums, mask=known)
-    else:
-        to = parts + split * part_stride + wide[None, :] * E + expert[:, None]
-        tl.store(to, sums, mask=known[:, None] & live[None, :])
+    to = parts + split * part_stride + wide[None, :] * E + expert[:, None]
+    tl.store(to, gate_product(rows, value, BT, WIDEN), mask=(expert < E)[:, None] & live[None, :])
     token = tile * R + tl.arange(0, R)
     inside = token < num_tokens
     tl.debug_barrier()  # every thread's stores come before the counter's release
@@ -200,14 +118,11 @@ def gate_route_kernel(
             tl.store(whole, z[b], mask=inside[:, None] & (lane < E - b * 128))
         if TILE > 0:
             groups = (num_active, active_experts, active_begin, pair_order)
-            chosen = choose(z, chooser, token_ids, ids, weights, token, inside, vocab, scaling, E, K, KP, HASH)
-            if TILE == 1:
-                _group_one(chosen, token_ids, groups, heat, K, HEAT)
-            else:
-                tl.debug_barrier()
-                if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
-                    tl.store(arrived, 0)
-                    _group(ids, token_ids, groups, heat, num_tokens, K, TILE * KP, HEAT)
+            choose(z, chooser, token_ids, ids, weights, token, inside, vocab, scaling, E, K, KP, HASH)
+            tl.debug_barrier()
+            if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
+                tl.store(arrived, 0)
+                _group(ids, token_ids, groups, heat, num_tokens, K, TILE * KP, HEAT)
 
 
 def gate_route(
@@ -243,8 +158,11 @@ def gate_route(
     if x.stride(1) != 1 or hidden % BLOCK:
         raise ValueError(f"no router kernel for {hidden} columns of stride {x.stride(1)}")
     few = num_tokens <= DECODE_TOKENS
-    if num_tokens:
-        operands = (x, gate, logits, *work, chooser, token_ids, ids, weights)
+    if num_tokens == 1:
+        operands = (x, gate, logits, work.one, chooser, token_ids, ids, weights)
+        route_one(operands, groups, heat, per_token, scaling, comb, pdl)
+    elif num_tokens:
+        operands = (x, gate, logits, work.parts, work.arrived, chooser, token_ids, ids, weights)
         counter = (ids, 0) if heat is None else (heat, (PER_TOKEN if per_token else PER_STEP).value)
         _launch(operands, groups, counter, scaling, comb if few else None, few, pdl)
     if not few or not num_tokens:
@@ -270,9 +188,9 @@ def _launch(
     """operands: the kernel's first nine; counter: where uses are counted, and which (0: none); few: with the choice."""
     x, gate, chooser, ids = operands[0], operands[1], operands[5], operands[7]
     (num_tokens, hidden), num_experts, num_chosen = x.shape, gate.shape[0], ids.shape[1]
-    blocks = _blocks_of_program(hidden)
+    blocks = blocks_of_program(hidden)
     _, rows, grouped = next(tile for tile in TILES if num_tokens <= tile[0] or tile is TILES[-1])
-    programs = triton.cdiv(num_experts, EXPERTS) * _splits(hidden)
+    programs = triton.cdiv(num_experts, EXPERTS) * splits(hidden)
     matrices, iters, eps = (ids, 0, 0.0) if comb is None else (comb[0], comb[1].iters, comb[1].eps)
     hashed = not chooser.dtype.is_floating_point
     lists = (groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order)
@@ -286,7 +204,7 @@ def _launch(
         E=num_experts,
         K=num_chosen,
         KP=triton.next_power_of_2(num_chosen),
-        BT=8,
+        BT=TOKENS,
         R=rows,
         TILE=grouped if few else 0,
         HASH=hashed,
@@ -294,14 +212,14 @@ def _launch(
         ITERS=iters,
         EPS=eps,
         WIDEN=not x.is_cuda,
-        **_options(rows, blocks),
+        **_options(blocks),
         **pdl_options(x, pdl),
     )
 
 
-def _options(rows: int, blocks: int) -> dict[str, int]:
+def _options(blocks: int) -> dict[str, int]:
     """A warp a block of columns; 128 registers leave room for four programs a multiprocessor."""
-    return {"num_warps": 1} if rows == 1 else {"num_warps": blocks, "maxnreg": 128}
+    return {"num_warps": blocks, "maxnreg": 128}
 
 
 def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -309,17 +227,26 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     ints = ("arrived", "token_ids", "ids", "num_active", "active_experts", "active_begin", "pair_order", "heat")
     types = {"x": "*bf16", "gate": "*bf16", **dict.fromkeys(("logits", "parts", "weights", "comb"), "*fp32")}
     types |= {**dict.fromkeys(ints, "*i32"), "num_tokens": "i32", "vocab": "i32", "scaling": "fp32"}
-    sizes: dict[str, Any] = {"X_STRIDE": 4096, "D": 4096, "KW": 4, "BE": EXPERTS, "E": 256, "K": 6, "KP": 8, "BT": 8}
+    sizes: dict[str, Any] = {
+        "X_STRIDE": 4096,
+        "D": 4096,
+        "KW": 4,
+        "BE": EXPERTS,
+        "E": 256,
+        "K": 6,
+        "KP": 8,
+        "BT": TOKENS,
+    }
     sizes |= {"HEAT": PER_STEP.value, "ITERS": 20, "EPS": 1e-6, "WIDEN": False, "PDL": arch >= 90}
     launch = {"launch_pdl": True} if arch >= 90 else {}
     cases = []
     for hashed in (False, True):
-        for name, rows, grouped in (("one", *TILES[0][1:]), ("few", *TILES[1][1:]), ("many", *TILES[2][1:])):
+        for name, rows, grouped in (("few", *TILES[0][1:]), ("many", *TILES[1][1:])):
             constants = sizes | {"R": rows, "TILE": grouped, "HASH": hashed}
             signature = types | {"chooser": "*i32" if hashed else "*fp32"}
             signature = {
                 argument: signature[argument] for argument in gate_route_kernel.arg_names if argument in signature
             }
             name += " hash" * hashed
-            cases.append((name, gate_route_kernel, signature, constants, _options(rows, 4) | launch))
-    return cases
+            cases.append((name, gate_route_kernel, signature, constants, _options(4) | launch))
+    return cases + routing_one.compile_cases(arch)

@@ -25,7 +25,7 @@ class GateCase(Case):
     def run(self, heat: Tensor | None = None, comb: object = None, per_token: bool = False) -> GateCase:
         operands = (self.x, self.gate, self.logits, self.chooser, self.token_ids, SCALING, self.ids, self.weights)
         routing_gate.gate_route(*operands, self.groups, work=self.work, heat=heat, comb=comb, per_token=per_token)
-        assert not self.work.arrived.any()
+        assert not self.work.arrived.any() and (self.work.one == -1).all()
         return self
 
     def row(self, row: int) -> GateCase:
