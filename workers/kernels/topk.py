@@ -1,10 +1,7 @@
 """Exact top-k of index scores: the K best visible entries of each token, ties to the lower entry.
 
-Owns: the choice (`workers/reference/indexer.select_topk`, as a set). Scores are compared as integers of the same order,
-NaN below everything. The search keeps an interval around the K-th largest and counts, in one packed sum, how many
-scores reach two thresholds inside it: mostly the two beside the place where interpolation expects it, every third time
-the thirds of the interval. It ends when exactly K reach a threshold, when so few are left in the interval that their
-ranks are counted, or when it is one number wide. What passes is compacted by one scan. The order inside a selection is
+Owns: the choice (`workers/reference/indexer.select_topk`, as a set), and how programs share a row. Does not own: the
+search for the K-th score (`topk_search.py`). What passes is compacted by one scan. The order inside a selection is
 fixed: it depends on the scores and their number alone.
 
 One program looks at CHUNK entries of a token. Longer contexts have several: each leaves its own K best, and the last
@@ -24,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.launch import pdl_options
+from workers.kernels.topk_search import chosen_keys, ordered, places
 
 CHUNKS = (4096, 16384)
 """Entries one program chooses from: the least that holds a row, or the last (64K tokens of context) over and over.
@@ -62,128 +60,6 @@ context asks, and the bits of a token must not depend on the others."""
 
 
 @triton.jit
-def _ordered(scores):
-    """int32 whose order is that of fp32 scores; -0.0 equals 0.0, NaN is the least."""
-    bits = (scores + 0.0).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(scores == scores, key, -2147483647)
-
-
-@triton.jit
-def _value(key):
-    """The fp32 number of an ordered key; infinities as the largest numbers."""
-    key = tl.minimum(tl.maximum(key, -0x7F800000), 0x7F7FFFFF)
-    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _odds(reach, count):
-    """log2 of the odds of reaching a threshold: nearly linear in the threshold for scores of any bell shape."""
-    reached = reach.to(tl.float32)
-    return tl.log2((reached + 0.5) / (count.to(tl.float32) - reached + 0.5))
-
-
-@triton.jit
-def _thresholds(lo, hi, reach_lo, reach_hi, count, step, K: tl.constexpr):
-    """Two keys, lo < first <= second < hi, where `reach_lo` >= K > `reach_hi` keys reach the ends.
-
-    Interpolation in the odds and in the count take turns; the spread is about the standard deviation of the place of
-    one of `inside` random keys.
-    """
-    inside = (reach_lo - reach_hi).to(tl.float32)
-    linear = ((reach_lo - K).to(tl.float32) + 0.5) / inside
-    odds_lo = _odds(reach_lo, count)
-    odds = (odds_lo - _odds(K + 0 * count, count)) / (odds_lo - _odds(reach_hi, count))
-    part = tl.where(step % 2 == 0, odds, linear)
-    spread = tl.sqrt(linear * (1.0 - linear) / inside) + 0.5 / inside
-    low, high = tl.maximum(part - spread, 0.0), tl.minimum(part + spread, 1.0)
-    least, most = _value(lo), _value(hi)
-    third = tl.maximum((hi - lo).to(tl.uint32, bitcast=True) // 3, 1).to(tl.int32)
-    thirds = step % 3 == 2
-    first = tl.where(thirds, lo + third, _ordered(least * (1.0 - low) + most * low))
-    second = tl.where(thirds, hi - third, _ordered(least * (1.0 - high) + most * high))
-    first = tl.minimum(tl.maximum(first, lo + 1), hi - 1)
-    return first, tl.minimum(tl.maximum(second, first), hi - 1)
-
-
-@triton.jit
-def _cut_by_rank(scores, entries, scratch, count, missing, NEAR: tl.constexpr, INDIRECT: tl.constexpr):
-    """Key and entry of the `missing`-th best of `count` <= NEAR scores, whose places `scratch` has."""
-    at = tl.arange(0, NEAR)
-    place = tl.load(scratch + at, mask=at < count, other=0)
-    key = tl.where(at < count, _ordered(tl.load(scores + place, mask=at < count, other=0.0)), -2147483648)
-    entry = place
-    if INDIRECT:
-        entry = tl.load(entries + place, mask=at < count, other=0)
-    before = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & (entry[None, :] < entry[:, None]))
-    last = (at < count) & (tl.sum(before.to(tl.int32), 1) == missing - 1)
-    return tl.max(tl.where(last, key, -2147483648), 0), tl.max(tl.where(last, entry, 0), 0)
-
-
-@triton.jit
-def _places(chosen, N: tl.constexpr, COLUMNS: tl.constexpr):
-    """The place of each of the chosen among them, in the order of (key % COLUMNS, key // COLUMNS): a thread holds whole
-    columns, so that only their sums are scanned across threads."""
-    C: tl.constexpr = COLUMNS if N > COLUMNS else N
-    number = tl.reshape(chosen.to(tl.int32), (N // C, C))
-    columns = tl.sum(number, 0)
-    before = tl.cumsum(columns, 0) - columns
-    return tl.reshape(before[None, :] + tl.cumsum(number, 0) - number, (N,))
-
-
-@triton.jit
-def _chosen(
-    scores, entries, key, entry, live, count, scratch, K: tl.constexpr, NEAR: tl.constexpr, COLUMNS: tl.constexpr,
-    INDIRECT: tl.constexpr,
-):  # fmt: skip
-    """Which of the keys [N] are the K best (K < count live ones), and the place of each among the chosen.
-
-    scores: those of the keys; entries: INDIRECT, theirs, else a score's place is its entry; scratch: K int32.
-    """
-    N: tl.constexpr = key.shape[0]
-    lo = tl.min(tl.where(live, key, 2147483647), 0)
-    hi = tl.max(key, 0) + 1
-    reach_lo = count
-    reach_hi = count * 0
-    step = count * 0
-    while (hi - lo != 1) & (reach_lo != K) & (reach_lo - reach_hi > NEAR):
-        if step % 10 == 9:  # ends on keys that exist: many ties are found at once
-            least = tl.min(tl.where(live & (key >= lo), key, 2147483647), 0)
-            hi = tl.max(tl.where(key < hi, key, -2147483648), 0) + 1
-            lo = least
-        else:
-            one, two = _thresholds(lo, hi, reach_lo, reach_hi, count, step, K)
-            counts = tl.sum((key >= one).to(tl.int32) + tl.where(key >= two, 65536, 0), 0)
-            reach_one, reach_two = counts & 0xFFFF, counts >> 16
-            above_two, above_one = reach_two >= K, reach_one >= K
-            hi = tl.where(above_two, hi, tl.where(above_one, two, one))
-            reach_hi = tl.where(above_two, reach_hi, tl.where(above_one, reach_two, reach_one))
-            lo = tl.where(above_two, two, tl.where(above_one, one, lo))
-            reach_lo = tl.where(above_two, reach_two, tl.where(above_one, reach_one, reach_lo))
-        step += 1
-    cut = lo
-    last = count * 0 + 2147483647
-    if reach_lo != K:
-        if reach_lo - reach_hi <= NEAR:
-            inside = live & (key >= lo) & (key < hi)
-            tl.store(scratch + _places(inside, N, COLUMNS), tl.arange(0, N), mask=inside)
-            tl.debug_barrier()
-            cut, last = _cut_by_rank(scores, entries, scratch, reach_lo - reach_hi, K - reach_hi, NEAR, INDIRECT)
-            tl.debug_barrier()  # `scratch` may be written from here on
-        else:  # all keys of [lo, hi) are one number: as many as are missing, from the lowest entry on
-            begin = count * 0
-            end = tl.max(tl.where(live, entry, 0), 0) + 1  # not enough of them before `begin`, enough before `end`
-            while end - begin > 1:
-                middle = (begin + end) // 2
-                enough = tl.sum(((key == lo) & (entry < middle)).to(tl.int32), 0) >= K - reach_hi
-                begin = tl.where(enough, begin, middle)
-                end = tl.where(enough, middle, end)
-            last = end - 1
-    chosen = (key > cut) | ((key == cut) & (entry <= last))
-    return chosen, _places(chosen, N, COLUMNS)
-
-
-@triton.jit
 def _choose_by_rank(
     scores, visible, selected, part, K: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
     PDL: tl.constexpr,
@@ -191,17 +67,17 @@ def _choose_by_rank(
     """Of ROWS of the `visible` entries, K < visible <= N, each to the place that is its rank, if that is below K."""
     entry = part * ROWS + tl.arange(0, ROWS)
     live = entry < visible
-    key = _ordered(tl.load(scores + entry, mask=live, other=0.0))
+    key = ordered(tl.load(scores + entry, mask=live, other=0.0))
     lane = tl.arange(0, WIDTH)
     own = part * ROWS // WIDTH
     near = tl.load(scores + own * WIDTH + lane, mask=own * WIDTH + lane < visible, other=0.0)
     blocks = ()
     for b in tl.static_range(N // WIDTH):
         blocks = blocks + (tl.load(scores + b * WIDTH + lane, mask=lane < visible - b * WIDTH, other=0.0),)
-    same = (_ordered(near)[None, :] == key[:, None]) & (own * WIDTH + lane[None, :] < entry[:, None])
+    same = (ordered(near)[None, :] == key[:, None]) & (own * WIDTH + lane[None, :] < entry[:, None])
     before = same.to(tl.int32)
     for b in tl.static_range(N // WIDTH):
-        other = tl.where(lane < visible - b * WIDTH, _ordered(blocks[b]), -2147483648)
+        other = tl.where(lane < visible - b * WIDTH, ordered(blocks[b]), -2147483648)
         least = key - (own > b).to(tl.int32)  # ties go to the lower entry
         before += (other[None, :] > least[:, None]).to(tl.int32)
     rank = tl.sum(before, 1)
@@ -219,7 +95,7 @@ def _choose_in_order(
     _choose(scores, visible, 0, ids, kept, K, NEAR, N, COLUMNS, True, False)
     tl.debug_barrier()
     at = tl.arange(0, KP)
-    key = _ordered(tl.load(kept + at, mask=at < K, other=0.0)).to(tl.int64) << 32
+    key = ordered(tl.load(kept + at, mask=at < K, other=0.0)).to(tl.int64) << 32
     key |= (0x7FFFFFFF - tl.load(ids + at, mask=at < K, other=0)).to(tl.int64)
     key = tl.sort(tl.where(at < K, key, -0x8000000000000000), descending=True)
     if PDL:
@@ -236,8 +112,9 @@ def _choose(
     at = tl.arange(0, N)
     live = at < count
     score = tl.load(scores + at, mask=live, other=0.0)
-    key = tl.where(live, _ordered(score), -2147483648)
-    chosen, place = _chosen(scores, ids, key, at, live, count, ids, K, NEAR, COLUMNS, False)
+    key = tl.where(live, ordered(score), -2147483648)
+    chosen = chosen_keys(scores, ids, key, at, live, count, ids, K, NEAR, COLUMNS, False)
+    place = places(chosen, N, COLUMNS)
     chosen &= place < K
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -255,8 +132,9 @@ def _choose_candidates(
     live = at < count
     score = tl.load(scores + at, mask=live, other=0.0, cache_modifier=".cg")
     entry = tl.load(ids + at, mask=live, other=0, cache_modifier=".cg")
-    key = tl.where(live, _ordered(score), -2147483648)
-    chosen, place = _chosen(scores, ids, key, entry, live, count, selected, K, NEAR, COLUMNS, True)
+    key = tl.where(live, ordered(score), -2147483648)
+    chosen = chosen_keys(scores, ids, key, entry, live, count, selected, K, NEAR, COLUMNS, True)
+    place = places(chosen, N, COLUMNS)
     tl.store(selected + place, entry, mask=chosen & (place < K))
 
 
@@ -282,7 +160,7 @@ def _choose_ranked(
         _choose_in_order(scores, visible, selected, kept, ids, K, KP, NEAR, N, COLUMNS, PDL)
 
 
-@triton.jit(do_not_specialize=["scores_stride"])  # wider loads would give a thread other keys than `_chosen` expects
+@triton.jit(do_not_specialize=["scores_stride"])  # wider loads would give a thread other keys than `places` expects
 def topk(
     scores,
     scores_stride,
