@@ -97,7 +97,7 @@ def choose_kernel(
     token = tile * TILE + tl.arange(0, TILE)
     inside = token < num_tokens
     z = load_logits(logits, token, inside, 0, E, 1)
-    choose(z, chooser, token_ids, ids, weights, token, inside, vocab, scaling, E, K, KP, HASH)
+    choose(z, chooser, token_ids, ids, weights, token, inside, vocab, scaling, K, E, K, KP, HASH)
     tl.debug_barrier()
     experts, counted = pairs_of(ids, token_ids, tile * TILE, tl.minimum(num_tokens, (tile + 1) * TILE), K, TILE * KP)
     counts = tl.histogram(experts, EP, mask=counted)

@@ -25,7 +25,7 @@ def router_score(z):
     # log1p: log(1 + e) times the relative error of the rounded sum (Higham, "Accuracy and Stability", problem 1.5).
     lost = one_e == 1.0
     log1p = tl.where(lost, e, tl.log(one_e) * (e / tl.where(lost, 1.0, one_e - 1.0)))
-    return tl.sqrt_rn(tl.where(z > 20.0, z, log1p))
+    return tl.sqrt(tl.where(z > 20.0, z, log1p))
 
 
 @triton.jit
@@ -62,8 +62,8 @@ def load_logits(logits, token, inside, part_stride, E: tl.constexpr, PARTS: tl.c
 
 
 @triton.jit
-def _picked(scores, chooser, E: tl.constexpr, K: tl.constexpr):
-    """The K best by score plus bias: blocks `[tokens]` of expert ids, best first. scores: int32 bits of fp32."""
+def _order_keys(scores, chooser, E: tl.constexpr):
+    """Order keys of score plus bias, blocks `[tokens, WIDTH]`. scores: int32 bits of fp32."""
     lane = tl.arange(0, WIDTH)[None, :]
     keys = ()
     for b in tl.static_range(len(scores)):
@@ -71,19 +71,22 @@ def _picked(scores, chooser, E: tl.constexpr, K: tl.constexpr):
         biased = scores[b].to(tl.float32, bitcast=True) + tl.load(chooser + b * WIDTH + lane, mask=real, other=0.0)
         # NaN becomes a finite floor: every pick is a real expert.
         keys = keys + (tl.where(real, _order_key(tl.maximum(biased, -3.0e38)), TAKEN),)
-    chosen = ()
-    for _ in tl.static_range(K):
-        top = _largest(keys)[:, None]
-        expert = tl.where(keys[0] == top, lane, E)
-        for b in tl.static_range(1, len(keys)):
-            expert = tl.minimum(expert, tl.where(keys[b] == top, lane + b * WIDTH, E))
-        pick = tl.min(expert, 1)
-        left = ()
-        for b in tl.static_range(len(keys)):
-            left = left + (tl.where(lane + b * WIDTH == pick[:, None], TAKEN, keys[b]),)
-        keys = left
-        chosen = chosen + (pick,)
-    return chosen
+    return keys
+
+
+@triton.jit
+def _best(keys, E: tl.constexpr):
+    """Expert with the largest key, the lowest of equals, `[tokens]`; and the keys without it."""
+    lane = tl.arange(0, WIDTH)[None, :]
+    top = _largest(keys)[:, None]
+    expert = tl.where(keys[0] == top, lane, E)
+    for b in tl.static_range(1, len(keys)):
+        expert = tl.minimum(expert, tl.where(keys[b] == top, lane + b * WIDTH, E))
+    pick = tl.min(expert, 1)
+    left = ()
+    for b in tl.static_range(len(keys)):
+        left = left + (tl.where(lane + b * WIDTH == pick[:, None], TAKEN, keys[b]),)
+    return pick, left
 
 
 @triton.jit
@@ -97,45 +100,51 @@ def choose(
     inside,
     vocab,
     scaling,
+    rounds,
     E: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
     HASH: tl.constexpr,
 ):
-    """Writes ids and weights of a block of tokens; also returns the K blocks `[tokens]` of experts.
+    """Writes ids and weights of a block of tokens; also returns the experts, `[tokens, KP]`.
 
-    logits: of `load_logits`.
+    logits: of `load_logits`. rounds: K; as an argument of the kernel it keeps the compiler from a copy of the loop for
+    each choice: code that runs once a launch has to be fetched first.
     """
     lane = tl.arange(0, WIDTH)[None, :]
+    choice = tl.arange(0, KP)[None, :]
     scores = ()
     for b in tl.static_range(len(logits)):  # never negative, so that their bits have their order; NaN above all
         scores = scores + (router_score(logits[b]).to(tl.int32, bitcast=True) & 0x7FFFFFFF,)
-    chosen = ()
+    experts = tl.zeros((token.shape[0], KP), tl.int32)
     if HASH:
         token_id = tl.load(token_ids + token, mask=inside, other=0)
         known = tl.minimum(tl.maximum(token_id, 0), vocab - 1).to(tl.int64)
-        for c in tl.static_range(K):
-            expert = tl.load(chooser + known * K + c, mask=inside, other=0)
-            chosen = chosen + (tl.minimum(tl.maximum(expert, 0), E - 1),)
+        experts = tl.load(chooser + known[:, None] * K + choice, mask=inside[:, None] & (choice < K), other=0)
+        experts = tl.minimum(tl.maximum(experts, 0), E - 1)
+        keys = scores
     else:
-        chosen = _picked(scores, chooser, E, K)
-    choice = tl.arange(0, KP)[None, :]
-    experts = tl.broadcast_to(chosen[0][:, None], (token.shape[0], KP))
+        keys = _order_keys(scores, chooser, E)
     factors = tl.zeros((token.shape[0], KP), tl.float32)
-    for c in tl.static_range(K):
+    total = tl.zeros((token.shape[0],), tl.float32)
+    for c in range(rounds):
+        if HASH:
+            pick = tl.max(tl.where(choice == c, experts, 0), 1)
+        else:
+            pick, keys = _best(keys, E)
+            experts = tl.where(choice == c, pick[:, None], experts)
         mine = ()
         for b in tl.static_range(len(scores)):
-            mine = mine + (tl.where(lane + b * WIDTH == chosen[c][:, None], scores[b], 0),)
+            mine = mine + (tl.where(lane + b * WIDTH == pick[:, None], scores[b], 0),)
         score = _largest(mine).to(tl.float32, bitcast=True)
         # Choice by choice: the order of a reduction over a block depends on its layout, and so on its height.
-        total = score if c == 0 else total + score  # noqa: F821
-        experts = tl.where(choice == c, chosen[c][:, None], experts)
+        total += score
         factors = tl.where(choice == c, score[:, None], factors)
     wanted = inside[:, None] & (choice < K)
     pair = token[:, None] * K + choice
     tl.store(ids + pair, experts, mask=wanted)
     tl.store(weights + pair, factors / total[:, None] * scaling, mask=wanted)
-    return chosen
+    return experts
 
 
 @triton.jit

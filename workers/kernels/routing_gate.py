@@ -118,7 +118,7 @@ def gate_route_kernel(
             tl.store(whole, z[b], mask=inside[:, None] & (lane < E - b * 128))
         if TILE > 0:
             groups = (num_active, active_experts, active_begin, pair_order)
-            choose(z, chooser, token_ids, ids, weights, token, inside, vocab, scaling, E, K, KP, HASH)
+            choose(z, chooser, token_ids, ids, weights, token, inside, vocab, scaling, K, E, K, KP, HASH)
             tl.debug_barrier()
             if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
                 tl.store(arrived, 0)

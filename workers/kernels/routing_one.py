@@ -36,56 +36,58 @@ def empty_parts(num_experts: int, num_splits: int, device: torch.device | str) -
 
 @triton.jit
 def _read(parts, E: tl.constexpr, SPLITS: tl.constexpr):
-    """Blocks `[1, WIDTH]`, those of the first part first; past all caches that are not everybody's. And how many of
-    their places are empty."""
+    """Blocks `[1, WIDTH]`, those of the first part first; past all caches that are not everybody's. And whether one of
+    their places is empty."""
     lane = tl.arange(0, WIDTH)[None, :]
     found = ()
-    empty = tl.zeros((1, WIDTH), tl.int32)
+    most = tl.zeros((1, WIDTH), tl.uint32)  # nothing is above `EMPTY` without a sign
     for split in tl.static_range(SPLITS):
         for b in tl.static_range((E + WIDTH - 1) // WIDTH):
             at = parts + split * E + b * WIDTH + lane
             bits = tl.load(at, mask=lane < E - b * WIDTH, other=0, volatile=True)
-            empty |= (bits == EMPTY).to(tl.int32)
+            most = tl.maximum(most, bits.to(tl.uint32, bitcast=True))
             found = found + (bits,)
-    return found, tl.max(tl.max(empty, 1), 0)
+    return found, tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True) == EMPTY
 
 
 @triton.jit
-def _group_one(chosen, token_ids, groups, heat, K: tl.constexpr, HEAT: tl.constexpr):
-    """The token's pairs by expert, by counting. chosen: K blocks `[1]`; groups: num_active, active_experts,
-    active_begin, pair_order."""
+def _unread(E: tl.constexpr, SPLITS: tl.constexpr):
+    """What `_read` finds before the first time."""
+    found = ()
+    for _ in tl.static_range((E + WIDTH - 1) // WIDTH * SPLITS):
+        found = found + (tl.zeros((1, WIDTH), tl.int32),)
+    return found
+
+
+@triton.jit
+def _group_one(experts, token_ids, groups, heat, K: tl.constexpr, KP: tl.constexpr, HEAT: tl.constexpr):
+    """The token's pairs by expert, by counting. experts: `[KP]`; groups: num_active, active_experts, active_begin,
+    pair_order."""
     num_active, active_experts, active_begin, pair_order = groups
-    none = tl.zeros((1,), tl.int32)
-    real = tl.load(token_ids + none) >= 0
-    total = none
-    for c in tl.static_range(K):
-        place = none
-        slot = none
-        first = real
-        for o in tl.static_range(K):
-            smaller = chosen[o] < chosen[c]
-            counts = smaller  # among distinct experts: where no earlier choice is the same
-            for e in tl.static_range(o):
-                counts &= chosen[e] != chosen[o]
-            slot += counts.to(tl.int32)
-            if o < c:
-                smaller |= chosen[o] == chosen[c]
-                first &= chosen[o] != chosen[c]
-            place += smaller.to(tl.int32)
-        total += first.to(tl.int32)
-        tl.store(pair_order + place, none + c, mask=real)
-        tl.store(active_experts + slot, chosen[c], mask=first)
-        tl.store(active_begin + slot, place, mask=first)
-        if HEAT:
-            tl.atomic_add(heat + chosen[c], 1, mask=real if HEAT == PER_TOKEN else first, sem="relaxed")
-    tl.store(num_active + none, total)
-    tl.store(active_begin + total, tl.where(real, K, 0))
+    choice = tl.arange(0, KP)
+    real = (choice < K) & (tl.load(token_ids) >= 0)
+    keys = tl.where(real, experts, 0x7FFFFFFF)
+    before = (keys[None, :] == keys[:, None]) & (choice[None, :] < choice[:, None])
+    first = real & (tl.sum(before.to(tl.int32), 1) == 0)
+    smaller = keys[None, :] < keys[:, None]
+    place = tl.sum((smaller | before).to(tl.int32), 1)
+    # Among distinct experts: where no earlier choice is the same.
+    firsts = tl.where(first, keys, 0x7FFFFFFF)
+    slot = tl.sum((firsts[None, :] < keys[:, None]).to(tl.int32), 1)
+    tl.store(pair_order + place, choice, mask=real)
+    tl.store(active_experts + slot, experts, mask=first)
+    tl.store(active_begin + slot, place, mask=first)
+    if HEAT:
+        tl.atomic_add(heat + experts, 1, mask=real if HEAT == PER_TOKEN else first, sem="relaxed")
+    total = tl.sum(first.to(tl.int32), 0)
+    tl.store(num_active, total)
+    tl.store(active_begin + total, tl.sum(real.to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit(do_not_specialize=["vocab", "rounds"])
 def route_one_kernel(
     x, gate, logits, parts, chooser, token_ids, ids, weights,
-    num_active, active_experts, active_begin, pair_order, heat, comb, vocab, scaling,
+    num_active, active_experts, active_begin, pair_order, heat, comb, vocab, scaling, rounds,
     D: tl.constexpr, KW: tl.constexpr, BE: tl.constexpr, E: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     BT: tl.constexpr, HASH: tl.constexpr, HEAT: tl.constexpr, ITERS: tl.constexpr, EPS: tl.constexpr,
     WIDEN: tl.constexpr, PDL: tl.constexpr,
@@ -116,8 +118,8 @@ def route_one_kernel(
         lane = tl.arange(0, WIDTH)[None, :]
         if PDL:
             tl.extra.cuda.gdc_wait()
-        found, empty = _read(parts, E, SPLITS)
-        while empty != 0:
+        found, empty = _unread(E, SPLITS), True
+        while empty:
             found, empty = _read(parts, E, SPLITS)
         z = ()
         for b in tl.static_range((E + WIDTH - 1) // WIDTH):
@@ -130,8 +132,8 @@ def route_one_kernel(
             tl.store(logits + b * WIDTH + lane, total, mask=real)
             z = z + (total,)
         groups = (num_active, active_experts, active_begin, pair_order)
-        chosen = choose(z, chooser, token_ids, ids, weights, token, token == 0, vocab, scaling, E, K, KP, HASH)
-        _group_one(chosen, token_ids, groups, heat, K, HEAT)
+        experts = choose(z, chooser, token_ids, ids, weights, token, token == 0, vocab, scaling, rounds, E, K, KP, HASH)
+        _group_one(tl.reshape(experts, (KP,)), token_ids, groups, heat, K, KP, HEAT)
 
 
 def route_one(
@@ -153,7 +155,7 @@ def route_one(
     lists = (groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order)
     route_one_kernel[(programs + 2,)](
         *(*operands, *lists, ids if heat is None else heat, matrix),
-        *(chooser.shape[0] if hashed else 0, scaling),
+        *(chooser.shape[0] if hashed else 0, scaling, num_chosen),
         D=hidden,
         KW=blocks_of_program(hidden),
         BE=EXPERTS,
@@ -175,7 +177,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     """V4-Flash, for the check that every architecture compiles."""
     ints = ("parts", "token_ids", "ids", "num_active", "active_experts", "active_begin", "pair_order", "heat")
     types = {"x": "*bf16", "gate": "*bf16", **dict.fromkeys(("logits", "weights", "comb"), "*fp32")}
-    types |= {**dict.fromkeys(ints, "*i32"), "vocab": "i32", "scaling": "fp32"}
+    types |= {**dict.fromkeys(ints, "*i32"), "vocab": "i32", "rounds": "i32", "scaling": "fp32"}
     sizes: dict[str, Any] = {"D": 4096, "KW": 4, "BE": EXPERTS, "E": 256, "K": 6, "KP": 8, "BT": TOKENS}
     sizes |= {"HEAT": PER_STEP.value, "ITERS": 20, "EPS": 1e-6, "WIDEN": False, "PDL": arch >= 90}
     options = {"num_warps": 1} | ({"launch_pdl": True} if arch >= 90 else {})
