@@ -16,12 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
 from workers.kernels.formats import hardware_formats
 from workers.kernels.launch import EARLY_TOKENS, pdl_options
-from workers.kernels.mhc_gates import collapse_kernel
+from workers.kernels.mhc_gates import CODES, VALUES, collapse_kernel
 from workers.kernels.mhc_mix import embed_streams_kernel, mix_decode_kernel
 from workers.kernels.tiles import tile
 
@@ -138,9 +139,9 @@ def hc_post_pre(
     `sub_out [T, R, D] bf16`: R parts that are added in order in fp32. `streams`, `post` and `comb` are updated in
     place; `hc`, `norm_weight` belong to the next sublayer, whose input is `x [T, D] bf16` (and `x_quantised`, as in
     `hc_pre`). `x_experts [T, D] bf16`, if given: the same values in expert order (`experts_decode.expert_gate_up`):
-    inside each 128 channels, place 32 j + h holds channel 4 h + j. With `finish` False, `comb` is left as logits, and
-    a launch before the next write-back must turn them into matrices (`mhc_gates.finish_comb`;
-    `routing_gate.gate_route` and `kv_step.store_and_compress` can).
+    inside each 128 channels, place 32 j + h holds channel 4 h + j; or, of uint8, coded rows (`expert_codes.py`). With
+    `finish` False, `comb` is left as logits, and a launch before the next write-back must turn them into matrices
+    (`mhc_gates.finish_comb`; `routing_gate.gate_route` and `kv_step.store_and_compress` can).
     """
     _sums(sub_out, streams, post, comb, hc.fn, None, work, streams.shape[0], pdl)
     _collapsed(streams, None, hc, norm_weight, work, x, x_quantised, x_experts, post, comb, pdl, finish)
@@ -226,6 +227,13 @@ def _sums(
     )
 
 
+def experts_form(x_experts: Tensor | None) -> int:
+    """EXPERTS of `collapse_kernel`."""
+    if x_experts is None:
+        return 0
+    return (CODES if x_experts.dtype == torch.uint8 else VALUES).value
+
+
 def _collapsed(
     streams: Tensor,
     rows: Tensor | None,
@@ -267,7 +275,7 @@ def _collapsed(
         HEAD=head,
         HAS_ROWS=rows is not None,
         QUANTISE=x_quantised is not None,
-        EXPERTS=x_experts is not None,
+        EXPERTS=experts_form(x_experts),
         HW=hardware_formats(x.device),
         FINISH=finish,
         ITERS=hc.iters,
@@ -289,11 +297,13 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     types |= {"rows": "*i32", "token_ids": "*i32", "num_rows": "i32", "vocab": "i32"}
 
     def case(name: str, kernel: Any, options: dict[str, Any], **constexprs: Any) -> Any:
-        names = [name for name in kernel.arg_names if name in types]
-        return name, kernel, {name: types[name] for name in names}, {"D": hidden, **constexprs, **pdl}, options
+        signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
+        if constexprs.get("EXPERTS") == CODES.value:
+            signature["x_experts"] = "*u8"
+        return name, kernel, signature, {"D": hidden, **constexprs, **pdl}, options
 
     mix = {"NUM_FN": 24, "TM": TOKENS, "C": TILE_CHANNELS, "HAS_ROWS": False, "WIDEN": False}
-    sums = {"NUM_TILES": num_tiles, "HW": arch >= 89, "EXPERTS": True}
+    sums = {"NUM_TILES": num_tiles, "HW": arch >= 89}
     gates = {"ITERS": 20, "EPS": 1e-6, "NORM_EPS": 1e-6, "HEAD": False, "HAS_ROWS": False, "FINISH": True}
     options = tile("mhc.mix", arch).options
     return [
@@ -302,11 +312,16 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         case("mix R=7", mix_decode_kernel, options, **mix, R=7, EARLY=arch >= 90),
         *(
             case(
-                f"collapse {n}",
+                f"collapse {n} {form}",
                 collapse_kernel,
                 {"num_warps": w},
                 **(sums | gates | {"BLOCK": n, "W": w, "QUANTISE": n > 128, "EARLY": n == 128 and arch >= 90}),
+                EXPERTS=form,
             )
-            for n, w in (COLLAPSE_FEW, COLLAPSE_MANY)
+            for (n, w), form in (
+                (COLLAPSE_FEW, VALUES.value),
+                (COLLAPSE_FEW, CODES.value),
+                (COLLAPSE_MANY, VALUES.value),
+            )
         ),
     ]

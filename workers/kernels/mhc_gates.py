@@ -8,7 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from workers.kernels.expert_codes import store_coded
 from workers.kernels.formats import e4m3_to_f32, round_fp8_groups
+
+VALUES, CODES = tl.constexpr(1), tl.constexpr(2)
+"""What `x_experts` gets: rounded values in expert order, or coded rows (`expert_codes.py`)."""
 
 COMB_TOKENS = tl.constexpr(32)
 """Tokens whose matrices one program finishes (`finish_comb`): one per thread of a warp."""
@@ -136,18 +140,21 @@ def _read_input(
     if LATE:
         tl.extra.cuda.gdc_launch_dependents()
     tl.store(x + index * D + channel, normed, mask=inside)
-    if QUANTISE or EXPERTS:
-        SHAPE: tl.constexpr = normed.shape
-        BLOCK: tl.constexpr = SHAPE[0] * SHAPE[1]
+    SHAPE: tl.constexpr = normed.shape
+    BLOCK: tl.constexpr = SHAPE[0] * SHAPE[1]
+    if QUANTISE or EXPERTS == VALUES:
         codes, group_scale = round_fp8_groups(tl.reshape(normed.to(tl.float32), (1, BLOCK)), 128, HW)
         values = tl.reshape(e4m3_to_f32(codes, HW), (BLOCK // 128, 128)) * tl.reshape(group_scale, (BLOCK // 128, 1))
         rounded = tl.reshape(values, SHAPE).to(tl.bfloat16)
         if QUANTISE:
             tl.store(x_quantised + index * D + channel, rounded, mask=inside)
-        if EXPERTS:
+        if EXPERTS == VALUES:
             place = channel % 128
             place = channel - place + (place % 4) * 32 + place // 4
             tl.store(x_experts + index * D + place, rounded, mask=inside)
+    if EXPERTS == CODES:
+        coded = x_experts + index * (D + D // 32)
+        store_coded(coded, tl.reshape(normed.to(tl.float32), (1, BLOCK)), tl.reshape(channel, (1, BLOCK)), D, HW)
 
 
 @triton.jit

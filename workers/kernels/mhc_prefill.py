@@ -17,7 +17,7 @@ from torch import Tensor
 
 from workers.kernels.formats import hardware_formats
 from workers.kernels.launch import pdl_options
-from workers.kernels.mhc import STREAMS, WORK_ROWS, HyperConnection
+from workers.kernels.mhc import STREAMS, WORK_ROWS, HyperConnection, experts_form
 from workers.kernels.mhc_gates import collapse_kernel, gates_kernel
 from workers.kernels.mhc_mix import mix_prefill_kernel
 from workers.kernels.tiles import Tile, tile
@@ -193,7 +193,7 @@ def _collapse(
         HEAD=True,
         HAS_ROWS=rows is not None,
         QUANTISE=x_quantised is not None,
-        EXPERTS=x_experts is not None,
+        EXPERTS=experts_form(x_experts),
         HW=hardware_formats(x.device),
         FINISH=True,
         ITERS=hc.iters,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.workers.kernels.test_routing_gate import gate_case
+from workers.kernels.expert_codes import code_rows, coded_bytes
 from workers.reference import mhc as reference
 from workers.reference.norm_rope import rms_norm
 from workers.reference.quant import fp8_fake_quant
@@ -83,6 +84,17 @@ def check_rounded(step: Step) -> None:
     assert torch.equal(step.x_quantised.float(), fp8_fake_quant(step.x.float(), 128))
     ordered = step.x_quantised.unflatten(-1, (-1, 32, 4)).transpose(-1, -2).flatten(-3)
     assert torch.equal(step.x_experts, ordered)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 9])
+def test_coded_rows_are_those_of_the_input(device: torch.device, num_tokens: int) -> None:
+    step = Step(num_tokens, device)
+    coded = torch.full((num_tokens, coded_bytes(step.x.shape[1])), 255, dtype=torch.uint8, device=device)
+    step.x_experts = coded
+    step.post_pre()
+    expected = torch.zeros_like(coded)
+    code_rows(step.x, expected)
+    assert torch.equal(coded, expected)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 3])
