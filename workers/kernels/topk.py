@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from workers.kernels.launch import pdl_options
+from workers.kernels.launch import EARLY_TOKENS, pdl_options
 from workers.kernels.topk_search import chosen_keys, ordered, places
 
 CHUNKS = (4096, 16384)
@@ -180,6 +180,7 @@ def topk(
     RANK: tl.constexpr,  # most entries whose selection is in order
     ROWS: tl.constexpr,  # of a program that counts ranks; 0: one program does
     WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,  # the launch behind is small, and waits before it reads what this one writes
     PDL: tl.constexpr,
 ):
     """Grid (chunks or programs that count ranks, T). scores fp32 [T, scores_stride], selected int32 [T, K], candidates
@@ -190,6 +191,8 @@ def topk(
     visible = (tl.load(positions + token) + 1) // RATIO
     if PDL:
         tl.extra.cuda.gdc_wait()
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
     first = chunk * CHUNK
     row = scores + token * scores_stride + first
     out = selected + token * K
@@ -293,6 +296,7 @@ def select_topk(
     if not ranked or most_ranked < 2 * RANK_WIDTH:
         most_ranked = 0
     counting = triton.cdiv(min(most_ranked, scores.shape[1]), RANK_ROWS) if spread else 1
+    options = pdl_options(scores, pdl)
     topk[max(chunks, counting), num_tokens](
         scores,
         scores.stride(0),
@@ -312,8 +316,9 @@ def select_topk(
         RANK=most_ranked,
         ROWS=RANK_ROWS if spread else 0,
         WIDTH=RANK_WIDTH,
+        EARLY=options["PDL"] and num_tokens <= EARLY_TOKENS,
         num_warps=warps,
-        **pdl_options(scores, pdl),
+        **options,
     )
 
 
@@ -333,7 +338,14 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     found = []
     for name, chunk, warps, candidates, rank, rows in cases:
         columns = 32 * warps if rank else PREFILL_COLUMNS
-        sizes = {"CHUNK": chunk, "CANDIDATES": candidates, "COLUMNS": columns, "RANK": rank, "ROWS": rows}
+        sizes = {
+            "EARLY": name.endswith("few") and arch >= 90,
+            "CHUNK": chunk,
+            "CANDIDATES": candidates,
+            "COLUMNS": columns,
+            "RANK": rank,
+            "ROWS": rows,
+        }
         options = {"num_warps": warps, "launch_pdl": arch >= 90}
         found.append((name, topk, signature, constants | sizes, options))
     return found
