@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.experts.layout import ExpertShape, ExpertSlab
-from workers.kernels import experts_plain, experts_sm90
+from workers.kernels import experts_hidden, experts_plain, experts_sm90
 from workers.kernels.experts_plain import fake_quantised
 from workers.kernels.formats import hardware_formats
 from workers.kernels.launch import pdl_options
@@ -43,8 +43,8 @@ def _quantise_rows(x, out, K: tl.constexpr, HW: tl.constexpr, PDL: tl.constexpr)
 
 
 def num_counters(num_tokens: int, choices: int, num_experts: int, inner: int) -> int:
-    """int32 zeros that `expert_gate_up` needs; it leaves them zero."""
-    return min(num_tokens * choices, num_experts) * (inner // GROUP)
+    """int32 zeros that `expert_gate_up` needs. The plain form leaves them zero."""
+    return max(min(num_tokens * choices, num_experts) * (inner // GROUP), experts_hidden.room(choices, inner))
 
 
 def quantise_rows(x: Tensor, out: Tensor, *, pdl: bool | None = None) -> None:

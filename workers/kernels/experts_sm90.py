@@ -7,9 +7,15 @@ The tiles of a launch, expert by expert, are cut into as many runs as programs f
 inputs once per expert and has the next tile's copies on their way while it multiplies; so a launch begins and ends
 once, however many experts there are. A tile's pairs beyond eight take further turns over its weights. The shared expert
 comes first, 16 rows a program, because it needs nothing of the predecessor, in `down` neither: `gate_up` stores the
-shared hidden state before its own wait, and its programs count themselves in `counters` then. An expert that is not
-in the slab is read where it is, by boxes over its own memory, each byte once per eight pairs. Between the launches
-`hidden` and `shared_hidden` are natural columns, not rounded: `down` quantises what it reads.
+shared hidden state before its own wait. At one token `down` reads routed rows, too, while `gate_up` writes others
+(`experts_hidden.py`). An expert that is not in the slab is read where it is, by boxes over its own memory, each byte
+once per eight pairs. Between the launches `hidden` and `shared_hidden` are natural columns, not rounded: `down`
+quantises what it reads.
+
+How soon `gate_up` comes to its wait counts, because the router takes less time than the shared expert's first half.
+What that needs is therefore asked for at the very beginning, x whole.
+# measured (H200, 2026-11-22; 8 layers of V4-Flash at one token): 11 us less than with x loaded in four turns; half of
+# the programs came to their wait 3 us after the router had ended.
 """
 
 from __future__ import annotations
@@ -23,9 +29,19 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from workers.experts.layout import ExpertSlab
+from workers.kernels.experts_boxes import box_types, boxes
+from workers.kernels.experts_hidden import (
+    FIRST,
+    arrive,
+    await_all,
+    clear,
+    count_of,
+    fill_awaited,
+    tag_of,
+    words_of,
+)
 from workers.kernels.experts_rows import (
     WIDE_STEP,
     issue_first_rows,
@@ -34,25 +50,20 @@ from workers.kernels.experts_rows import (
     rows_product,
 )
 from workers.kernels.experts_tiles import (
-    BOX3,
-    BOX5,
     FLAT1,
     ROWS,
-    SCALE_BOX3,
-    SCALE_BOX5,
     STEP,
     SUM_ROWS,
     SUM_TOKENS,
     SUMS,
     TOKENS,
     WARPS,
-    arrive,
-    await_all,
     fill_inputs,
     fill_row,
     input_buffers,
     issue,
     issue_first,
+    load_row,
     slots_of_steps,
     tile_product,
 )
@@ -111,6 +122,16 @@ def _share(count):
 
 
 @gluon.jit
+def _shares(pieces, tiles):
+    """The program's share of some pieces and then some tiles, each two pieces' work: first and last + 1 of both."""
+    work = pieces + 2 * tiles
+    begin = gl.program_id(0) * work // gl.num_programs(0)
+    end = (gl.program_id(0) + 1) * work // gl.num_programs(0)
+    item, items = gl.minimum(begin, pieces), gl.minimum(end, pieces)
+    return item, items, (gl.maximum(begin - pieces, 0) + 1) // 2, (gl.maximum(end - pieces, 0) + 1) // 2
+
+
+@gluon.jit
 def _swiglu(gate, up, limit):
     gate = gl.minimum(gate, limit)
     up = gl.minimum(gl.maximum(up, -limit), limit)
@@ -125,10 +146,11 @@ def _gate_and_up(total):
 
 @gluon.jit
 def _shared_gate_up(
-    slots, inputs, input_scales, row_scales, x, pair_order, codes, scales, out, num_tokens, limit,
+    slots, inputs, input_scales, row_scales, x, pair_order, codes, scales, out, words, tag, num_tokens, limit,
     D: gl.constexpr, INNER: gl.constexpr,
 ):  # fmt: skip
-    """The shared expert's hidden rows `out [T, INNER]`: eight columns of eight tokens at a time, tokens outermost."""
+    """The shared expert's hidden rows `out [T, INNER]`, that of one token also to `words`: eight columns of eight
+    tokens at a time, tokens outermost."""
     PIECES: gl.constexpr = INNER // 8
     items = (num_tokens + TOKENS - 1) // TOKENS * PIECES
     # The last programs come late, where the predecessor's stand: 129 of the router's, 12 on a multiprocessor.
@@ -138,12 +160,13 @@ def _shared_gate_up(
     begin = 0
     filled = -1
     loaded = item % PIECES // 16
+    parts = load_row(x, D)
     if item < items:
         row = scales + loaded * (D // 128)
         issue_row_scales(row_scales, row, row + INNER // 128 * (D // 128), D)
         issue_first_rows(slots, begin, codes + (item % PIECES * 8).to(gl.int64) * D, INNER, D)
     if num_tokens == 1:
-        fill_row(inputs, input_scales, x, D)
+        fill_row(inputs, input_scales, parts, D)
         filled = 0
     while item < items:
         piece = item % PIECES
@@ -168,8 +191,11 @@ def _shared_gate_up(
         value = _swiglu(gate, up, limit)
         token = first + gl.arange(0, TOKENS, layout=gl.SliceLayout(0, value.type.layout))
         column = piece * 8 + gl.arange(0, 8, layout=gl.SliceLayout(1, value.type.layout))
-        target = out + token.to(gl.int64)[None, :] * INNER + column[:, None]
-        gl.store(target, value.to(gl.bfloat16), mask=(token < num_tokens)[None, :])
+        target = token.to(gl.int64)[None, :] * INNER + column[:, None]
+        value = value.to(gl.bfloat16)
+        if num_tokens == 1:
+            gl.store(words + target, words_of(value, tag), mask=(token < num_tokens)[None, :])
+        gl.store(out + target, value, mask=(token < num_tokens)[None, :])
         item += 1
 
 
@@ -187,16 +213,21 @@ def gate_up_kernel(
     HIDDEN_TOKENS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, HIDDEN))
     slots = slots_of_steps()
     inputs, input_scales = input_buffers(D)
+    count = count_of(counter)
+    # The table changes between steps only.
+    entry = gl.arange(0, padded(E), layout=ENTRIES)
+    entries = gl.load(table + entry, mask=entry < E, other=0)
     # `x` is older than the predecessor, `gate_route`, which lets this kernel start only after its own wait.
     _shared_gate_up(
         slots, inputs, input_scales, slots[2].index(0), x, pair_order, shared_codes, shared_scales, shared_hidden,
-        num_tokens, limit, D, INNER,
+        counter + FIRST + CHOICES * INNER, tag_of(count, gl.num_programs(0)), num_tokens, limit, D, INNER,
     )  # fmt: skip
-    arrive(counter, gl.num_programs(0))
-    # The table changes between steps only.
+    if num_tokens == 1:
+        arrive(counter, gl.num_programs(0), False)
+    else:
+        arrive(counter, gl.num_programs(0), True)
     places = slots[0].index(0)._reinterpret(gl.int32, [padded(E), 1], FLAT1)
-    entry = gl.arange(0, padded(E), layout=ENTRIES)
-    places._reinterpret(gl.int32, [padded(E)], FLAT1).store(gl.load(table + entry, mask=entry < E, other=0))
+    places._reinterpret(gl.int32, [padded(E)], FLAT1).store(entries)
     if PDL:
         gdc_wait()
         # All programs are here: the successor may take the room of those that end first. It reads the groups before its
@@ -214,6 +245,8 @@ def gate_up_kernel(
     tile_row = unit % BLOCKS * (ROWS // 2)
     if unit < units:
         issue_first(slots, 0, experts, code, tile_row, True, HOST, PEER)
+    if (num_tokens > 1) | (active == 0):
+        clear(counter, gl.where(num_tokens == 1, CHOICES, CHOICES + 1), INNER)
     turns = 0
     filled = -1
     while unit < units:
@@ -240,15 +273,19 @@ def gate_up_kernel(
         warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, HIDDEN)))[:, None, None]
         row = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, HIDDEN)))[None, :, None]
         column = unit % BLOCKS * (ROWS // 2) + warp * 8 + row
-        target = hidden + pair.to(gl.int64)[None, None, :] * INNER + column
-        gl.store(target, value.to(gl.bfloat16), mask=(at < end)[None, None, :])
+        value = value.to(gl.bfloat16)
+        target = pair.to(gl.int64)[None, None, :] * INNER + column
+        if num_tokens == 1:
+            words = words_of(value, tag_of(count, gl.num_programs(0)))
+            gl.store(counter + FIRST + target, words, mask=(at < end)[None, None, :])
+        gl.store(hidden + target, value, mask=(at < end)[None, None, :])
         unit, first, end, code, tile_row = next_unit, next_first, next_end, next_code, next_row
 
 
 @gluon.jit
 def _shared_down(
-    slots, inputs, input_scales, row_scales, hidden, pair_order, item, items, codes, scales, out, num_tokens,
-    experts, code, tile_row, has_tile, D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr,
+    slots, inputs, input_scales, row_scales, hidden, pair_order, item, items, codes, scales, out, num_tokens, counter,
+    tag, experts, code, tile_row, has_tile, D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr,
     HOST: gl.constexpr, PEER: gl.constexpr,
 ):  # fmt: skip
     """The shared expert's part of `out [T, CHOICES + 1, D]`: items `item` .. `items - 1`, 16 rows of eight tokens each,
@@ -268,8 +305,12 @@ def _shared_down(
             async_copy.wait_group(0)
             loaded = piece // 8
         if first != filled:
-            count = gl.minimum(num_tokens - first, TOKENS)
-            fill_inputs(inputs, input_scales, hidden, pair_order, first, count, 0, INNER)
+            if num_tokens == 1:
+                fill_awaited(inputs, input_scales, counter, CHOICES, tag, INNER)
+            else:
+                # Stored before the predecessor's wait, hence before this kernel began.
+                count = gl.minimum(num_tokens - first, TOKENS)
+                fill_inputs(inputs, input_scales, hidden, pair_order, first, count, 0, INNER)
             filled = first
         value = rows_product(
             slots, begin, inputs, input_scales, row_scales, codes + (piece * 16).to(gl.int64) * INNER,
@@ -300,13 +341,18 @@ def down_kernel(
     # Weights and groups are older than the predecessor, `gate_up_kernel`, which lets this kernel start only after its
     # own wait. A piece is half a tile's work.
     shared = (num_tokens + TOKENS - 1) // TOKENS * PIECES
-    work = shared + gl.load(num_active) * (2 * BLOCKS)
-    begin = gl.program_id(0) * work // gl.num_programs(0)
-    end = (gl.program_id(0) + 1) * work // gl.num_programs(0)
-    item, items = gl.minimum(begin, shared), gl.minimum(end, shared)
+    count = count_of(counter)
+    active = gl.load(num_active)
+    item, items, unit, units = _shares(shared, CHOICES * BLOCKS)
+    expert, first, end = _member_of(unit, units, active_experts, active_begin, BLOCKS, E)
+    source = gl.load(pair_order + unit // BLOCKS, mask=unit < units, other=0)
+    if active != CHOICES:
+        item, items, unit, units = _shares(shared, active * BLOCKS)
+        expert, first, end = _member_of(unit, units, active_experts, active_begin, BLOCKS, E)
+    code = gl.load(table + expert)
+    # All programs of the predecessor have arrived, of which some may not show yet.
+    tag = tag_of(count - 1, counted)
     row_scales = slots[2].index(((items - item) * (INNER // WIDE_STEP // 2) + 1) % 2)
-    unit, units = (gl.maximum(begin - shared, 0) + 1) // 2, (gl.maximum(end - shared, 0) + 1) // 2
-    code, first, end = _tile_of(unit, units, active_experts, active_begin, table, BLOCKS, E)
     experts = (slab_codes, slab_scales, host_codes, host_scales, peer_codes, peer_scales)
     tile_row = unit % BLOCKS * ROWS
     if item < items:
@@ -320,26 +366,28 @@ def down_kernel(
     turns = 0
     begin = 0
     if item < items:
-        # Stored before the predecessor's wait, hence before this kernel began. Nobody reads `out` any more.
-        await_all(counter, counted)
+        # Nobody reads `out` any more.
+        if num_tokens > 1:
+            await_all(counter, counted)
         begin = _shared_down(
             slots, inputs, input_scales, row_scales, shared_hidden, pair_order, item, items, shared_codes,
-            shared_scales, out, num_tokens, experts, code, tile_row, unit < units, D, INNER, CHOICES, HOST, PEER,
+            shared_scales, out, num_tokens, counter, tag, experts, code, tile_row, unit < units, D, INNER, CHOICES,
+            HOST, PEER,
         )  # fmt: skip
-    alone = (unit < units) & (end - first == 1)
-    source = gl.load(pair_order + first, mask=alone, other=0)
-    if PDL:
-        gdc_wait()
-        if num_tokens == 1:
+    filled = -1
+    if (num_tokens == 1) & (active == CHOICES):
+        # Each pair has an expert to itself.
+        if unit < units:
+            fill_awaited(inputs, input_scales, counter, source, tag, INNER)
+            fence_async_shared()
+            filled = first
+        if PDL:
             # All programs are here. Before its wait the successor reads streams and gates: older than the predecessor.
             gdc_launch_dependents()
+    elif PDL:
+        gdc_wait()
     if only_tiles:
         issue(slots, 1, experts, code, tile_row, 1, False, HOST, PEER)
-    filled = -1
-    if alone:
-        fill_row(inputs, input_scales, hidden + source.to(gl.int64) * INNER, INNER)
-        fence_async_shared()
-        filled = first
     while unit < units:
         more = first + TOKENS < end
         next_unit = gl.where(more, unit, unit + 1)
@@ -347,6 +395,8 @@ def down_kernel(
         next_first = gl.where(more, first + TOKENS, next_first)
         next_row = next_unit % BLOCKS * ROWS
         if first != filled:
+            if PDL:
+                gdc_wait()
             fill_inputs(inputs, input_scales, hidden, pair_order, first, gl.minimum(end - first, TOKENS), 1, INNER)
             fence_async_shared()
             filled = first
@@ -362,6 +412,7 @@ def down_kernel(
         gl.store(target, total.to(gl.bfloat16), mask=(at < end)[None, :])
         unit, first, end, code, tile_row = next_unit, next_first, next_end, next_code, next_row
     if PDL:
+        gdc_wait()
         gdc_launch_dependents()
 
 
@@ -387,7 +438,8 @@ def gate_up(
 ) -> None:  # fmt: skip
     """`experts_decode.expert_gate_up` of `x [T, D]` bf16, natural columns, not rounded.
 
-    `counters`: int32 zeros, one at least, for this and the `down` that follows; for launches of the same D only.
+    `counters`: int32 zeros, `experts_hidden.room`, for this and the `down` that follows; for launches of these sizes
+    only.
     """
     tokens, choices, inner = hidden.shape
     gate_up_kernel[(num_programs(x.shape[1], x.device),)](
@@ -419,31 +471,6 @@ def _constants(wide: int, inner: int, choices: int, slab: ExpertSlab) -> dict[st
     }  # fmt: skip
 
 
-def boxes(slab: ExpertSlab, wide: int, inner: int, *, gates: bool) -> list[TensorDescriptor]:
-    """Descriptors of codes and scales in the slab, the host bank and the peer's slab, for `experts_tiles.issue`.
-
-    Dimensions, `gates`: expert, eight rows, w1 or w3, row, byte; else: expert, row of w2, byte. A box has the rows of a
-    tile, and 128 bytes of codes or 16 of scales. A tier that is not there has the slab's.
-    """
-    codes, scales = wide * inner // 2, wide * inner // 32
-    found = []
-    for tier in (slab.base, slab.host, slab.peer):
-        base = slab.base if tier is None else tier
-        experts, stride = base.numel() // (3 * (codes + scales)), 3 * (codes + scales)
-        for start, size, group, width in ((0, codes, 2, 128), (3 * codes, scales, 32, 16)):
-            if gates:
-                row = wide // group
-                shape, strides = [experts, inner // 8, 2, 8, row], [stride, 8 * row, size, row, 1]
-                box, layout = [1, ROWS.value // 16, 2, 8, width], BOX5 if width == 128 else SCALE_BOX5
-            else:
-                row = inner // group
-                shape, strides = [experts, wide, row], [stride, row, 1]
-                box, layout = [1, ROWS.value, width], BOX3 if width == 128 else SCALE_BOX3
-                start += 2 * size
-            found.append(TensorDescriptor(base[start:], shape, strides, box, layout.value))
-    return found
-
-
 def compile_list() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Compilations of V4-Flash for sm_90: name, function, signature, constants, options."""
     wide, inner = 4096, 2048
@@ -460,19 +487,7 @@ def compile_list() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[
             }  # fmt: skip
             name = f"sm90_{kernel.fn.__name__}_{'tiers' if tiers else 'resident'}"
             constants |= {"E": 256}
-            types |= _box_types(gates=kernel is gate_up_kernel)
+            types |= box_types(gates=kernel is gate_up_kernel)
             signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
             cases.append((name, kernel, signature, constants, OPTIONS | {"launch_pdl": True}))
     return cases
-
-
-def _box_types(*, gates: bool) -> dict[str, str]:
-    """Types of the arguments that `boxes` makes, as the compiler writes them."""
-    codes, scales = ("1, 4, 2, 8, 128", BOX5), ("1, 4, 2, 8, 16", SCALE_BOX5)
-    if not gates:
-        codes, scales = ("1, 64, 128", BOX3), ("1, 64, 16", SCALE_BOX3)
-    return {
-        f"{tier}_{part}": f"tensordesc<u8[{shape}],{layout.value!r}>"
-        for tier in ("slab", "host", "peer")
-        for part, (shape, layout) in (("codes", codes), ("scales", scales))
-    }

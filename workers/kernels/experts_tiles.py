@@ -96,35 +96,6 @@ INPUTS = gl.constexpr(gl.NVMMASharedLayout(32, 8, rank=2))
 INPUT_WORDS3 = gl.constexpr(gl.NVMMASharedLayout(32, 32, rank=3))
 
 
-# -- programs that wait for others --------------------------------------------------------------------------------
-
-
-@gluon.jit
-def arrive(counter, programs):
-    """One of `programs` programs has come here; what it has stored is visible to who sees it in the int32 `counter`,
-    which goes round at twice their number."""
-    gl.thread_barrier()
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
-        " @p red.release.gpu.global.inc.u32 [$1], $2; mov.b32 $0, 0; }",
-        "=r,l,r", [counter, 2 * programs - 1], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def await_all(counter, programs):
-    """Every thread waits until all `programs` programs of a launch have arrived.
-
-    For kernels that begin only after all have, so that this is an acquire more than a wait: a count at which the launch
-    before ended looks the same. What an arrival announces is visible before the arrival is.
-    """
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 v; again: ld.acquire.gpu.global.b32 v, [$1]; setp.ne.s32 p, v, 0;"
-        " setp.ne.and.s32 p, v, $2, p; @p bra again; mov.b32 $0, 0; }",
-        "=r,l,r", [counter, programs], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
 # -- inputs -------------------------------------------------------------------------------------------------------
 
 
@@ -205,9 +176,20 @@ def fill_inputs(codes, scales, x, pair_order, first, count, CHOICES: gl.constexp
 
 
 @gluon.jit
-def fill_row(codes, scales, x, K: gl.constexpr):
-    """Quantise the first row of `x`."""
-    _fill(codes, scales, x, x, 0, 0, 0, K, part_columns(K), 1)
+def load_row(x, K: gl.constexpr):
+    """The first row of `x`, in parts of which `fill_row` makes inputs."""
+    rows = _rows_of(x, x, 0, 0, 0, K, part_columns(K), 1)
+    parts = ()
+    for part in gl.static_range(K // part_columns(K)):
+        parts = parts + (gl.load(rows + part * part_columns(K)),)
+    return parts
+
+
+@gluon.jit
+def fill_row(codes, scales, parts, K: gl.constexpr):
+    """Quantise a row that has been loaded."""
+    for part in gl.static_range(len(parts)):
+        fill_part(codes, scales, parts[part], part, K)
 
 
 @gluon.jit
@@ -215,16 +197,21 @@ def _fill(
     codes, scales, x, pair_order, first, last,
     CHOICES: gl.constexpr, K: gl.constexpr, KC: gl.constexpr, R: gl.constexpr,
 ):  # fmt: skip
-    code_parts = codes._reinterpret(gl.int32, [K // KC, KC // 32, TOKENS, 8], INPUT_WORDS3)
-    scale_parts = scales._reinterpret(gl.float32, [K // KC, KC // 128, TOKENS], FLAT2)
     rows = _rows_of(x, pair_order, first, last, CHOICES, K, KC, R)
     for part in range(K // KC):
-        words, scale = _quantised(gl.load(rows + part * KC).to(gl.float32))
-        if R == 1:
-            words = gl.full([KC // 32, TOKENS, 8], 0, gl.int32, words.type.layout) + words
-            scale = gl.full([KC // 128, TOKENS], 0.0, gl.float32, scale.type.layout) + scale
-        code_parts.index(part).store(words)
-        scale_parts.index(part).store(scale)
+        fill_part(codes, scales, gl.load(rows + part * KC), part, K)
+
+
+@gluon.jit
+def fill_part(codes, scales, x, part, K: gl.constexpr):
+    """Quantise `x [columns / 8, rows, 8]`, a part of the columns of eight rows, or of one for all eight."""
+    KC: gl.constexpr = x.shape[0] * 8
+    words, scale = _quantised(x.to(gl.float32))
+    if x.shape[1] == 1:
+        words = gl.full([KC // 32, TOKENS, 8], 0, gl.int32, words.type.layout) + words
+        scale = gl.full([KC // 128, TOKENS], 0.0, gl.float32, scale.type.layout) + scale
+    codes._reinterpret(gl.int32, [K // KC, KC // 32, TOKENS, 8], INPUT_WORDS3).index(part).store(words)
+    scales._reinterpret(gl.float32, [K // KC, KC // 128, TOKENS], FLAT2).index(part).store(scale)
 
 
 # -- FP4 tiles ----------------------------------------------------------------------------------------------------
@@ -265,7 +252,7 @@ def issue(
 ):  # fmt: skip
     """Start the copies of a turn of the tile that begins at `row` of the expert at `code`, to a pair of slots.
 
-    `experts`: descriptors of codes and of scales in the slab, the host bank and the peer's slab (`experts_sm90.boxes`).
+    `experts`: descriptors of codes and of scales in the slab, the host bank and the peer's slab (`boxes`).
     BESIDE: rows 0 .. 7 of every 16 of the tile belong to one matrix, 8 .. 15 are the same rows of the other one, so
     that a gate and its up share a thread.
     """

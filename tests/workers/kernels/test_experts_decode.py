@@ -107,14 +107,23 @@ class Case:
             pair_order=filled([pair for _, pair in pairs], self.ids.numel()),
         )
 
-    def run(self, *, slab: ExpertSlab | None = None, groups: SimpleNamespace | None = None) -> tuple[Tensor, Tensor]:
+    def counters(self) -> Tensor:
+        count = experts_decode.num_counters(self.tokens, self.choices, self.experts, self.inner)
+        return torch.zeros(count, dtype=torch.int32, device=self.device)
+
+    def run(
+        self,
+        *,
+        slab: ExpertSlab | None = None,
+        groups: SimpleNamespace | None = None,
+        counters: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """`hidden`, fake-quantised, and `out` on the CPU; both start as NaN. Keeps the shared expert's hidden state."""
         nan, device, slab = float("nan"), self.device, slab or self.slab()
         groups = groups or self.groups()
         hidden = torch.full((self.tokens, self.choices, self.inner), nan, dtype=torch.bfloat16, device=device)
         out = torch.full((self.tokens, self.choices + 1, self.hidden), nan, dtype=torch.bfloat16, device=device)
-        count = experts_decode.num_counters(self.tokens, self.choices, self.experts, self.inner)
-        counters = torch.zeros(count, dtype=torch.int32, device=device)
+        counters = self.counters() if counters is None else counters
         ids = self.ids.to(device)
         shared_hidden = torch.full((self.tokens, self.inner), nan, dtype=torch.bfloat16, device=device)
         w13 = SimpleNamespace(codes=self.w13_codes.to(device), scales=self.w13_scales.to(device))
@@ -237,6 +246,37 @@ def test_no_token_and_no_live_token(device: torch.device, seed: int, sizes: tupl
     assert hidden.isnan().all()
     assert out[:, :-1].isnan().all()
     assert relative_error(out[:, -1].float(), case.expected_out(hidden)[:, -1]) < BF16_SUM
+
+
+@pytest.mark.gpu
+def test_steps_of_all_kinds_take_turns(seed: int) -> None:
+    """One token's hidden rows stay between the launches of a step: the next step of whatever kind must not take them
+    for its own."""
+    case = Case(seed, torch.device("cuda"), tokens=3, sizes=SM90)
+    x, ids, weights = case.x, case.ids, case.weights
+    twice = torch.tensor([[2, 0, 2]], dtype=torch.int32)
+    steps = {
+        "first": (x[:1], ids[:1], weights[:1], True),
+        "second": (x[1:2], ids[1:2], weights[1:2], True),
+        "padding": (x[2:], ids[2:], weights[2:], False),
+        "twice": (x[2:], twice, weights[2:], True),
+        "three": (x, ids, weights, True),
+    }
+    counters = case.counters()
+    expected: dict[str, list[Tensor]] = {}
+
+    def run(name: str, counters: Tensor | None) -> list[Tensor]:
+        case.x, case.ids, case.weights, live = steps[name]
+        case.tokens = len(case.x)
+        groups = case.groups(torch.full((case.tokens,), live))
+        return [part.view(torch.int16) for part in (*case.run(groups=groups, counters=counters), case.shared_hidden)]
+
+    for name in steps:
+        expected[name] = run(name, None)
+    order = "first second first padding second twice first three first padding padding first three three second second"
+    for name in order.split():
+        for actual, wanted in zip(run(name, counters), expected[name], strict=True):
+            assert torch.equal(actual, wanted), name
 
 
 def test_rows_are_fake_quantised_like_the_reference(device: torch.device, seed: int) -> None:
