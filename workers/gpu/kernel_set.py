@@ -78,6 +78,7 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
     samples = sampling.SampleWork.allocate(tokens, c.vocab_size, device)
     # All rows of a product, and those of either part.
     parts = (c.num_attention_heads * c.head_dim, c.index_n_heads * c.index_head_dim)
+    arrived = torch.zeros(tokens * c.num_attention_heads, dtype=torch.int32, device=device)
     gate_work = routing_gate.GateWork.allocate(tokens, c.n_routed_experts, c.hidden_size, device)
     return KernelSet(
         embed_streams=mhc.embed_streams,
@@ -88,7 +89,9 @@ def decode_kernels(config: ModelConfig, sizes: StepSizes) -> KernelSet:
         store_and_compress=ops.store_and_compress,
         linear=partial(linear_decode.linear, rounded=rounded),
         select_entries=partial(indexer.select_entries, work=_index_work(config, sizes, prefill=False), mode="decode"),
-        sparse_attention=partial(attention.sparse_attention, work=_split_work(config, sizes), mode="decode"),
+        sparse_attention=partial(
+            attention.sparse_attention, work=_split_work(config, sizes), arrived=arrived, mode="decode"
+        ),
         grouped_linear=linear_decode.grouped_linear,
         route=partial(routing_gate.gate_route, work=gate_work, route_work=_route_work(config, sizes)),
         expert_gate_up=ops.expert_gate_up,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from workers.kernels.formats import hardware_formats
 from workers.kernels.kv_rows import NOPE_DIMS, ROPE_DIMS
-from workers.kernels.launch import EARLY_TOKENS, pdl_options
+from workers.kernels.launch import EARLY_TOKENS, num_sms, pdl_options
 from workers.kernels.sparse_attention_decode import RUN_KEYS, attend_decode, combine
 from workers.kernels.sparse_attention_prefill import (
     MARGIN,
@@ -74,6 +74,8 @@ class DecodeForm(NamedTuple):
     """Of a token."""
     pairs: int = 0
     """The explicit form's programs have so many times two chunks."""
+    halves: bool = False
+    """Whether the two programs of a token and its heads may exchange halves in place of the second launch."""
 
 
 def decode_form(
@@ -97,7 +99,8 @@ def decode_form(
         pairs = -(-chunks // 2)
         if runs > 1 and num_tokens * (heads // 64) * pairs <= MOST_PAIR_PROGRAMS:
             return DecodeForm(True, 1, pairs, chunks, 1)
-        return DecodeForm(True, 2 if runs > 1 else 0, runs, runs, min(pairs, RUN_KEYS // (2 * shape.k)))
+        halves = runs == 2 and num_tokens * (heads // 64) * runs <= num_sms(place)  # all run at the same time
+        return DecodeForm(True, 2 if runs > 1 else 0, runs, runs, min(pairs, RUN_KEYS // (2 * shape.k)), halves)
     if programs * chunks <= MOST_CHUNK_PROGRAMS:
         return DecodeForm(False, 1, chunks, chunks)
     if runs > 1 and programs < ENOUGH_PROGRAMS and programs * runs <= MOST_RUN_PROGRAMS:
@@ -143,6 +146,7 @@ def sparse_attention(
     *,
     mode: Literal["decode", "prefill"],
     window: int = 128,
+    arrived: Tensor | None = None,
     pdl: bool | None = None,
 ) -> None:
     """Attention results of every token of the step, ready for the grouped output projection.
@@ -161,6 +165,8 @@ def sparse_attention(
         work: fp32, `work_floats` elements for decode, `prefill_work_floats` for prefill. Prefill may be given None and
             then takes, for the time of the call, what the page tables could need.
         mode: "decode" gives the same bits in any batch; "prefill" walks a token's keys in one program.
+        arrived: int32 [T * H], zeros before and behind every launch: where programs of decode wait for each other.
+            Without it decode takes two launches where it could take one.
 
     Raises:
         ValueError: sizes that have no kernel.
@@ -177,7 +183,7 @@ def sparse_attention(
         "SELECTED": 0 if selected is None else selected.shape[1],
         "WIDEN": not q.is_cuda,
     }
-    call = _Call(q, meta, (window_pool, entries), chosen, (sink, rope_table, out), work, eps, constants, pdl)
+    call = _Call(q, meta, (window_pool, entries), chosen, (sink, rope_table, out), work, arrived, eps, constants, pdl)
     (_decode if mode == "decode" else _prefill)(call)
 
 
@@ -192,6 +198,7 @@ class _Call(NamedTuple):
     results: tuple[Tensor, Tensor, Tensor]
     """Sink, rope table, out."""
     work: Tensor | None
+    arrived: Tensor | None
     eps: float
     constants: dict[str, Any]
     pdl: bool | None
@@ -229,8 +236,12 @@ def _decode(call: _Call) -> None:
         from workers.kernels.sparse_attention_decode_sm90 import attend
 
         kept = {name: constants[name] for name in ("HEADS", "WINDOW", "RATIO", "SELECTED")}
-        sizes = kept | strides | {"PAIRS": form.pairs, "FINAL": not form.split}
-        attend(arguments, num_tokens, form.programs, **sizes, **options)
+        halves = form.halves and call.arrived is not None
+        sizes = kept | strides | {"PAIRS": form.pairs, "FINAL": not form.split, "HALVES": halves}
+        counters = meta.positions if call.arrived is None else call.arrived
+        attend(arguments, counters, num_tokens, form.programs, **sizes, **options)
+        if halves:
+            return
     else:
         attend_decode[(-(-heads // shape.n), num_tokens, form.programs)](
             *arguments,
@@ -324,7 +335,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     types = {"eps": "fp32", "q": "*bf16", "out": "*bf16", "rows": "*bf16"}
     types |= dict.fromkeys(("num_pages", "num_parts", "num_sequences", "num_tokens", "window_programs"), "i32")
     types |= dict.fromkeys(("sink", "rope_table", "work"), "*fp32")
-    integers = "positions sequence_of_token window_pages full_pages selected cu_starts start bases"
+    integers = "positions sequence_of_token window_pages full_pages selected cu_starts start bases arrived"
     types |= dict.fromkeys(integers.split(), "*i32")
     for view, kind in (("codes", "*u8"), ("words", "*bf16")):
         types |= {f"window_{view}": kind, f"entry_{view}": kind}
@@ -355,10 +366,12 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
         from workers.kernels.sparse_attention_sm90 import NUM_WARPS, attend_prefill_sm90
 
         eight = {"num_warps": NUM_WARPS}
+        constants |= {"FINAL": False, "HALVES": False}
         cases += [
             *((f"prefill_c{ratio}_explicit", attend_prefill_sm90, {"RATIO": ratio}, eight) for ratio in (0, 4, 128)),
-            ("decode_pair_explicit", attend_decode_sm90, {"PAIRS": 1, "FINAL": False}, eight),
-            ("decode_run_explicit", attend_decode_sm90, {"PAIRS": RUN_KEYS // 64, "FINAL": False}, eight),
+            ("decode_pair_explicit", attend_decode_sm90, {"PAIRS": 1}, eight),
+            ("decode_run_explicit", attend_decode_sm90, {"PAIRS": RUN_KEYS // 64}, eight),
+            ("decode_halves_explicit", attend_decode_sm90, {"PAIRS": RUN_KEYS // 64, "HALVES": True}, eight),
             ("decode_window_explicit", attend_decode_sm90, {"PAIRS": 2, "FINAL": True, "RATIO": 0}, eight),
         ]
     return [

@@ -1,19 +1,22 @@
-"""Device code of decode attention for sm_90 and several tokens, with layouts and copies given explicitly.
+"""Device code of decode attention for sm_90 and several tokens, with layouts, copies and warps' work given explicitly.
 
 Owns: the form of `attend_decode` (`sparse_attention_decode.py`, which defines the arithmetic, serves one token and all
 other sizes and GPUs, and adds up parts) for heads of 512 dimensions. Sums have the same order and tensor cores give the
 same bits for both forms' instructions, so a token may take either: which one follows the number of tokens.
 
-A program of 8 warps has one token, 64 heads and PAIRS times two chunks of keys: rows are turned from fp8 to bf16 once
-for all 64 heads, where the plain form does so for every 16. The first warp group computes the scores of the first
-chunk of a pair, the second those of the second; then each has half of the dimensions of both chunks' values. Where all
-rows lie is looked up at the start, and bytes are copied one pair ahead. Before it waits a program makes its queries
-where there is a selection, whose launches wait before they signal and come behind the queries; elsewhere it brings its
-first keys, which are older than the queries, as the plain form says of the window.
-# measured (H200, 2026-11-21): C4 with 64 tokens 36.5 us, 110 in the plain form; C128 at 64K of context the same;
-# windows alone 21 and 40. Of the 36 us of C4's launch 24 % went by before the first pair, 63 % in pairs (4.5 us each).
+A program has one token, 64 heads and PAIRS times two chunks of keys: rows are turned from fp8 to bf16 once for all 64
+heads, where the plain form does so for every 16. Four warps bring rows (`sparse_attention_rows_sm90.py`), a pair of
+chunks ahead of eight warps that multiply. Of these the first warp group computes the scores of the first chunk of a
+pair, the second those of the second; then each has half of the dimensions of both chunks' values. Before it waits a
+program makes its queries where there is a selection, whose launches wait before they signal and come behind the
+queries; elsewhere it brings its first keys, which are older than the queries, as the plain form says of the window.
 
-    shared memory: queries 64 x 1,024 bytes, keys 64 x 1,024, their stored bytes 64 x 648, weights 64 x 128
+Where two programs have all keys of a token, and all of a launch run at the same time, they exchange halves of their
+values and write the output (HALVES), in place of a second launch that adds up parts.
+# measured (H200, 2026-11-22), 64 tokens at 64K in a model: C4 36.0 us, C128 35.4, windows alone 16.0; 42.8, 42.5 and
+# 24.2 when every warp brought rows and a second launch added up parts; 110 in the plain form (C4).
+
+    shared memory: queries 64 x 1,024 bytes, keys 2 x 64 x 1,024, their stored bytes 64 x 256, weights 64 x 128
 """
 
 from __future__ import annotations
@@ -21,130 +24,67 @@ from __future__ import annotations
 from typing import Any
 
 import triton.language as tl
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from workers.kernels.attention_parts import LOG2E, divisor, finite, power_of_two, visible_entries
+from workers.kernels.sparse_attention_rows_sm90 import BRINGERS, CHUNK, COPIED, HEAD_DIM, SLOTS, bring
 
 HEADS_OF_PROGRAM = 64
 """Heads of a program: rows of one tensor-core instruction."""
 
-HEAD_DIM = 512
 NUM_WARPS = 8
-CHUNK = 32
-"""Keys of a chunk, as in the plain form."""
+"""Warps that multiply."""
+
+BRINGER_REGISTERS = 104
+"""Of their threads; the others have what is left, 200."""
+
+WIDTH = 64
+"""Columns of values that are computed at once: of 128, whose products take twice the registers, a part would spill."""
 
 _LOG2E = gl.constexpr(LOG2E.value)
 _BH = gl.constexpr(HEADS_OF_PROGRAM)
 _HD = gl.constexpr(HEAD_DIM)
 _KEYS = gl.constexpr(2 * CHUNK)
-_ROW_BYTES = gl.constexpr(HEAD_DIM + 64)
+_SLOTS = gl.constexpr(SLOTS)
+_WIDTH = gl.constexpr(WIDTH)
+_BRINGERS = gl.constexpr(BRINGERS)
+_BRINGER_REGISTERS = gl.constexpr(BRINGER_REGISTERS)
 _PIECES = gl.constexpr(4)
 """Blocks of 128 dimensions: seven groups of 64 in e4m3 with a scale each, the last group in bf16."""
 
-_CODES = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [NUM_WARPS, 1], [1, 0]))
-_GROUPS = gl.constexpr(gl.BlockedLayout([1, 1, 16], [4, 2, 4], [NUM_WARPS, 1, 1], [2, 1, 0]))
-"""The same bytes by groups of 64."""
+_SENT = gl.constexpr(HEADS_OF_PROGRAM * (HEAD_DIM // 2 + 2))
+"""fp32 numbers that a program sends: half of its values, maxima and sums."""
 
-_ROPE = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [NUM_WARPS, 1], [1, 0]))
-_SCALES = gl.constexpr(gl.BlockedLayout([1, 8], [32, 1], [NUM_WARPS, 1], [1, 0]))
 _QUERIES = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [NUM_WARPS, 1], [1, 0]))
 _SQUARES = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 2], [1, 0]))
 """Order of the sum of squares: that of the layout which Triton gives the plain form."""
 
-_LINE = gl.constexpr(gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
 _SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, CHUNK, 16]))
-_OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16]))
-_ROWS = gl.constexpr(gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 64, 16])))
+_OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 2], [16, WIDTH // 2, 16]))
+_ROWS = gl.constexpr(gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 2], [16, WIDTH // 2, 16])))
 _OPERAND = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
-_BYTES = gl.constexpr(gl.SwizzledSharedLayout(16, 1, 1, [1, 0]))
 _WORDS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 _TWO = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.jit
-def _places(pair, position, num_entries, selected, tables, WINDOW: gl.constexpr, RATIO: gl.constexpr):
-    """Page (-1: no row) and row in it of the keys of a pair of chunks. tables: window and full pages of the token."""
-    lane = gl.arange(0, _KEYS, _LINE)
-    row = position - (WINDOW - 1) + pair * _KEYS + lane
-    live = (row >= 0) & (row <= position)
-    pages, shift = tables[0], 8
-    if RATIO > 0:
-        is_entry = pair >= WINDOW // _KEYS
-        entry = (pair - WINDOW // _KEYS) * _KEYS + lane
-        live_entry = is_entry & (entry < num_entries)
-        if RATIO == 4:
-            entry = gl.load(selected + entry, mask=live_entry, other=-1)
-            live_entry = (entry >= 0) & (entry < (position + 1) // 4)
-        row = gl.where(is_entry, entry, row)
-        live = gl.where(is_entry, live_entry, live)
-        pages = gl.where(is_entry, tables[1], tables[0])
-        shift = gl.where(is_entry, 6 if RATIO == 4 else 1, 8)
-    row = gl.where(live, row, 0)
-    return gl.load(pages + (row >> shift), mask=live, other=-1), row & ((1 << shift) - 1)
-
-
-@gluon.jit
-def _copy_rows(
-    pair, units, offsets, raw, sources, WINDOW: gl.constexpr, RATIO: gl.constexpr, STRIDES: gl.constexpr
-):  # fmt: skip
-    """The stored bytes of a pair to shared memory; rows that do not exist become 0.
-
-    units, offsets: the pair's places; raw: four times codes [KEYS, 128], rope [KEYS, 64], scales [KEYS, 8].
-    """
-    codes, words, shift, stride = sources[0], sources[1], 8, STRIDES[0]
-    if RATIO > 0:
-        is_entry = pair >= WINDOW // _KEYS
-        codes = gl.where(is_entry, sources[2], codes)
-        words = gl.where(is_entry, sources[3], words)
-        shift = gl.where(is_entry, 6 if RATIO == 4 else 1, 8)
-        stride = gl.where(is_entry, STRIDES[1], STRIDES[0])
-    unit, offset = units.load(gl.SliceLayout(1, _CODES)), offsets.load(gl.SliceLayout(1, _CODES))
-    at = codes + (gl.maximum(unit, 0).to(gl.int64) * stride + offset * _ROW_BYTES)
-    column = gl.arange(0, 128, gl.SliceLayout(0, _CODES))
-    for i in gl.static_range(_PIECES):
-        inside = (unit >= 0)[:, None] & (column < (128 if i < _PIECES - 1 else 64))[None, :]
-        async_copy.async_copy_global_to_shared(raw[0][i], at[:, None] + (column + i * 128)[None, :], mask=inside)
-    unit, offset = units.load(gl.SliceLayout(1, _ROPE)), offsets.load(gl.SliceLayout(1, _ROPE))
-    word = gl.maximum(unit, 0).to(gl.int64) * (stride // 2) + (offset * (_ROW_BYTES // 2) + (_HD - 64) // 2)
-    column = gl.arange(0, 64, gl.SliceLayout(0, _ROPE))
-    async_copy.async_copy_global_to_shared(raw[1], (words + word)[:, None] + column[None, :], mask=(unit >= 0)[:, None])
-    unit, offset = units.load(gl.SliceLayout(1, _SCALES)), offsets.load(gl.SliceLayout(1, _SCALES))
-    at = codes + (gl.maximum(unit, 0).to(gl.int64) * stride + ((_ROW_BYTES << shift) + offset * 8))
-    column = gl.arange(0, 8, gl.SliceLayout(0, _SCALES))
-    async_copy.async_copy_global_to_shared(raw[2], at[:, None] + column[None, :], mask=(unit >= 0)[:, None])
-
-
-@gluon.jit
-def _expand(raw, keys):
-    """Stored bytes to bf16 `keys`, four times [KEYS, 128], exact."""
-    codes, bytes_ = (), ()
-    for i in gl.static_range(_PIECES):  # all loads before the first store, which they would not be moved across
-        codes += (raw[0][i].load(_CODES),)
-        bytes_ += (raw[2].slice(i * 2, 2, dim=1).load(gl.SliceLayout(2, _GROUPS)),)
-    rope = gl.expand_dims(raw[1].load(gl.SliceLayout(1, _GROUPS)), 1)
-    for i in gl.static_range(_PIECES):
-        code = gl.convert_layout(gl.reshape(codes[i], (_KEYS, 2, 64)), _GROUPS)
-        factor = (bytes_[i].to(gl.uint32) << 23).to(gl.float32, bitcast=True)  # byte 0 stands for zeros only
-        value = code.to(gl.float8e4nv, bitcast=True).to(gl.float16).to(gl.float32) * factor[:, :, None]
-        value = value.to(gl.bfloat16)
-        if i == _PIECES - 1:
-            first = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, _GROUPS))) == 0
-            value = gl.where(gl.expand_dims(gl.expand_dims(first, 0), 2), value, rope)
-        keys[i].store(gl.convert_layout(gl.reshape(value, (_KEYS, 128)), _CODES))
-
-
-@gluon.jit
-def _rotated(x, angle, SIGN: gl.constexpr):
-    """fp32 `x [BH, 128]`, the last piece of heads: the interleaved pairs of its last 64 columns are rotated."""
-    even, odd = gl.split(gl.reshape(x, (_BH, 64, 2)))
-    pair = gl.arange(0, 64, gl.SliceLayout(0, even.type.layout)) - 32
+def _rotated(x, angle, FIRST: gl.constexpr, SIGN: gl.constexpr):
+    """fp32 `x [BH, N]`, columns of heads from FIRST on: interleaved pairs of the last 64 of a head are rotated."""
+    N: gl.constexpr = x.shape[1]
+    even, odd = gl.split(gl.reshape(x, (_BH, N // 2, 2)))
+    pair = gl.arange(0, N // 2, gl.SliceLayout(0, even.type.layout)) + (FIRST // 2 - (_HD // 2 - 32))
     cos = gl.load(angle + gl.maximum(pair, 0), mask=pair >= 0, other=1.0)[None, :] + gl.zeros_like(even)
     sin = gl.load(angle + 32 + gl.maximum(pair, 0), mask=pair >= 0, other=0.0)[None, :] * SIGN
     pairs = gl.join(gl.fma(even, cos, -(odd * sin)), gl.fma(odd, cos, even * sin))
-    return gl.convert_layout(gl.reshape(pairs, (_BH, 128)), x.type.layout)
+    return gl.convert_layout(gl.reshape(pairs, (_BH, N)), x.type.layout)
 
 
 @gluon.jit
@@ -158,45 +98,210 @@ def _queries(q, angle, eps, query):
     for i in gl.static_range(_PIECES):
         piece = gl.load(q + (head * _HD)[:, None] + (column + i * 128)[None, :])
         if i == _PIECES - 1:
-            piece = _rotated(piece.to(gl.float32), angle, 1.0).to(gl.bfloat16)
-        query[i].store(piece)
+            piece = _rotated(piece.to(gl.float32), angle, _HD - 128, 1.0).to(gl.bfloat16)
+        query.index(i).store(piece)
     return norm * (_HD**-0.5 * _LOG2E)
 
 
 @gluon.jit
-def _values(weights, rows):
-    """Products of both chunks' weights with 128 dimensions of their `rows`, on their way: fp32 [BH, 128] each."""
-    nothing = gl.zeros([_BH, 128], gl.float32, _OUTPUT)
-    CHUNK: gl.constexpr = _KEYS // 2
-    one, two = weights.slice(0, CHUNK, dim=1), weights.slice(CHUNK, CHUNK, dim=1)
-    a = warpgroup_mma(one, rows.slice(0, CHUNK, dim=0), nothing, use_acc=False, is_async=True)
-    return a, warpgroup_mma(two, rows.slice(CHUNK, CHUNK, dim=0), nothing, use_acc=False, is_async=True)
+def _product(weights, keys, slot, STEP: gl.constexpr):
+    """A chunk's weights times WIDTH columns of its keys, on their way: the first's and the second's in turn."""
+    C: gl.constexpr = _KEYS // 2
+    which: gl.constexpr = STEP % 2
+    column: gl.constexpr = STEP // 2 * _WIDTH
+    rows = keys[column // 128].index(slot).slice(which * C, C, dim=0).slice(column % 128, _WIDTH, dim=1)
+    nothing = gl.zeros([_BH, _WIDTH], gl.float32, _OUTPUT)
+    return warpgroup_mma(weights.slice(which * C, C, dim=1), rows, nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _taken(values, a, b, factors, to, second, PART: gl.constexpr, APART: gl.constexpr):
-    """Both chunks' products added to `values` at their common maximum, or stored as they are, PART floats apart."""
-    a, b = warpgroup_mma_wait(0, deps=[a, b])
-    if APART:
-        gl.store(to, a)
-        gl.store(to + PART, b, mask=second)
-    else:
-        values = values * factors[0] + a * factors[1] + b * factors[2]
-    return values
+def _added(value, kept, product, factor, FIRST: gl.constexpr):
+    """`value * kept + product * factor`, at this place: the compiler would move sums to the end of the loop's body and
+    keep every product until then. Without FIRST `kept` is 1."""
+    if FIRST:
+        return gl.inline_asm_elementwise(
+            "{ .reg .f32 t; mul.rn.f32 t, $1, $2; fma.rn.f32 $0, $3, $4, t; }",
+            "=f,f,f,f,f", [value, kept, product, factor], dtype=gl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return gl.inline_asm_elementwise(
+        "fma.rn.f32 $0, $1, $2, $3;",
+        "=f,f,f,f", [product, factor, value], dtype=gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
-def _finish(values, maximum, total, sink, angle, buffers, out):
-    """Values of all keys to the program's heads of `out`: divided, rotated back, through shared memory."""
-    factor = divisor(maximum, total, gl.load(sink + gl.arange(0, _BH, _ROWS)))[:, None]
-    buffers[0].store((values[0] * factor).to(gl.bfloat16))
-    buffers[1].store((values[1] * factor).to(gl.bfloat16))
-    buffers[2].store((values[2] * factor).to(gl.bfloat16))
-    buffers[3].store(_rotated(values[3] * factor, angle, -1.0).to(gl.bfloat16))
+def _count(counter):
+    """Add 1 to the counter, behind all that the warps have stored; after 3 it begins again."""
+    gl.thread_barrier()
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
+        " @p red.release.gpu.global.inc.u32 [$1], 3; mov.u32 $0, 0; }",
+        "=r,l",
+        [counter],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _wait_for(counter):
+    """Until the counter is at 2 or beyond. Every thread waits, and so sees what was stored before."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 v; again: ld.acquire.gpu.global.u32 v, [$1]; setp.lt.u32 p, v, 2; @p bra again;"
+        " mov.u32 $0, v; }",
+        "=r,l",
+        [counter],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _exchange(values, WHO: gl.constexpr, maximum, total, head, sink, angle, keys, out, work, arrived):
+    """Both programs of a token have the values of half of its keys; each adds half of the columns of both."""
+    N: gl.constexpr = _HD // _WIDTH // 2
+    local = gl.arange(0, _BH, _ROWS)
+    at = (local * (_HD // 2))[:, None] + gl.arange(0, _WIDTH, gl.SliceLayout(0, _OUTPUT))[None, :]
+    to, of = work + WHO * _SENT, work + (1 - WHO) * _SENT
+    for n in gl.static_range(N):
+        gl.store(to + (at + n * _WIDTH), values[(1 - WHO) * N + n])
+    statistics = _BH * (_HD // 2) + local
+    gl.store(to + statistics, maximum)
+    gl.store(to + (statistics + _BH), total)
+    _count(arrived)
+    sinks = gl.load(sink + head)
+    _wait_for(arrived)
+    other, other_total = (
+        gl.load(of + statistics, cache_modifier=".cg"),
+        gl.load(of + (statistics + _BH), cache_modifier=".cg"),
+    )
+    most = gl.maximum(maximum, other)
+    kept, added = power_of_two(maximum - finite(most)), power_of_two(other - finite(most))
+    factor = divisor(most, total * kept + other_total * added, sinks)[:, None]
+    kept, added = kept[:, None], added[:, None]
+    for n in gl.static_range(N):
+        value = values[WHO * N + n] * kept + gl.load(of + (at + n * _WIDTH), cache_modifier=".cg") * added
+        value = value * factor
+        if WHO == 1 and n + 1 == N:
+            value = _rotated(value, angle, _HD - _WIDTH, -1.0)
+        piece = keys[(WHO * N + n) * _WIDTH // 128].index(0)
+        piece.slice(n * _WIDTH % 128, _WIDTH, dim=1).store(value.to(gl.bfloat16))
     row = gl.program_id(0) * _BH + gl.arange(0, _BH, gl.SliceLayout(1, _QUERIES))
     place = (row * _HD)[:, None] + gl.arange(0, 128, gl.SliceLayout(0, _QUERIES))[None, :]
-    for i in gl.static_range(_PIECES):
-        gl.store(out + (place + i * 128), buffers[i].load(_QUERIES))
+    for n in gl.static_range(2):
+        gl.store(out + (place + (WHO * 2 + n) * 128), keys[WHO * 2 + n].index(0).load(_QUERIES))
+    _count(arrived)
+
+
+@gluon.jit
+def _attend(
+    q, angle, eps, count, query, keys, weights, units, tops, sums, full, empty, sink, out, work, statistics, num_parts,
+    arrived, RATIO: gl.constexpr, APART: gl.constexpr, FINAL: gl.constexpr, HALVES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Scores, weights and values of the pairs that are brought; what becomes of them. Arguments: see the kernel.
+
+    query: bf16 [4, BH, 128]; keys: a piece each, bf16 [SLOTS, KEYS, 128]; weights: bf16 [BH, KEYS]; units: int32
+    [PAIRS, KEYS], -1 where there is no row; tops, sums: fp32 [2, BH], of both chunks; work, statistics: of the part.
+    """
+    STEPS: gl.constexpr = 2 * _HD // _WIDTH
+    if RATIO != 4 and PDL:
+        tl.extra.cuda.gdc_wait()
+    scale = gl.convert_layout(_queries(q, angle, eps, query), gl.SliceLayout(1, _SCORES))
+    if RATIO == 4 and PDL:
+        tl.extra.cuda.gdc_wait()
+    fence_async_shared()
+    gl.thread_barrier()
+    head = gl.program_id(0) * _BH + gl.arange(0, _BH, _ROWS)
+    maximum = gl.full([_BH], -float("inf"), gl.float32, _ROWS)
+    total = gl.zeros([_BH], gl.float32, _ROWS)
+    values = ()
+    for _ in gl.static_range(STEPS // 2):
+        values += (gl.zeros([_BH, _WIDTH], gl.float32, _OUTPUT),)
+    for i in tl.range(0, count, disable_licm=True):
+        slot = i % _SLOTS
+        mbarrier.wait(full.index(slot), (i // _SLOTS) & 1)
+        seen = units.index(i).load(gl.SliceLayout(0, _SCORES)) >= 0
+        s = gl.zeros([_BH, _KEYS], gl.float32, _SCORES)
+        for n in gl.static_range(_PIECES):
+            rows = keys[n].index(slot).permute((1, 0))
+            s = warpgroup_mma(query.index(n), rows, s, use_acc=n > 0, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        s = gl.where(seen[None, :], s * scale[:, None], -float("inf"))
+        s = gl.reshape(s, (_BH, 2, _KEYS // 2))  # a chunk a warp group
+        top = gl.ceil(gl.max(s, 2))
+        p = gl.exp2(s - gl.expand_dims(finite(top), 2))
+        counts = gl.sum((p + 1.0).to(gl.int32, bitcast=True) - 0x3F800000, 2)  # of 2 ** -23, rounded
+        weights.store(gl.convert_layout(gl.reshape(p, (_BH, _KEYS)).to(gl.bfloat16), _SCORES))
+        tops._reinterpret(gl.float32, [2, _BH], _TWO).store(gl.permute(top, (1, 0)))
+        sums._reinterpret(gl.float32, [2, _BH], _TWO).store(gl.permute(counts.to(gl.float32) * (2.0**-23), (1, 0)))
+        fence_async_shared()
+        gl.thread_barrier()
+        a, b = _product(weights, keys, slot, 0), _product(weights, keys, slot, 1)
+        top_a, top_b = tops.index(0).load(_ROWS), tops.index(1).load(_ROWS)
+        new_maximum = gl.maximum(maximum, gl.maximum(top_a, top_b))
+        kept = power_of_two(maximum - finite(new_maximum))
+        factor_a = power_of_two(top_a - finite(new_maximum))
+        factor_b = power_of_two(top_b - finite(new_maximum))
+        maximum = new_maximum
+        total = total * kept + sums.index(0).load(_ROWS) * factor_a + sums.index(1).load(_ROWS) * factor_b
+        if APART:
+            second = gl.program_id(2) * 2 + 1 < num_parts
+            of_heads = statistics + head * (num_parts * 2)
+            gl.store(of_heads, top_a)
+            gl.store(of_heads + 1, sums.index(0).load(_ROWS))
+            gl.store(of_heads + 2, top_b, mask=second)
+            gl.store(of_heads + 3, sums.index(1).load(_ROWS), mask=second)
+            to = work + (head * (num_parts * _HD))[:, None] + gl.arange(0, _WIDTH, gl.SliceLayout(0, _OUTPUT))[None, :]
+        next_values = ()
+        for n in gl.static_range(STEPS // 2):
+            a, b = warpgroup_mma_wait(1, deps=[a, b])
+            if APART:
+                gl.store(to + n * _WIDTH, a)
+            else:
+                value = _added(values[n], kept[:, None], a, factor_a[:, None], True)
+            if n + 1 < STEPS // 2:
+                a = _product(weights, keys, slot, 2 * n + 2)
+                b, a = warpgroup_mma_wait(1, deps=[b, a])
+            else:
+                b = warpgroup_mma_wait(0, deps=[b])
+            if APART:
+                gl.store(to + (n * _WIDTH + _HD), b, mask=second)
+            else:
+                next_values += (_added(value, kept[:, None], b, factor_b[:, None], False),)
+            if n + 1 < STEPS // 2:
+                b = _product(weights, keys, slot, 2 * n + 3)
+        if not APART:
+            values = next_values
+        gl.thread_barrier()
+        mbarrier.arrive(empty.index(slot), count=1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    if FINAL:
+        factor = divisor(maximum, total, gl.load(sink + head))[:, None]
+        for n in gl.static_range(STEPS // 2):
+            value = values[n] * factor
+            if (n + 1) * _WIDTH == _HD:
+                value = _rotated(value, angle, _HD - _WIDTH, -1.0)
+            keys[n * _WIDTH // 128].index(0).slice(n * _WIDTH % 128, _WIDTH, dim=1).store(value.to(gl.bfloat16))
+        row = gl.program_id(0) * _BH + gl.arange(0, _BH, gl.SliceLayout(1, _QUERIES))
+        place = (row * _HD)[:, None] + gl.arange(0, 128, gl.SliceLayout(0, _QUERIES))[None, :]
+        for n in gl.static_range(_PIECES):
+            gl.store(out + (place + n * 128), keys[n].index(0).load(_QUERIES))
+    elif HALVES:
+        if gl.program_id(2) == 0:
+            _exchange(values, 0, maximum, total, head, sink, angle, keys, out, work, arrived)
+        else:
+            _exchange(values, 1, maximum, total, head, sink, angle, keys, out, work, arrived)
+    elif not APART:  # noqa: SIM102 - decided by the compiler
+        if count > 0:
+            column = gl.arange(0, _WIDTH, gl.SliceLayout(0, _OUTPUT))
+            to = work + (head * (num_parts * _HD))[:, None] + column[None, :]
+            for n in gl.static_range(STEPS // 2):
+                gl.store(to + n * _WIDTH, values[n])
+            gl.store(statistics + head * (num_parts * 2), maximum)
+            gl.store(statistics + (head * (num_parts * 2) + 1), total)
 
 
 @gluon.jit(do_not_specialize=["num_pages", "num_parts"])
@@ -218,6 +323,7 @@ def attend_decode_sm90(
     work,
     num_parts,
     eps,
+    arrived,  # int32 [T * HEADS / 64], zeros: where programs wait for each other
     HEADS: gl.constexpr,
     WINDOW: gl.constexpr,
     RATIO: gl.constexpr,
@@ -225,129 +331,108 @@ def attend_decode_sm90(
     Q_STRIDE: gl.constexpr,
     WINDOW_STRIDE: gl.constexpr,
     ENTRY_STRIDE: gl.constexpr,
-    PAIRS: gl.constexpr,  # pairs of chunks of a program; 1: each chunk is a part
+    PAIRS: gl.constexpr,  # pairs of chunks of a program
     FINAL: gl.constexpr,  # a program has all keys of its token, and writes `out`
+    HALVES: gl.constexpr,  # two programs have them
     PDL: gl.constexpr,
 ):
     """Grid (HEADS / 64, T, programs of a token)."""
-    STRIDES: gl.constexpr = (WINDOW_STRIDE, ENTRY_STRIDE)
     token, program = gl.program_id(1), gl.program_id(2)
     position = gl.load(positions + token)
     tables_at = gl.load(sequence_of_token + token).to(gl.int64) * num_pages
     num_entries = visible_entries(position, SELECTED, RATIO)
     num_pairs = gl.where(position < 0, 0, WINDOW // _KEYS + (num_entries + _KEYS - 1) // _KEYS)
     first = program * PAIRS
-    if not FINAL:  # noqa: SIM102 - decided by the compiler
-        if first >= num_pairs:
-            if PDL:
-                tl.extra.cuda.gdc_wait()
-            return
-    end = gl.minimum(first + PAIRS, num_pairs)
+    count = gl.maximum(gl.minimum(first + PAIRS, num_pairs) - first, 0)
     tables = (window_pages + tables_at, full_pages + tables_at)
-    sources = (window_codes, window_words, entry_codes, entry_words)
-    selected += token * SELECTED
+    sources = (window_codes, entry_codes)
     angle = rope_table + gl.maximum(position, 0).to(gl.int64) * 64
-    query, keys, codes = (), (), ()  # each piece by itself: between uses of one buffer the compiler puts barriers
+    query = gl.allocate_shared_memory(gl.bfloat16, [_PIECES, _BH, 128], _OPERAND)
+    keys = ()
     for _ in gl.static_range(_PIECES):
-        query += (gl.allocate_shared_memory(gl.bfloat16, [_BH, 128], _OPERAND),)
-        keys += (gl.allocate_shared_memory(gl.bfloat16, [_KEYS, 128], _OPERAND),)
-        codes += (gl.allocate_shared_memory(gl.uint8, [_KEYS, 128], _BYTES),)
+        keys += (gl.allocate_shared_memory(gl.bfloat16, [_SLOTS, _KEYS, 128], _OPERAND),)
     weights = gl.allocate_shared_memory(gl.bfloat16, [_BH, _KEYS], _OPERAND)
-    rope = gl.allocate_shared_memory(gl.bfloat16, [_KEYS, 64], _BYTES)
-    scales = gl.allocate_shared_memory(gl.uint8, [_KEYS, 8], _BYTES)
-    raw = (codes, rope, scales)
+    raw = (
+        gl.allocate_shared_memory(gl.uint8, [_KEYS, 128], COPIED),
+        gl.allocate_shared_memory(gl.uint8, [_KEYS, 128], COPIED),
+    )
     units = gl.allocate_shared_memory(gl.int32, [PAIRS, _KEYS], _WORDS)
     offsets = gl.allocate_shared_memory(gl.int32, [PAIRS, _KEYS], _WORDS)
     tops = gl.allocate_shared_memory(gl.float32, [2, _BH], _WORDS)
     sums = gl.allocate_shared_memory(gl.float32, [2, _BH], _WORDS)
+    full = gl.allocate_shared_memory(gl.int64, [_SLOTS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [_SLOTS, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(_SLOTS):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=1)
     q += token.to(gl.int64) * Q_STRIDE + gl.program_id(0) * (_BH * _HD)
-    if RATIO == 4:
-        norm = _queries(q, angle, eps, query)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-    places = ()  # all lookups at once
-    for i in gl.static_range(PAIRS):
-        places += (_places(first + i, position, num_entries, selected, tables, WINDOW, RATIO),)
-    for i in gl.static_range(PAIRS):
-        units.index(i).store(gl.where(first + i < end, places[i][0], -1))
-        offsets.index(i).store(places[i][1])
-    _copy_rows(first, units.index(0), offsets.index(0), raw, sources, WINDOW, RATIO, STRIDES)
-    async_copy.commit_group()
-    if RATIO != 4:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        norm = _queries(q, angle, eps, query)
-    scale = gl.convert_layout(norm, gl.SliceLayout(1, _SCORES))
-    head = gl.program_id(0) * _BH + gl.arange(0, _BH, _ROWS)
-    column = gl.arange(0, 128, gl.SliceLayout(0, _OUTPUT))
-    first_part = token.to(gl.int64) * HEADS * num_parts + program * (2 if PAIRS == 1 else 1)
-    statistics = work + (gl.num_programs(1).to(gl.int64) * HEADS * num_parts) * _HD + first_part * 2
-    statistics += head * (num_parts * 2)
-    to = work + first_part * _HD + (head * (num_parts * _HD))[:, None] + column[None, :]
-    second = program * 2 + 1 < num_parts
-    maximum = gl.full([_BH], -float("inf"), gl.float32, _ROWS)
-    total = gl.zeros([_BH], gl.float32, _ROWS)
-    v0 = gl.zeros([_BH, 128], gl.float32, _OUTPUT)
-    v1, v2, v3 = v0, v0, v0
-    # NOTE: hoisted, addresses in shared memory would take registers that the values need.
-    for pair in tl.range(first, end, disable_licm=True):
-        async_copy.wait_group(0)
-        _expand(raw, keys)
-        seen = units.index(pair - first).load(gl.SliceLayout(0, _SCORES)) >= 0
-        fence_async_shared()
-        nothing = gl.zeros([_BH, _KEYS], gl.float32, _SCORES)
-        s = warpgroup_mma(query[0], keys[0].permute((1, 0)), nothing, use_acc=False, is_async=True)
-        for i in gl.static_range(1, _PIECES):
-            s = warpgroup_mma(query[i], keys[i].permute((1, 0)), s, is_async=True)
-        after = gl.minimum(pair + 1 - first, PAIRS - 1)
-        if pair + 1 < end:
-            _copy_rows(pair + 1, units.index(after), offsets.index(after), raw, sources, WINDOW, RATIO, STRIDES)
-        async_copy.commit_group()
-        s = warpgroup_mma_wait(0, deps=[s])
-        s = gl.where(seen[None, :], s * scale[:, None], -float("inf"))
-        s = gl.reshape(s, (_BH, 2, _KEYS // 2))  # a chunk a warp group
-        top = gl.ceil(gl.max(s, 2))
-        p = gl.exp2(s - gl.expand_dims(finite(top), 2))
-        counts = gl.sum((p + 1.0).to(gl.int32, bitcast=True) - 0x3F800000, 2)
-        weights.store(gl.convert_layout(gl.reshape(p, (_BH, _KEYS)).to(gl.bfloat16), _SCORES))
-        tops._reinterpret(gl.float32, [2, _BH], _TWO).store(gl.permute(top, (1, 0)))
-        sums._reinterpret(gl.float32, [2, _BH], _TWO).store(gl.permute(counts.to(gl.float32) * (2.0**-23), (1, 0)))
-        fence_async_shared()
-        a, b = _values(weights, keys[0])
-        top_a, top_b = tops.index(0).load(_ROWS), tops.index(1).load(_ROWS)
-        sum_a, sum_b = sums.index(0).load(_ROWS), sums.index(1).load(_ROWS)
-        new_maximum = gl.maximum(maximum, gl.maximum(top_a, top_b))
-        kept = power_of_two(maximum - finite(new_maximum))
-        added_a = power_of_two(top_a - finite(new_maximum))
-        added_b = power_of_two(top_b - finite(new_maximum))
-        maximum = new_maximum
-        total = total * kept + sum_a * added_a + sum_b * added_b
-        if PAIRS == 1:
-            gl.store(statistics, top_a)
-            gl.store(statistics + 1, sum_a)
-            gl.store(statistics + 2, top_b, mask=second)
-            gl.store(statistics + 3, sum_b, mask=second)
-        factors = (kept[:, None], added_a[:, None], added_b[:, None])
-        v0 = _taken(v0, a, b, factors, to, second, _HD, PAIRS == 1)
-        a, b = _values(weights, keys[1])
-        v1 = _taken(v1, a, b, factors, to + 128, second, _HD, PAIRS == 1)
-        a, b = _values(weights, keys[2])
-        v2 = _taken(v2, a, b, factors, to + 256, second, _HD, PAIRS == 1)
-        a, b = _values(weights, keys[3])
-        v3 = _taken(v3, a, b, factors, to + 384, second, _HD, PAIRS == 1)
-    async_copy.wait_group(0)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    if FINAL:
-        out += token.to(gl.int64) * (HEADS * _HD)
-        _finish((v0, v1, v2, v3), maximum, total, sink + gl.program_id(0) * _BH, angle, keys, out)
-    elif PAIRS > 1:
-        gl.store(to, v0)
-        gl.store(to + 128, v1)
-        gl.store(to + 256, v2)
-        gl.store(to + 384, v3)
-        gl.store(statistics, maximum)
-        gl.store(statistics + 1, total)
+    selected += token * SELECTED
+    out += token.to(gl.int64) * (HEADS * _HD)
+    part = token.to(gl.int64) * HEADS * num_parts + program * (2 if PAIRS == 1 else 1)
+    statistics = work + (gl.num_programs(1).to(gl.int64) * HEADS * num_parts) * _HD + part * 2
+    if HALVES:
+        of_heads = token * gl.num_programs(0) + gl.program_id(0)
+        arrived += of_heads
+        work += of_heads.to(gl.int64) * (2 * _SENT)
+    else:
+        work += part * _HD
+    gl.warp_specialize(
+        [
+            (
+                _attend,
+                (
+                    q,
+                    angle,
+                    eps,
+                    count,
+                    query,
+                    keys,
+                    weights,
+                    units,
+                    tops,
+                    sums,
+                    full,
+                    empty,
+                    sink,
+                    out,
+                    work,
+                    statistics,
+                    num_parts,
+                    arrived,
+                    RATIO,
+                    PAIRS == 1,
+                    FINAL,
+                    HALVES,
+                    PDL,
+                ),
+            ),
+            (
+                bring,
+                (
+                    first,
+                    count,
+                    position,
+                    num_entries,
+                    selected,
+                    tables,
+                    sources,
+                    (units, offsets),
+                    raw,
+                    keys,
+                    full,
+                    empty,
+                    WINDOW,
+                    RATIO,
+                    WINDOW_STRIDE,
+                    ENTRY_STRIDE,
+                    PAIRS,
+                    PDL,
+                ),
+            ),
+        ],
+        [_BRINGERS],
+        [_BRINGER_REGISTERS],
+    )
 
 
 def serves(heads: int, head_dim: int, window: int) -> bool:
@@ -355,7 +440,7 @@ def serves(heads: int, head_dim: int, window: int) -> bool:
     return heads % HEADS_OF_PROGRAM == 0 and head_dim == HEAD_DIM and window % (2 * CHUNK) == 0
 
 
-def attend(arguments: tuple[Any, ...], num_tokens: int, programs: int, **options: Any) -> None:
+def attend(arguments: tuple[Any, ...], arrived: Tensor, num_tokens: int, programs: int, **options: Any) -> None:
     """Launch. `arguments`: those of `attend_decode`; `options`: the constants of the kernel, and of the launch."""
     grid = (options["HEADS"] // HEADS_OF_PROGRAM, num_tokens, programs)
-    attend_decode_sm90[grid](*arguments, num_warps=NUM_WARPS, **options)
+    attend_decode_sm90[grid](*arguments, arrived, num_warps=NUM_WARPS, **options)

@@ -111,13 +111,13 @@ def attention(pools: Pools, name: str, ratio: int, positions: list[int], sequenc
         floats = prefill_work_floats(T, 1, (positions[-1] + 1) // ratio if ratio else 0, HEAD_DIM)
     work = torch.empty(max(floats, 1), device="cuda")
     entry_pool = pools.of[ratio] if ratio else None
+    arrived = torch.zeros(T * HEADS, dtype=torch.int32, device="cuda")
 
     def make() -> Callable[[], None]:
         meta = tables(ratio, positions, sequences, num_pages)
         chosen = selection(meta) if ratio == 4 else None
-        return lambda: sparse_attention(
-            q, meta, pools.of[0], entry_pool, chosen, ratio, pools.sink, pools.rope_table, out, work, EPS, mode=mode
-        )
+        inputs = (q, meta, pools.of[0], entry_pool, chosen, ratio, pools.sink, pools.rope_table)
+        return lambda: sparse_attention(*inputs, out, work, EPS, mode=mode, arrived=arrived)
 
     ms = graph_ms([make() for _ in range(num_calls)], replays=7 if mode == "prefill" else 15)
     flops = 4.0 * keys * HEADS * HEAD_DIM

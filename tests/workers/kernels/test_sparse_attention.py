@@ -29,12 +29,15 @@ BOUND = 2**-8
 
 
 def attend(step: AttentionStep, meta: Meta | None = None, q: Tensor | None = None, **options: object) -> Tensor:
-    """Run the kernel over poisoned outputs; bf16 [T, H * hd]."""
+    """Run the kernel over poisoned outputs; bf16 [T, H * hd]. `together`: whether programs may wait for each other."""
     mode: Literal["decode", "prefill"] = options.pop("mode", "decode")  # type: ignore[assignment]
     meta = step.meta if meta is None else meta
     q = step.q if q is None else q
     pool, entries, selected, *rest = step.tensors
     selected = options.pop("selected", selected)  # type: ignore[assignment]
+    arrived = None
+    if mode == "decode" and options.pop("together", True):
+        arrived = torch.zeros(q.shape[0] * step.heads, dtype=torch.int32, device=q.device)
     out = torch.full((q.shape[0], step.heads * step.head_dim), float("nan"), dtype=torch.bfloat16, device=q.device)
     num_sequences, num_pages = meta.full_pages.shape
     columns = 0 if selected is None else selected.shape[1]
@@ -45,7 +48,9 @@ def attend(step: AttentionStep, meta: Meta | None = None, q: Tensor | None = Non
         num_entries = int((ends // step.ratio).sum()) if step.ratio else 0
         floats = prefill_work_floats(q.shape[0], num_sequences, num_entries, step.head_dim)
     work = torch.full((max(floats, 1),), float("nan"), device=q.device)
-    sparse_attention(q, meta, pool, entries, selected, *rest, out, work, EPS, mode=mode)  # type: ignore[arg-type]
+    inputs = (q, meta, pool, entries, selected, *rest)
+    sparse_attention(*inputs, out, work, EPS, mode=mode, arrived=arrived)  # type: ignore[arg-type]
+    assert arrived is None or not arrived.any()
     return out
 
 
@@ -148,6 +153,7 @@ def test_every_form_of_decode_gives_the_same_bits(
     whole = attend(step)
     check(whole[[0, 1, *range(3, 50)]], step.expected([0, 1, *range(3, 50)]), heads)
     assert not whole[2].any()
+    assert torch.equal(attend(step, together=False), whole)
     for tokens in (range(6), range(4, 13), [0], [1], [3], [5], [9]):
         chosen = None if step.selected is None else step.selected[list(tokens)]
         some = attend(step, step.meta.rows(list(tokens)), step.q[list(tokens)], selected=chosen)
