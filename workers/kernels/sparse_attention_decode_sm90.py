@@ -13,8 +13,8 @@ queries; elsewhere it brings its first keys, which are older than the queries, a
 
 Where two programs have all keys of a token, and all of a launch run at the same time, they exchange halves of their
 values and write the output (HALVES), in place of a second launch that adds up parts.
-# measured (H200, 2026-11-22), 64 tokens at 64K in a model: C4 36.0 us, C128 35.4, windows alone 16.0; 42.8, 42.5 and
-# 24.2 when every warp brought rows and a second launch added up parts; 110 in the plain form (C4).
+# measured (H200, 2026-11-22), 64 tokens at 64K in a model: C4 36.0 us, C128 35.4, windows alone 16.0 (21, 21 and 19 %
+# of their floors); 42.8, 42.5 and 24.2 when every warp brought rows and a second launch added up parts.
 
     shared memory: queries 64 x 1,024 bytes, keys 2 x 64 x 1,024, their stored bytes 64 x 256, weights 64 x 128
 """

@@ -9,10 +9,11 @@ warp groups compute the same scores, which makes 4,100 cycles a chunk of 64 keys
 
 Results, one H200, 2026-11-21. norm_and_store: 1.15 us at 1 token, 1.29 at 64, 20.1 at 8,192 (55 % of copy bandwidth).
 Decode at batch 1 and 4K context: 5.0 us sliding, 8.8 C4, 5.2 C128 in a row; C4 takes 7.1 where its second launch
-signals late, but in a model that launch hides the start of wo_a. 8, 16, 32, 64 tokens: C4 21.6, 31.7, 33.2, 39.8 us
-(19 % of the floor; 110 us at 64 tokens before wgmma), C128 at 64K the same, at 4K 9.8, 17.1, 23.4, 23.8; sliding 7.6,
-11.2, 20.5, 21.2. The way to the form of one token, C4 between reads: 16.0 us as
-a batch of products over groups of 64 dimensions, of which bank conflicts (scores summed over warps, values read across)
+signals late, but in a model that launch hides the start of wo_a. 8, 16, 32, 64 tokens before the changes below: C4 21.6,
+31.7, 33.2, 39.8 us (110 us at 64 tokens before wgmma), C128 at 64K the same, at 4K 9.8, 17.1, 23.4, 23.8; sliding 7.6,
+11.2, 20.5, 21.2. In a model, one token: rope angles ahead of the waits -0.3 us a layer, top-k that lets attention in
+behind its own wait -0.7 us a C4 layer; page numbers ahead of the wait, queries while rows are on their way, more
+programs in `combine`: nothing. The way to the form of one token, C4 between reads: 16.0 us as a batch of products over groups of 64 dimensions, of which bank conflicts (scores summed over warps, values read across)
 were about 4 by ncu; 12.7 once `combine` loaded all parts at once and the window came before the wait; 9.0 with plain
 products. At 64 tokens 338 us, then 110: queries as operands of every warp had filled the registers. Chunks of 16 keys
 are 0.2 us faster for the window alone and 4.5 us slower for C4. Tried before: 64 heads by wgmma, a chunk a program:
@@ -23,10 +24,13 @@ C128 lose by it (8 layers 1.003 ms, twice, and 1.000; wo_a comes into its way), 
 stamps of its time C4 spent 1.8 us on looking rows up, 0.8 each on queries and keys, 1.8 on scores, 1.5 on waiting for
 all of them, 1.8 on values. wo_a, streaming beside it, makes the exchange slower (4.1 us in place of 2.3 from keys to
 scores); where wo_a asks for 32 KB at a time and not for 96 before it waits, sliding takes 35.9 in two launches.
-64 tokens, 39.7 us in C4 and 39.4 in C128 at 64K, the second launch 6.6 of them: with queries (C4) or keys (C128) before
-the wait 36.5 and 37.1, 16 tokens 29.1 in place of 31.7, the whole of 8 layers at 64K 8.10 ms in place of 8.16; two
-programs that exchange halves in place of the second launch 47.7; keys of the next pair expanded between products of
-values 56 to 82, with registers spilt.
+64 tokens, 2026-11-22, in a row: 39.7 us in C4 and 39.4 in C128 at 64K, with queries (C4) or keys (C128) ahead of the
+wait 37.6 and 37.0, the second launch 8.5 of them, sliding 19.7. Sums as volatile assembly, which the compiler does not
+move to the end of the loop, where it kept all products (690 bytes of spills): sliding 13.6, others the same. Warps of
+their own that bring rows, each pair's loads behind the pair before: 38.6, 36.6 and 12.1; with an exchange of halves in
+place of the second launch 33.3, 31.5 and 12.4, which in a model of 8 layers, rows also loaded a pair ahead, are 36.0,
+35.4 and 16.0 (21, 21, 19 % of the floor; 42.8, 42.5 and 24.2 before, by every warp and in two launches) and 0.07 ms of
+the step's 8.05. Exchanged by programs whose warps do all in turn, halves lost: 47.7.
 Prefill of 8,192 tokens in Triton's form: C4 3.03 ms (204 TFLOP/s), C128 1.11, sliding 0.84; after 57,344 tokens C4
 3.38, C128 2.73. C4 took 4.0 to 8.6 ms when every program undid the fp8 of its rows. With explicit layouts (sm_90): C4
 1.93 (320), C128 0.93, sliding 0.77; after 57,344 C4 2.08, C128 1.87 (349). There, by ncu: with one allocation for
