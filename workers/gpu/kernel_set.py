@@ -110,9 +110,10 @@ class _DecodeOps:
     """
 
     def __init__(self, config: ModelConfig, sizes: StepSizes) -> None:
-        from workers.kernels import compressor, experts_decode, experts_sm90, kv_step, linear_decode, mhc
+        from workers.kernels import compressor, expert_codes, experts_decode, experts_sm90, kv_step, linear_decode, mhc
 
-        self._mhc, self._linear, self._store, self._experts = mhc, linear_decode, kv_step, experts_decode
+        self._mhc, self._linear, self._store = mhc, linear_decode, kv_step
+        self._experts, self._codes = experts_decode, expert_codes
         c, tokens, device = config, sizes.num_tokens, sizes.device
         self.streams = torch.empty(mhc.work_floats(tokens, c.hidden_size), device=device)
         self._c128_work = compressor.C128Work.allocate(tokens, c.head_dim, device)
@@ -148,8 +149,10 @@ class _DecodeOps:
         if x_experts is None and self._linear.mixes_x(x, self._x_rows):
             self._mhc.hc_sums(sub_out, streams, post, comb, hc, self.streams)
             return
-        unasked = x_experts is not None and self._experts_round
-        rounded = {} if unasked else {"x_quantised": self._for_many(x_quantised), "x_experts": x_experts}
+        if x_experts is not None and self._experts_round:
+            rounded = {"x_experts": self._coded(x_experts)}
+        else:
+            rounded = {"x_quantised": self._for_many(x_quantised), "x_experts": x_experts}
         self._mhc.hc_post_pre(sub_out, *between, work=self.streams, finish=False, **rounded)
 
     def project_x(self, *tensors: Any, x_quantised: Tensor, between: tuple[Any, ...]) -> None:
@@ -160,9 +163,16 @@ class _DecodeOps:
         comb = None if mixed is not None else (between[2], between[3])
         self._store.store_and_compress(*operands, work=self._c128_work, comb=comb, mixed=mixed, **others)
 
-    def expert_gate_up(self, *operands: Any, x_quantised: Tensor, room: Tensor, **others: Any) -> None:
+    def _coded(self, x_experts: Tensor) -> Tensor | None:
+        """Where one token's input of the experts is rounded by the launch that makes it."""
+        return self._codes.coded_room(x_experts) if self._experts_round and x_experts.shape[0] == 1 else None
+
+    def expert_gate_up(
+        self, x: Tensor, experts_x: Tensor, *operands: Any, x_quantised: Tensor, room: Tensor, **others: Any
+    ) -> None:
         scratch = {"x_quantised": self._for_many(x_quantised), "counters": self._counters}
-        self._experts.expert_gate_up(*operands, **scratch, **others)
+        inputs = self._coded(experts_x)
+        self._experts.expert_gate_up(x, experts_x if inputs is None else inputs, *operands, **scratch, **others)
 
     def expert_down(self, *operands: Any, **others: Any) -> None:
         self._experts.expert_down(*operands, counters=self._counters, **others)

@@ -24,6 +24,13 @@ def coded_bytes(columns: int) -> int:
     return columns + columns // GROUP.value * 4
 
 
+def coded_room(rows: Tensor) -> Tensor:
+    """Room for coded rows, uint8 `[T, coded_bytes(D)]`, in contiguous bf16 `rows [T, D]`."""
+    tokens, columns = rows.shape
+    size = coded_bytes(columns)
+    return rows.view(torch.uint8).flatten()[: tokens * size].view(tokens, size)
+
+
 @triton.jit
 def store_coded(row, values, column, D: tl.constexpr, HW: tl.constexpr):
     """Writes whole groups of a coded row (pointer to uint8). values: fp32 `[1, C]`; column: `[1, C]`, beyond D none."""
