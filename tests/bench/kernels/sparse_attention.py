@@ -9,15 +9,16 @@ warp groups compute the same scores, which makes 4,100 cycles a chunk of 64 keys
 
 Results, one H200, 2026-11-21. norm_and_store: 1.15 us at 1 token, 1.29 at 64, 20.1 at 8,192 (55 % of copy bandwidth).
 Decode at batch 1 and 4K context: 5.0 us sliding, 8.8 C4, 5.2 C128 in a row; C4 takes 7.1 where its second launch
-signals late, but in a model that launch hides the start of wo_a. 8, 16, 32, 64 tokens before the changes below: C4 21.6,
-31.7, 33.2, 39.8 us (110 us at 64 tokens before wgmma), C128 at 64K the same, at 4K 9.8, 17.1, 23.4, 23.8; sliding 7.6,
-11.2, 20.5, 21.2. In a model, one token: rope angles ahead of the waits -0.3 us a layer, top-k that lets attention in
-behind its own wait -0.7 us a C4 layer; page numbers ahead of the wait, queries while rows are on their way, more
-programs in `combine`: nothing. The way to the form of one token, C4 between reads: 16.0 us as a batch of products over groups of 64 dimensions, of which bank conflicts (scores summed over warps, values read across)
-were about 4 by ncu; 12.7 once `combine` loaded all parts at once and the window came before the wait; 9.0 with plain
-products. At 64 tokens 338 us, then 110: queries as operands of every warp had filled the registers. Chunks of 16 keys
-are 0.2 us faster for the window alone and 4.5 us slower for C4. Tried before: 64 heads by wgmma, a chunk a program:
-13.1, 16.0, 15.3 us; the same in a loop: 18-24 us; 16 warps of 32 dimensions, in 43 layers: 18.1, 21.0, 19.2 us.
+signals late, but in a model that launch hides the start of wo_a. 8, 16, 32, 64 tokens before the changes below: C4
+21.6, 31.7, 33.2, 39.8 us (110 us at 64 tokens before wgmma), C128 at 64K the same, at 4K 9.8, 17.1, 23.4, 23.8; sliding
+7.6, 11.2, 20.5, 21.2. In a model, one token: rope angles ahead of the waits -0.3 us a layer, top-k that lets attention
+in behind its own wait -0.7 us a C4 layer; page numbers ahead of the wait, queries while rows are on their way, more
+programs in `combine`: nothing. The way to the form of one token, C4 between reads: 16.0 us as a batch of products over
+groups of 64 dimensions, of which bank conflicts (scores summed over warps, values read across) were about 4 by ncu;
+12.7 once `combine` loaded all parts at once and the window came before the wait; 9.0 with plain products. At 64 tokens
+338 us, then 110: queries as operands of every warp had filled the registers. Chunks of 16 keys are 0.2 us faster for
+the window alone and 4.5 us slower for C4. Tried before: 64 heads by wgmma, a chunk a program: 13.1, 16.0, 15.3 us; the
+same in a loop: 18-24 us; 16 warps of 32 dimensions, in 43 layers: 18.1, 21.0, 19.2 us.
 One token in one launch, whose programs pass on weights in place of values and wait for each other, from the queries'
 product to wo_b: sliding 34.6 to 33.2 us a layer, C128 34.8 to 34.1, C4 44.8 to 44.6 at best. In a model sliding and
 C128 lose by it (8 layers 1.003 ms, twice, and 1.000; wo_a comes into its way), so it is not in the tree. With
