@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.launch import pdl_options
-from workers.kernels.routing_choice import choose, load_logits, pairs_of, sort_pairs
+from workers.kernels.routing_choice import choose, load_bias, load_logits, pairs_of, sort_pairs
 
 TILE_TOKENS = 32
 """Tokens of one program."""
@@ -97,7 +97,8 @@ def choose_kernel(
     token = tile * TILE + tl.arange(0, TILE)
     inside = token < num_tokens
     z = load_logits(logits, token, inside, 0, E, 1)
-    choose(z, chooser, token_ids, ids, weights, token, inside, vocab, scaling, K, E, K, KP, HASH)
+    bias = load_bias(chooser, E, HASH)
+    choose(z, bias, chooser, token_ids, ids, weights, token, inside, vocab, scaling, K, E, K, KP, HASH)
     tl.debug_barrier()
     experts, counted = pairs_of(ids, token_ids, tile * TILE, tl.minimum(num_tokens, (tile + 1) * TILE), K, TILE * KP)
     counts = tl.histogram(experts, EP, mask=counted)

@@ -62,13 +62,24 @@ def load_logits(logits, token, inside, part_stride, E: tl.constexpr, PARTS: tl.c
 
 
 @triton.jit
-def _order_keys(scores, chooser, E: tl.constexpr):
+def load_bias(chooser, E: tl.constexpr, HASH: tl.constexpr):
+    """The bias that steers the choice, a tuple of blocks `[1, WIDTH]`; nothing where a table chooses."""
+    lane = tl.arange(0, WIDTH)[None, :]
+    blocks = ()
+    if not HASH:
+        for b in tl.static_range((E + WIDTH - 1) // WIDTH):
+            blocks = blocks + (tl.load(chooser + b * WIDTH + lane, mask=lane < E - b * WIDTH, other=0.0),)
+    return blocks
+
+
+@triton.jit
+def _order_keys(scores, bias, E: tl.constexpr):
     """Order keys of score plus bias, blocks `[tokens, WIDTH]`. scores: int32 bits of fp32."""
     lane = tl.arange(0, WIDTH)[None, :]
     keys = ()
     for b in tl.static_range(len(scores)):
         real = lane < E - b * WIDTH
-        biased = scores[b].to(tl.float32, bitcast=True) + tl.load(chooser + b * WIDTH + lane, mask=real, other=0.0)
+        biased = scores[b].to(tl.float32, bitcast=True) + bias[b]
         # NaN becomes a finite floor: every pick is a real expert.
         keys = keys + (tl.where(real, _order_key(tl.maximum(biased, -3.0e38)), TAKEN),)
     return keys
@@ -92,6 +103,7 @@ def _best(keys, E: tl.constexpr):
 @triton.jit
 def choose(
     logits,
+    bias,
     chooser,
     token_ids,
     ids,
@@ -108,8 +120,8 @@ def choose(
 ):
     """Writes ids and weights of a block of tokens; also returns the experts, `[tokens, KP]`.
 
-    logits: of `load_logits`. rounds: K; as an argument of the kernel it keeps the compiler from a copy of the loop for
-    each choice: code that runs once a launch has to be fetched first.
+    logits: of `load_logits`; bias: of `load_bias`. rounds: K; as an argument of the kernel it keeps the compiler from a
+    copy of the loop for each choice: code that runs once a launch has to be fetched first.
     """
     lane = tl.arange(0, WIDTH)[None, :]
     choice = tl.arange(0, KP)[None, :]
@@ -124,7 +136,7 @@ def choose(
         experts = tl.minimum(tl.maximum(experts, 0), E - 1)
         keys = scores
     else:
-        keys = _order_keys(scores, chooser, E)
+        keys = _order_keys(scores, bias, E)
     factors = tl.zeros((token.shape[0], KP), tl.float32)
     total = tl.zeros((token.shape[0],), tl.float32)
     for c in range(rounds):

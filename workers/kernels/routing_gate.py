@@ -26,7 +26,7 @@ from workers.kernels.launch import pdl_options
 from workers.kernels.mhc import HyperConnection
 from workers.kernels.mhc_gates import COMB_TOKENS, finish_comb, finish_comb_kernel
 from workers.kernels.routing import PER_STEP, PER_TOKEN, Groups, route
-from workers.kernels.routing_choice import choose, load_logits, pairs_of, sort_pairs
+from workers.kernels.routing_choice import choose, load_bias, load_logits, pairs_of, sort_pairs
 from workers.kernels.routing_one import empty_parts, route_one
 from workers.kernels.routing_product import BLOCK, EXPERTS, TOKENS, blocks_of_program, gate_product, gate_rows, splits
 
@@ -118,7 +118,8 @@ def gate_route_kernel(
             tl.store(whole, z[b], mask=inside[:, None] & (lane < E - b * 128))
         if TILE > 0:
             groups = (num_active, active_experts, active_begin, pair_order)
-            choose(z, chooser, token_ids, ids, weights, token, inside, vocab, scaling, K, E, K, KP, HASH)
+            bias = load_bias(chooser, E, HASH)
+            choose(z, bias, chooser, token_ids, ids, weights, token, inside, vocab, scaling, K, E, K, KP, HASH)
             tl.debug_barrier()
             if tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") == tl.num_programs(1) - 1:
                 tl.store(arrived, 0)
