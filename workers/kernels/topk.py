@@ -1,8 +1,8 @@
 """Exact top-k of index scores: the K best visible entries of each token, ties to the lower entry.
 
 Owns: the choice (`workers/reference/indexer.select_topk`, as a set), and how programs share a row. Does not own: the
-search for the K-th score (`topk_search.py`). What passes is compacted by one scan. The order inside a selection is
-fixed: it depends on the scores and their number alone.
+search for the K-th score, among scores that a program keeps (`topk_search.py`) or in rows too long for that
+(`topk_list.py`). The order inside a selection is fixed: it depends on the scores and their number alone.
 
 One program looks at CHUNK entries of a token. Longer contexts have several: each leaves its own K best, and the last
 to arrive (an integer counter) chooses among those, so that length costs no further launch.
@@ -21,11 +21,20 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.kernels.launch import EARLY_TOKENS, pdl_options
+from workers.kernels.topk_list import choose_listed
 from workers.kernels.topk_search import chosen_keys, ordered, places
 
 CHUNKS = (4096, 16384)
 """Entries one program chooses from: the least that holds a row, or the last (64K tokens of context) over and over.
 At most 32767: two counts share an int32."""
+
+DIRECT = 4096
+"""Scores of a row that one program keeps while it searches; it walks through more.
+# measured (H200, 2026-11-22, 64 sequences of 16K tokens): index scores and selection 25.6 us, 28.1 with 2,048."""
+
+LISTED = 2
+"""Scores that a list has room for, for each of K.
+# measured (64 sequences of 64K tokens): 61.5 us, 63.3 with 4."""
 
 MAX_CANDIDATES = 16384
 """Of all chunks of a token, chosen from by one program: 1M tokens of context at K = 1024."""
@@ -39,20 +48,23 @@ RANK_TOKENS = 8
 RANK_ROWS, RANK_WIDTH = 16, 128
 """Entries that such a program counts for, and with how many at a time it compares them.
 # measured (H200, 2026-11-21, one token at 4K of context): 2.0 us, 3.1 with 32 entries; the search takes 4.8, and 9.6
-# with the 32 warps of long page tables."""
+# with 32 warps."""
 
 MOST_NEAR = 32
 """A search ends when so many scores are left around the K-th."""
 
-WARPS = (8, 16)
-"""Warps of a program for each chunk.
-# measured (H200, 2026-11-21, index scores and selection of 1, 16 and 64 sequences of 64K tokens): 20.3, 39.1 and 73.3
-# us; 23.8, 43.1 and 77.8 with 32 warps, 25.6, 45.8 and 82.1 with 8."""
+WARPS = 8
+"""Of a program of decode.
+# measured (H200, 2026-11-22, index scores and selection of 1, 16 and 64 sequences of 64K tokens): 17.5, 32.4, 61.6 us;
+# 17.9, 32.3, 61.5 with 16 warps, and 18.2, 34.5, 65.5 where 16 warps keep all scores of a row."""
 
-PREFILL_SIZES = ((2048, 2), (4096, 4))
+COLUMNS = (256, 512)
+"""Of the order of selections above RANKED entries, for each chunk: ascending (entry % COLUMNS, entry // COLUMNS)."""
+
+PREFILL_SIZES = ((2048, 2), (4096, 4), (16384, 16))
 """(entries, warps) of a program of prefill: very many tokens need few instructions, not many threads.
 # measured (H200, 2026-11-21, 8,192 tokens of one prompt): 74 us, 77 with 4 warps, 116 with one, and 130 and 141 with 4
-# and 8 for 4,096 entries."""
+# and 8 for 4,096 entries. 2,048 tokens at 43K of context 229 us, 279 where a program keeps all scores (2026-11-22)."""
 
 PREFILL_COLUMNS = 256
 """Columns of the order of prefill's selections. One number for all tables: those of a step are as wide as its longest
@@ -92,7 +104,7 @@ def _choose_in_order(
     COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same selection by one program: the K best are searched, and then sorted."""
-    _choose(scores, visible, 0, ids, kept, K, NEAR, N, COLUMNS, True, False)
+    _choose(scores, visible, ids, kept, K, NEAR, N, COLUMNS, True, False)
     tl.debug_barrier()
     at = tl.arange(0, KP)
     key = ordered(tl.load(kept + at, mask=at < K, other=0.0)).to(tl.int64) << 32
@@ -105,37 +117,22 @@ def _choose_in_order(
 
 @triton.jit
 def _choose(
-    scores, count, first, ids, kept, K: tl.constexpr, NEAR: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
+    scores, count, ids, kept, K: tl.constexpr, NEAR: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
     KEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The K best of `count` <= N scores, K < count: entries first + i to ids[0:K], (KEEP) their scores to `kept`."""
+    """The K best of `count` <= N scores, K < count: entries to ids[0:K], (KEEP) their scores to `kept`."""
     at = tl.arange(0, N)
     live = at < count
     score = tl.load(scores + at, mask=live, other=0.0)
     key = tl.where(live, ordered(score), -2147483648)
-    chosen = chosen_keys(scores, ids, key, at, live, count, ids, K, NEAR, COLUMNS, False)
+    chosen = chosen_keys(scores, key, at, live, count, ids, K, NEAR, COLUMNS)
     place = places(chosen, N, COLUMNS)
     chosen &= place < K
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    tl.store(ids + place, first + at, mask=chosen)
+    tl.store(ids + place, at, mask=chosen)
     if KEEP:
         tl.store(kept + place, score, mask=chosen)
-
-
-@triton.jit
-def _choose_candidates(
-    scores, ids, count, selected, K: tl.constexpr, NEAR: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    """The K best of `count` <= N candidates, K < count; entries are ids[i]."""
-    at = tl.arange(0, N)
-    live = at < count
-    score = tl.load(scores + at, mask=live, other=0.0, cache_modifier=".cg")
-    entry = tl.load(ids + at, mask=live, other=0, cache_modifier=".cg")
-    key = tl.where(live, ordered(score), -2147483648)
-    chosen = chosen_keys(scores, ids, key, entry, live, count, selected, K, NEAR, COLUMNS, True)
-    place = places(chosen, N, COLUMNS)
-    tl.store(selected + place, entry, mask=chosen & (place < K))
 
 
 @triton.jit
@@ -169,6 +166,7 @@ def topk(
     candidate_scores,
     candidate_ids,
     arrived,
+    room,
     chunks,
     RATIO: tl.constexpr,
     K: tl.constexpr,
@@ -177,6 +175,9 @@ def topk(
     CHUNK: tl.constexpr,
     CANDIDATES: tl.constexpr,  # of all chunks, a power of two; 0 when there is one chunk
     COLUMNS: tl.constexpr,
+    MOST: tl.constexpr,  # scores that a list has room for
+    DIRECT: tl.constexpr,  # scores that a program keeps
+    LISTED: tl.constexpr,  # more are walked through, DIRECT at a time
     RANK: tl.constexpr,  # most entries whose selection is in order
     ROWS: tl.constexpr,  # of a program that counts ranks; 0: one program does
     WIDTH: tl.constexpr,
@@ -184,8 +185,9 @@ def topk(
     PDL: tl.constexpr,
 ):
     """Grid (chunks or programs that count ranks, T). scores fp32 [T, scores_stride], selected int32 [T, K], candidates
-    [T, chunks, K]."""
-    SMALL: tl.constexpr = CHUNK // 4 if CHUNK // 4 > K else CHUNK // 2
+    [T, chunks, K], room int32 [T, chunks, MOST]."""
+    SMALL: tl.constexpr = DIRECT // 4 if DIRECT // 4 > K else DIRECT // 2
+    WALK: tl.constexpr = (COLUMNS if COLUMNS < DIRECT else DIRECT, max(CHUNK, CANDIDATES), DIRECT)
     token = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(0)
     visible = (tl.load(positions + token) + 1) // RATIO
@@ -198,6 +200,7 @@ def topk(
     out = selected + token * K
     kept = candidate_scores + token * chunks * K
     ids = candidate_ids + token * chunks * K
+    room += (token * chunks + chunk) * MOST
     if RANK > 0:  # noqa: SIM102 - decided by the compiler
         if (visible > K) & (visible <= RANK):
             if (chunk == 0) | ((ROWS > 0) & (chunk * ROWS < visible)):
@@ -213,24 +216,29 @@ def topk(
         if chunk == 0:
             if visible <= K:
                 _choose_all(row, visible, 0, out, row, K, KP, False)
+            elif LISTED:
+                if visible <= DIRECT:
+                    _choose(row, visible, out, row, K, NEAR, DIRECT, COLUMNS, False, PDL)
+                else:
+                    choose_listed(row, None, visible, 0, out, row, room, K, WALK, MOST, False, "", PDL)
             elif visible <= SMALL:
-                _choose(row, visible, 0, out, row, K, NEAR, SMALL, COLUMNS, False, PDL)
+                _choose(row, visible, out, row, K, NEAR, SMALL, COLUMNS, False, PDL)
             else:
-                _choose(row, visible, 0, out, row, K, NEAR, CHUNK, COLUMNS, False, PDL)
+                _choose(row, visible, out, row, K, NEAR, DIRECT, COLUMNS, False, PDL)
     elif CANDIDATES > 0:  # noqa: SIM102 - the outer one is decided by the compiler
         if first < visible:
+            own = chunk * K
             count = min(visible - first, CHUNK)
             if count <= K:
-                _choose_all(row, count, first, ids + chunk * K, kept + chunk * K, K, KP, True)
+                _choose_all(row, count, first, ids + own, kept + own, K, KP, True)
             else:
-                _choose(row, count, first, ids + chunk * K, kept + chunk * K, K, NEAR, CHUNK, COLUMNS, True, PDL)
+                choose_listed(row, None, count, first, ids + own, kept + own, room, K, WALK, MOST, True, "", PDL)
             tl.debug_barrier()  # every thread's stores come before the counter's release
             last = tl.cdiv(visible, CHUNK) - 1
             if tl.atomic_add(arrived + token, 1, sem="acq_rel", scope="gpu") == last:
                 tl.store(arrived + token, 0)
-                _choose_candidates(
-                    kept, ids, last * K + min(visible - last * CHUNK, K), out, K, NEAR, CANDIDATES, COLUMNS
-                )
+                count = last * K + min(visible - last * CHUNK, K)
+                choose_listed(kept, ids, count, 0, out, row, room, K, WALK, MOST, False, ".cg", False)
 
 
 def _chunk(max_entries: int) -> int:
@@ -241,16 +249,25 @@ def _size(max_entries: int, ranked: bool) -> tuple[int, int]:
     """Chunk and warps of a program."""
     chunk = _chunk(max_entries)
     if ranked:
-        return chunk, WARPS[CHUNKS.index(chunk)]
-    return next(size for size in (*PREFILL_SIZES, (chunk, WARPS[-1])) if size[0] >= min(max_entries, chunk))
+        return chunk, WARPS
+    return next(size for size in PREFILL_SIZES if size[0] >= min(max_entries, chunk))
+
+
+def _is_listed(max_entries: int) -> bool:
+    return max_entries > min(DIRECT, CHUNKS[-1])
+
+
+def _most_listed(k: int) -> int:
+    return LISTED * int(triton.next_power_of_2(k))
 
 
 class TopkWork(NamedTuple):
-    """Candidates, [T * chunks * K], and zeroed counters int32 [T]."""
+    """Candidates, [T * chunks * K], zeroed counters int32 [T], and room for lists, int32 [T * chunks * MOST]."""
 
     scores: Tensor  # fp32
     ids: Tensor  # int32
     arrived: Tensor
+    room: Tensor
     chosen: int
     """K."""
 
@@ -263,7 +280,8 @@ class TopkWork(NamedTuple):
         words = tokens * max(1, chunks) * k
         scores = torch.empty(words, dtype=torch.float32, device=device)
         ids, arrived = (torch.zeros(n, dtype=torch.int32, device=device) for n in (words, tokens))
-        return cls(scores, ids, arrived, k)
+        listed = tokens * chunks * _most_listed(k) if _is_listed(max_entries) else 0
+        return cls(scores, ids, arrived, torch.empty(listed, dtype=torch.int32, device=device), k)
 
     def capacity(self, max_entries: int) -> int:
         """Tokens that fit when each may see `max_entries`."""
@@ -305,6 +323,7 @@ def select_topk(
         work.scores,
         work.ids,
         work.arrived,
+        work.room,
         chunks,
         RATIO=ratio,
         K=k,
@@ -312,7 +331,10 @@ def select_topk(
         NEAR=min(MOST_NEAR, triton.next_power_of_2(k + 1) // 2),
         CHUNK=chunk,
         CANDIDATES=triton.next_power_of_2(chunks * k) if chunks > 1 else 0,
-        COLUMNS=32 * warps if ranked else PREFILL_COLUMNS,
+        COLUMNS=COLUMNS[CHUNKS.index(chunk)] if ranked else PREFILL_COLUMNS,
+        MOST=_most_listed(k),
+        DIRECT=min(DIRECT, chunk),
+        LISTED=_is_listed(scores.shape[1]),
         RANK=most_ranked,
         ROWS=RANK_ROWS if spread else 0,
         WIDTH=RANK_WIDTH,
@@ -326,7 +348,7 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     """Compilations for V4-Flash, for `tests/workers/kernels/compiling.py`."""
     signature = dict.fromkeys(("positions", "selected", "candidate_ids", "arrived"), "*i32")
     signature |= dict.fromkeys(("scores", "candidate_scores"), "*fp32")
-    signature |= {"scores_stride": "i32", "chunks": "i32"}
+    signature |= {"scores_stride": "i32", "chunks": "i32", "room": "*i32"}
     constants = {"RATIO": 4, "K": 512, "KP": 512, "NEAR": MOST_NEAR, "PDL": arch >= 90}
     constants["WIDTH"] = RANK_WIDTH
     cases = [
@@ -337,10 +359,13 @@ def compile_cases(arch: int) -> list[tuple[str, Any, dict[str, str], dict[str, A
     cases.append(("shortest prefill", *PREFILL_SIZES[0], 0, 0, 0))
     found = []
     for name, chunk, warps, candidates, rank, rows in cases:
-        columns = 32 * warps if rank else PREFILL_COLUMNS
+        columns = COLUMNS[CHUNKS.index(chunk)] if rank else PREFILL_COLUMNS
         sizes = {
             "EARLY": name.endswith("few") and arch >= 90,
             "CHUNK": chunk,
+            "MOST": _most_listed(512),
+            "DIRECT": min(DIRECT, chunk),
+            "LISTED": _is_listed(chunk),
             "CANDIDATES": candidates,
             "COLUMNS": columns,
             "RANK": rank,

@@ -102,6 +102,39 @@ def test_nan_ranks_last(device: torch.device, seed: int) -> None:
     assert torch.equal(choose(scores, visible, 80), expected(least_first, visible, 80))
 
 
+def in_two_groups(x: Tensor) -> Tensor:
+    """The best are 1,024 entries apart, as the scores are whose largest the walk through a long row looks at."""
+    at = torch.arange(x.shape[-1], device=x.device)
+    return x + 100 * (at % 1024 < 8)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "in few groups"])
+def test_long_rows_are_chosen_in_one_order(kind: str, device: torch.device, seed: int) -> None:
+    """By a program that keeps the scores, and by one that walks through them; lists that do not hold them all, too."""
+    make = KINDS.get(kind, in_two_groups)
+    scores, visible = make(normal(seed, device, 4, 16384)), torch.tensor([3000, 4097, 9000, 16384], device=device)
+    out = torch.full((4, 64), -7, dtype=torch.int32, device=device)
+    select_topk(scores, (visible * 4 - 1).int(), out, TopkWork.allocate(4, 16384, 64, device))
+    assert torch.equal(out.sort(-1).values, expected(scores, visible, 64))
+    columns = module.COLUMNS[-1]
+    assert ((out % columns * 16384 + out // columns).diff(dim=-1) > 0).all()
+
+
+def test_long_rows_of_few_numbers(device: torch.device, seed: int) -> None:
+    scores = torch.full((2, 9000), float("-inf"), device=device)
+    scores[:, 100:8000:200] = normal(seed, device, 2, 40)
+    visible = torch.tensor([9000, 8999], device=device)
+    assert torch.equal(choose(scores, visible, 64), expected(scores, visible, 64))
+
+
+def test_nan_ranks_last_in_long_rows(device: torch.device, seed: int) -> None:
+    scores = normal(seed, device, 1, 6000)
+    scores[0, ::7] = float("nan")
+    visible = torch.tensor([6000], device=device)
+    least_first = torch.where(scores.isnan(), float("-inf"), scores)
+    assert torch.equal(choose(scores, visible, 64), expected(least_first, visible, 64))
+
+
 def test_a_row_does_not_depend_on_its_batch(device: torch.device, seed: int) -> None:
     scores = normal(seed, device, 40, 512)
     visible = torch.full((40,), 500, device=device)
