@@ -5,10 +5,12 @@ at 4K tokens of context and 0.5 us at 64K: a launch takes longer, so the share m
 very long context on. Floor of prefill scores: 2 * 64 * 128 FLOP for each (token, visible entry) at the dense f16 rate.
 Top-k has no floor but its launch: it reads 4 bytes an entry.
 
-Result (H200, 2026-11-21, PDL, us): batch 1 scores 3.7 / 5.1 at 4K / 64K, both 7.0 in the model at 4K, 20.3 at 64K.
-Batch 64 scores 8.4 at 4K, 16.6 at 16K, 42.3 to 44.8 at 64K (74 to 78 % of the floor; 78.5 in plain Triton), both 16.9,
-28.5 and 73.3: the choice of 512 among 16,384 takes 28, on 64 of 132 multiprocessors. Choosing by bins that the scores'
-launch counts takes 17 us and makes that launch 22 slower.
+Result (H200, 2026-11-22, PDL, us): batch 1 scores 3.7 / 4.9 at 4K / 64K, both 7.0 in the model at 4K, 17.5 at 64K.
+Batch 64 scores 8.4 at 4K, 16.7 at 16K, 42.3 to 45.0 at 64K (73 to 78 % of the floor; 78.5 in plain Triton), both 16.9,
+25.6 and 61.6. Behind the scores the choice of 512 among 16,384 takes 16.6, on 64 of 132 multiprocessors. Four programs
+of 4,096 scores a token, the last of which chooses from what the others leave, take 27. Scores that signal first of all,
+so that the choice may come early: 68 to 81 together; with 3 programs a multiprocessor, which leave it room, 72 to 79.
+Choosing by bins that the scores' launch counts takes 17 us and makes that launch 22 slower.
 Prefill of 8,192 tokens: queries and scores 240 (scores alone 183, half of what FP8 products could do; 425 with f16 in
 plain Triton, 288 with f16 in this form), top-k 74 (171 with 8 warps). A second product on its way while the first is
 summed up is slower (218), as are more slots (222) and programs of 8 warps (236).
