@@ -74,16 +74,18 @@ def expert_gate_up(
     """`hidden [T, k, I]` bf16: clamped SwiGLU of w1 and w3 of the chosen experts times `weights`; `shared_hidden`
     bf16 `[T, I]`: the same of the shared expert, without a weight.
 
-    `x [T, D]` bf16; `experts_x` the same fake-quantised and in expert order, which only the plain form reads;
-    `x_quantised` fake-quantised and in its own order, for many tokens. `shared_w13`: w1 | w3 of the shared expert,
-    `codes [2I, D]` and `scales`. `ids` int32 and `weights` fp32 `[T, k]`; `groups` from `route`. `counters`: int32
-    zeros, `num_counters` many.
+    `x [T, D]` bf16; `experts_x` the same fake-quantised and in expert order for the plain form. For the other one
+    token's must be its coded row (`expert_codes.py`); more tokens it rounds itself, from `x`. `x_quantised`
+    fake-quantised and in its own order, for many tokens. `shared_w13`: w1 | w3 of the shared expert, `codes [2I, D]` and `scales`. `ids`
+    int32 and `weights` fp32 `[T, k]`; `groups` from `route`. `counters`: int32 zeros, `num_counters` many.
     """
     tokens, choices, inner = hidden.shape
     if not tokens:
         return
     if experts_sm90.serves(x.device, x.shape[1], inner):
-        experts_sm90.gate_up(x, shared_w13, weights, groups, slab, hidden, limit, shared_hidden, counters, pdl)
+        experts_sm90.gate_up(
+            x, experts_x, shared_w13, weights, groups, slab, hidden, limit, shared_hidden, counters, pdl
+        )
         return
     shared_gate_up(x, shared_w13, limit, shared_hidden, x_quantised=x_quantised, pdl=pdl)
     most = min(ids.numel(), slab.table.numel())

@@ -13,9 +13,9 @@ once per eight pairs. Between the launches `hidden` and `shared_hidden` are natu
 quantises what it reads.
 
 How soon `gate_up` comes to its wait counts, because the router takes less time than the shared expert's first half.
-What that needs is therefore asked for at the very beginning, x whole.
-# measured (H200, 2026-11-22; 8 layers of V4-Flash at one token): 11 us less than with x loaded in four turns; half of
-# the programs came to their wait 3 us after the router had ended.
+What that needs is therefore asked for at the very beginning; one token's x comes rounded.
+# measured (H200, 2026-11-22; 8 layers of V4-Flash at one token): 11 us less than with x loaded in four turns, when half
+# of the programs came to their wait 3 us after the router had ended.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ from workers.kernels.experts_tiles import (
     SUMS,
     TOKENS,
     WARPS,
+    fill_coded,
     fill_inputs,
-    fill_row,
     input_buffers,
     issue,
     issue_first,
-    load_row,
+    load_coded,
     slots_of_steps,
     tile_product,
 )
@@ -146,7 +146,7 @@ def _gate_and_up(total):
 
 @gluon.jit
 def _shared_gate_up(
-    slots, inputs, input_scales, row_scales, x, pair_order, codes, scales, out, words, tag, num_tokens, limit,
+    slots, inputs, input_scales, row_scales, x, coded, pair_order, codes, scales, out, words, tag, num_tokens, limit,
     D: gl.constexpr, INNER: gl.constexpr,
 ):  # fmt: skip
     """The shared expert's hidden rows `out [T, INNER]`, that of one token also to `words`: eight columns of eight
@@ -160,13 +160,13 @@ def _shared_gate_up(
     begin = 0
     filled = -1
     loaded = item % PIECES // 16
-    parts = load_row(x, D)
+    only = load_coded(coded, num_tokens == 1, D)
     if item < items:
         row = scales + loaded * (D // 128)
         issue_row_scales(row_scales, row, row + INNER // 128 * (D // 128), D)
         issue_first_rows(slots, begin, codes + (item % PIECES * 8).to(gl.int64) * D, INNER, D)
     if num_tokens == 1:
-        fill_row(inputs, input_scales, parts, D)
+        fill_coded(inputs, input_scales, only, D)
         filled = 0
     while item < items:
         piece = item % PIECES
@@ -201,7 +201,7 @@ def _shared_gate_up(
 
 @gluon.jit(do_not_specialize=["num_tokens"])
 def gate_up_kernel(
-    x, routing, hidden, num_active, active_experts, active_begin, pair_order, table,
+    x, coded, routing, hidden, num_active, active_experts, active_begin, pair_order, table,
     slab_codes, slab_scales, host_codes, host_scales, peer_codes, peer_scales,
     shared_codes, shared_scales, shared_hidden, counter, num_tokens, limit,
     D: gl.constexpr, INNER: gl.constexpr, CHOICES: gl.constexpr, E: gl.constexpr, HOST: gl.constexpr,
@@ -217,10 +217,12 @@ def gate_up_kernel(
     # The table changes between steps only.
     entry = gl.arange(0, padded(E), layout=ENTRIES)
     entries = gl.load(table + entry, mask=entry < E, other=0)
-    # `x` is older than the predecessor, `gate_route`, which lets this kernel start only after its own wait.
+    # `x` and its coded row are older than the predecessor, the router, which lets this kernel start only when one of
+    # its programs has waited.
     _shared_gate_up(
-        slots, inputs, input_scales, slots[2].index(0), x, pair_order, shared_codes, shared_scales, shared_hidden,
-        counter + FIRST + CHOICES * INNER, tag_of(count, gl.num_programs(0)), num_tokens, limit, D, INNER,
+        slots, inputs, input_scales, slots[2].index(0), x, coded, pair_order, shared_codes, shared_scales,
+        shared_hidden, counter + FIRST + CHOICES * INNER, tag_of(count, gl.num_programs(0)), num_tokens, limit,
+        D, INNER,
     )  # fmt: skip
     if num_tokens == 1:
         arrive(counter, gl.num_programs(0), False)
@@ -256,7 +258,8 @@ def gate_up_kernel(
         next_first = gl.where(more, first + TOKENS, next_first)
         next_row = next_unit % BLOCKS * (ROWS // 2)
         if first != filled:
-            if num_tokens > 1:
+            if (num_tokens > 1) | (active != CHOICES):
+                # Also of one token that has an expert twice: its row in several places.
                 fill_inputs(inputs, input_scales, x, pair_order, first, gl.minimum(end - first, TOKENS), CHOICES, D)
             fence_async_shared()
             filled = first
@@ -433,18 +436,19 @@ def num_programs(columns: int, device: torch.device, most: int = MOST_PROGRAMS) 
 
 
 def gate_up(
-    x: Tensor, shared_w13: Any, weights: Tensor, groups: Any, slab: ExpertSlab, hidden: Tensor, limit: float,
-    shared_hidden: Tensor, counters: Tensor, pdl: bool | None,
+    x: Tensor, coded: Tensor, shared_w13: Any, weights: Tensor, groups: Any, slab: ExpertSlab, hidden: Tensor,
+    limit: float, shared_hidden: Tensor, counters: Tensor, pdl: bool | None,
 ) -> None:  # fmt: skip
-    """`experts_decode.expert_gate_up` of `x [T, D]` bf16, natural columns, not rounded.
+    """`experts_decode.expert_gate_up` of `x [T, D]` bf16, natural columns, not rounded. `coded`: of one token, its
+    coded row; else anything on the device.
 
     `counters`: int32 zeros, `experts_hidden.room`, for this and the `down` that follows; for launches of these sizes
     only.
     """
     tokens, choices, inner = hidden.shape
     gate_up_kernel[(num_programs(x.shape[1], x.device),)](
-        x, weights, hidden, groups.num_active, groups.active_experts, groups.active_begin, groups.pair_order,
-        slab.table, *boxes(slab, x.shape[1], inner, gates=True),
+        x, coded.view(torch.uint8), weights, hidden, groups.num_active, groups.active_experts, groups.active_begin,
+        groups.pair_order, slab.table, *boxes(slab, x.shape[1], inner, gates=True),
         shared_w13.codes.view(torch.uint8), shared_w13.scales, shared_hidden, counters, tokens, float(limit),
         E=slab.table.numel(), **_constants(x.shape[1], inner, choices, slab), **OPTIONS, **pdl_options(x, pdl),
     )  # fmt: skip
@@ -475,7 +479,7 @@ def compile_list() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[
     """Compilations of V4-Flash for sm_90: name, function, signature, constants, options."""
     wide, inner = 4096, 2048
     pointers = dict.fromkeys(("num_active", "active_experts", "active_begin", "pair_order", "table"), "*i32")
-    pointers |= {"shared_codes": "*u8", "counter": "*i32"}
+    pointers |= {"coded": "*u8", "shared_codes": "*u8", "counter": "*i32"}
     pointers |= dict.fromkeys(("x", "hidden", "shared_hidden", "out"), "*bf16")
     types = pointers | {"routing": "*fp32", "shared_scales": "*fp32", "limit": "fp32"}
     types |= {"num_tokens": "i32", "counted": "i32"}

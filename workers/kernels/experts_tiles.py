@@ -92,6 +92,8 @@ SCALE_BOX5 = gl.constexpr(gl.NVMMASharedLayout(0, 8, rank=5))
 """What the accelerator writes: `[ROWS, 128]` codes, `[ROWS, 16]` scales; as tile, by one row, by eight rows."""
 FLAT1 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 FLAT2 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+FLAT3 = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+"""The first of eight inputs stands so in `INPUTS`, too."""
 INPUTS = gl.constexpr(gl.NVMMASharedLayout(32, 8, rank=2))
 INPUT_WORDS3 = gl.constexpr(gl.NVMMASharedLayout(32, 32, rank=3))
 
@@ -167,7 +169,7 @@ def fill_inputs(codes, scales, x, pair_order, first, count, CHOICES: gl.constexp
     """Quantise up to eight rows of bf16 `x [., K]` to the buffers of `input_buffers`.
 
     Row i is token `first + i` (`CHOICES` 0), or the row of pair `pair_order[first + i]`: pair / CHOICES. Rows beyond
-    `count` repeat the last one.
+    `count` repeat the last one, or of a single one hold anything.
     """
     if count == 1:
         _fill(codes, scales, x, pair_order, first, first, CHOICES, K, part_columns(K), 1)
@@ -176,20 +178,32 @@ def fill_inputs(codes, scales, x, pair_order, first, count, CHOICES: gl.constexp
 
 
 @gluon.jit
-def load_row(x, K: gl.constexpr):
-    """The first row of `x`, in parts of which `fill_row` makes inputs."""
-    rows = _rows_of(x, x, 0, 0, 0, K, part_columns(K), 1)
-    parts = ()
-    for part in gl.static_range(K // part_columns(K)):
-        parts = parts + (gl.load(rows + part * part_columns(K)),)
-    return parts
+def load_coded(row, wanted, K: gl.constexpr):
+    """A coded row (`expert_codes.py`; pointer to uint8), if wanted: words `[K / 32, 1, 8]`, scales `[K / 128, 1]`."""
+    WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 8], [32, 1, 1], [WARPS, 1, 1], [2, 1, 0])
+    FACTORS: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [WARPS, 1], [1, 0])
+    block = gl.arange(0, K // 32, layout=gl.SliceLayout(1, gl.SliceLayout(2, WORDS)))[:, None, None]
+    word = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, WORDS)))[None, None, :]
+    words = gl.load(row.to(gl.pointer_type(gl.int32)) + (block * 8 + word), mask=wanted, other=0)
+    group = gl.arange(0, K // 128, layout=gl.SliceLayout(1, FACTORS))[:, None]
+    return words, gl.load((row + K).to(gl.pointer_type(gl.float32)) + group, mask=wanted, other=0.0)
 
 
 @gluon.jit
-def fill_row(codes, scales, parts, K: gl.constexpr):
-    """Quantise a row that has been loaded."""
-    for part in gl.static_range(len(parts)):
-        fill_part(codes, scales, parts[part], part, K)
+def fill_coded(codes, scales, row, K: gl.constexpr):
+    """A row of `load_coded` to the buffers."""
+    _place_row(codes, scales, row[0], row[1] * UNSCALE, 0, K)
+
+
+@gluon.jit
+def _place_row(codes, scales, words, scale, part, K: gl.constexpr):
+    """Words `[KC / 32, 1, 8]` and scales `[KC / 128, 1]` of a part of one row to the first of the eight places. What is
+    in the others are inputs of results that nobody looks at."""
+    KC: gl.constexpr = words.shape[0] * 32
+    code_parts = codes._reinterpret(gl.int32, [K // KC, KC // 32, TOKENS, 8], FLAT3)
+    code_parts.index(part).slice(0, 1, dim=1).store(words)
+    scale_parts = scales._reinterpret(gl.float32, [K // KC, KC // 128, TOKENS], FLAT2)
+    scale_parts.index(part).slice(0, 1, dim=1).store(scale)
 
 
 @gluon.jit
@@ -204,14 +218,14 @@ def _fill(
 
 @gluon.jit
 def fill_part(codes, scales, x, part, K: gl.constexpr):
-    """Quantise `x [columns / 8, rows, 8]`, a part of the columns of eight rows, or of one for all eight."""
+    """Quantise `x [columns / 8, rows, 8]`, a part of the columns of eight rows, or of one for the first place."""
     KC: gl.constexpr = x.shape[0] * 8
     words, scale = _quantised(x.to(gl.float32))
     if x.shape[1] == 1:
-        words = gl.full([KC // 32, TOKENS, 8], 0, gl.int32, words.type.layout) + words
-        scale = gl.full([KC // 128, TOKENS], 0.0, gl.float32, scale.type.layout) + scale
-    codes._reinterpret(gl.int32, [K // KC, KC // 32, TOKENS, 8], INPUT_WORDS3).index(part).store(words)
-    scales._reinterpret(gl.float32, [K // KC, KC // 128, TOKENS], FLAT2).index(part).store(scale)
+        _place_row(codes, scales, words, scale, part, K)
+    else:
+        codes._reinterpret(gl.int32, [K // KC, KC // 32, TOKENS, 8], INPUT_WORDS3).index(part).store(words)
+        scales._reinterpret(gl.float32, [K // KC, KC // 128, TOKENS], FLAT2).index(part).store(scale)
 
 
 # -- FP4 tiles ----------------------------------------------------------------------------------------------------

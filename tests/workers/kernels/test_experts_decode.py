@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.support.expert_bytes import write_expert
 from tests.support.tolerances import relative_error
 from workers.experts.layout import ExpertShape, ExpertSlab
-from workers.kernels import experts_decode, experts_sm90, linear_decode
+from workers.kernels import expert_codes, experts_decode, experts_sm90, linear_decode
 from workers.reference import moe, quant
 
 BF16_SUM = 4e-3
@@ -127,8 +127,12 @@ class Case:
         ids = self.ids.to(device)
         shared_hidden = torch.full((self.tokens, self.inner), nan, dtype=torch.bfloat16, device=device)
         w13 = SimpleNamespace(codes=self.w13_codes.to(device), scales=self.w13_scales.to(device))
+        inputs = expert_order(self.x).to(device)
+        if self.tokens == 1 and experts_sm90.serves(device, self.hidden, self.inner):
+            inputs = torch.empty(1, expert_codes.coded_bytes(self.hidden), dtype=torch.uint8, device=device)
+            expert_codes.code_rows(self.x.to(device), inputs)
         experts_decode.expert_gate_up(
-            self.x.to(device), expert_order(self.x).to(device), w13, ids, self.weights.to(device), groups, slab, hidden,
+            self.x.to(device), inputs, w13, ids, self.weights.to(device), groups, slab, hidden,
             self.limit, shared_hidden=shared_hidden, counters=counters,
         )  # fmt: skip
         shared = SimpleNamespace(codes=self.shared_codes.to(device), scales=self.shared_scales.to(device))
