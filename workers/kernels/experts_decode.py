@@ -76,8 +76,9 @@ def expert_gate_up(
 
     `x [T, D]` bf16; `experts_x` the same fake-quantised and in expert order for the plain form. For the other one
     token's must be its coded row (`expert_codes.py`); more tokens it rounds itself, from `x`. `x_quantised`
-    fake-quantised and in its own order, for many tokens. `shared_w13`: w1 | w3 of the shared expert, `codes [2I, D]` and `scales`. `ids`
-    int32 and `weights` fp32 `[T, k]`; `groups` from `route`. `counters`: int32 zeros, `num_counters` many.
+    fake-quantised and in its own order, for many tokens. `shared_w13`: w1 | w3 of the shared expert, `codes [2I, D]`
+    and `scales`. `ids` int32 and `weights` fp32 `[T, k]`; `groups` from `route`. `counters`: int32 zeros,
+    `num_counters` many.
     """
     tokens, choices, inner = hidden.shape
     if not tokens:
