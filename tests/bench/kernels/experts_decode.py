@@ -23,23 +23,27 @@ half of its programs at 28.9 and 24.9. Tried besides, with equal bits:
     a tile's code run once on nothing before down's wait, to have its instructions: 8 layers 1.039 ms for 1.018
 
 In the step itself (8 layers of V4-Flash at one token, 2026-11-22, stamps of the last layer, us after half of gate_up's
-programs have come behind its wait), before and after its beginning was shortened and hidden rows went in words:
-    programs begin                        -10.1    -8.5
-    the router has ended                   -3.1    -0.6
-    x rounded, shared rows multiplied      -4.7    -4.2    half of those that have any
-    the last program behind the wait        4.9     2.1
-    all rows of the hidden state written   16.5    15.5
-    half of down's programs have theirs    17.7    18.1
-    down ends                              26.9    26.8
-8 layers 1.0034 ms before, 0.9804 after: x loaded whole and first -11 us, hidden rows in words -5, and the shared
-expert's so as well, which needs no release, -11, the table first -2. Then one token's x as codes from mHC's collapse, a
-row in one place of the inputs instead of eight, in down too: 0.9743 -> 0.9563 ms. Tried besides, with equal bits:
+programs have come behind its wait): with routed rows in words alone, with the shared one's too and gate_up's beginning
+shortened, and with one token's x as codes from mHC's collapse:
+    programs begin                        -10.1    -8.5    -6.0
+    half of those with shared rows begin   -4.7    -4.2    -4.7
+    the router has ended                   -3.1    -0.6    -0.2
+    the last program behind the wait        4.9     2.1     1.2
+    all rows of the hidden state written   16.5    15.5    16.1
+    half of down's programs have theirs    17.7    18.1    17.9 (the last: of those with tiles)
+    down ends                              26.9    26.8    26.2
+8 layers 1.0034 ms without any of it, then 0.9981, 0.9804 and 0.9553 (the last beside 0.976 of the form before it). Alone,
+x loaded whole and first gains 11 us, the shared row in words, which needs no release, 11, the table loaded first 2. Part
+of the last gain is that a row fills one place of the inputs instead of eight, in down too. Now the router is what
+gate_up waits for: to look at its list ahead of its end, ask for a tile's first copies, and compare behind the wait gave
+0.9510 ms for 0.9553, with a list that the router empties first; not in the tree.
+Half of down's programs begin when the last of gate_up's on their multiprocessor has ended, and need 1.2 us to ask for
+their first copies. Tried besides, with equal bits:
     down with two or three programs a multiprocessor, or with two tiles for the programs that begin first: 45, 32 and
     20 us more than 0.9563 ms; and, on 1.0063 ms:
     loops of tiles and shared rows rolled up to one step, code a third shorter: 22 us more
     code of the rounding run once on nothing before down's rows are there: 16 us more
     down's second turn of copies before its row is there: 4 us less gained than with it behind
-    gate_up asking for its tile when the router has stored its list, before its wait: 2 us less alone, else nothing
 
 Where the rest goes, by the profiler, in a form with copies by threads, measured the same day. At one token 44 % of
 gate_up's samples stand in the loop and 35 % before its wait, which in a step lies in the shadow of the router's launch.
