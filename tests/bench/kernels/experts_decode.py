@@ -32,11 +32,11 @@ shortened, and with one token's x as codes from mHC's collapse:
     all rows of the hidden state written   16.5    15.5    16.1
     half of down's programs have theirs    17.7    18.1    17.9 (the last: of those with tiles)
     down ends                              26.9    26.8    26.2
-8 layers 1.0034 ms without any of it, then 0.9981, 0.9804 and 0.9553 (the last beside 0.976 of the form before it). Alone,
-x loaded whole and first gains 11 us, the shared row in words, which needs no release, 11, the table loaded first 2. Part
-of the last gain is that a row fills one place of the inputs instead of eight, in down too. Now the router is what
-gate_up waits for: to look at its list ahead of its end, ask for a tile's first copies, and compare behind the wait gave
-0.9510 ms for 0.9553, with a list that the router empties first; not in the tree.
+8 layers 1.0034 ms without any of it, then 0.9981, 0.9804 and 0.9553 (the last beside 0.976 of the form before it).
+Alone, x loaded whole and first gains 11 us, the shared row in words, which needs no release, 11, the table loaded first
+2. Part of the last gain is that a row fills one place of the inputs instead of eight, in down too. Now the router is
+what gate_up waits for: to look at its list ahead of its end, ask for a tile's first copies, and compare behind the wait
+gave 0.9510 ms for 0.9553, with a list that the router empties first; not in the tree.
 Half of down's programs begin when the last of gate_up's on their multiprocessor has ended, and need 1.2 us to ask for
 their first copies. Tried besides, with equal bits:
     down with two or three programs a multiprocessor, or with two tiles for the programs that begin first: 45, 32 and
