@@ -151,7 +151,12 @@ def _reaching(
 
 @triton.jit
 def _exact_cut(scores, entries, count, K: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr):
-    """Key of the K-th largest of more than K scores, and the last entry that has it and is chosen."""
+    """Key of the K-th largest of more than K scores, and the last entry that has it and is chosen.
+
+    For rows with more equal scores at the bound than the list holds, or of NaN: it reads the row 64 times.
+    # measured (H200, 2026-11-22, 64 sequences of 64K tokens): index scores and selection 298 us where this ran, which
+    # otherwise take 62; that it ran is inferred from the time.
+    """
     lo = count * 0 - 2147483647  # of a NaN, which all reach
     hi = count * 0 + 0x7F800001  # above infinity
     for _ in range(32):  # not `while`: this compiler fails on loads in a loop inside one
