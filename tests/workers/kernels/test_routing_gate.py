@@ -69,6 +69,17 @@ def test_columns_are_shared_by_programs_and_experts_by_blocks(device: torch.devi
         check(gate_case(num_tokens, device, experts=140, k=6, hidden=1024).run())
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, about what is asked for here
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_token_of_no_numbers_ends_and_gets_real_experts(device: torch.device, value: float) -> None:
+    """A place that nobody has written is a NaN, too: the choosing program would wait for ever if a sum gave it."""
+    case = gate_case(1, device)
+    case.x.fill_(value)
+    case.run()
+    assert sorted(set(case.ids[0].tolist())) == sorted(case.ids[0].tolist())
+    assert all(0 <= expert < 12 for expert in case.ids[0].tolist())
+
+
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_a_table_row_that_repeats_an_expert_keeps_all_its_pairs(device: torch.device, num_tokens: int) -> None:
     case = gate_case(num_tokens, device, hashed=True)
