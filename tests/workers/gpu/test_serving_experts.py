@@ -137,6 +137,7 @@ def test_a_start_that_fails_stops_filling_the_bank(folder: Path) -> None:
     def read(pair: int, out: np.ndarray, *, stream: bool = False) -> None:
         read_pairs.append(pair)
         assert may_read.wait(60)
+        time.sleep(0.1)  # who waits for the first read hears of it before the next ones end
         honest(pair, out, stream=stream)
 
     bundle.supply.disk.read = read  # type: ignore[method-assign]
