@@ -64,15 +64,6 @@ def code_rows(x: Tensor, out: Tensor, *, pdl: bool | None = None) -> None:
         _code_rows[grid](x, out, columns, hardware_formats(x.device), num_warps=1, **pdl_options(x, pdl))
 
 
-def decoded(rows: Tensor) -> Tensor:
-    """fp32 `[T, D]` of coded rows, in plain torch."""
-    columns = rows.shape[1] * 32 // 33
-    scales = rows[:, columns:].contiguous().view(torch.float32)
-    codes = rows[:, :columns].view(torch.float8_e4m3fn).float()
-    codes = codes.unflatten(1, (-1, 2, 16)).transpose(2, 3).flatten(1)
-    return codes * scales.repeat_interleave(GROUP.value, 1)
-
-
 def compile_cases(arch: int) -> list[tuple[str, object, dict[str, str], dict[str, object], dict[str, object]]]:
     """V4-Flash, for the check that every architecture compiles."""
     constants = {"D": 4096, "HW": arch >= 89, "PDL": arch >= 90}

@@ -1,11 +1,10 @@
 """How hidden rows of decode's experts on sm_90 get from the first launch to the second while both run, Gluon.
 
-Owns: who tells whom that a row is there, the rows of a step of one token, and their way into the inputs of
-`experts_tiles.py`. Does not own: who writes or reads which row (`experts_sm90.py`).
+Owns: the rows of a step of one token, and their way into the inputs of `experts_tiles.py`. Does not own: who writes or
+reads which row (`experts_sm90.py`), the counter (`arrivals.py`).
 
-The first launch's programs count themselves in an int32 `counter`, which goes round at twice their number. At several
-tokens they do so when the shared expert's rows have been stored, for that is what the second launch reads of them
-before they have ended.
+The first launch's programs count themselves. At several tokens they do so when the shared expert's rows have been
+stored, for that is what the second launch reads of them before they have ended.
 
 At one token nothing is announced: a column is one int32 word, bf16 bits above a tag, and whoever finds the tag has the
 value. So a row is multiplied as soon as the 64 programs that write it have done so, not when all programs of the launch
@@ -38,39 +37,6 @@ THREADS = gl.constexpr(gl.BlockedLayout([1], [32], [WARPS.value], [0]))
 def room(choices: int, inner: int) -> int:
     """int32 words of the counter, a token's routed rows and its shared one, in this order."""
     return FIRST.value + (choices + 1) * inner
-
-
-@gluon.constexpr_function
-def _counting(order):
-    return (
-        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
-        f" @p red.{order}.gpu.global.inc.u32 [$1], $2; mov.b32 $0, 0; }}"
-    )
-
-
-@gluon.jit
-def arrive(counter, programs, TELL: gl.constexpr):
-    """One of `programs` programs has come here, all its threads. TELL: what they have stored is visible to who sees
-    that."""
-    gl.thread_barrier()
-    gl.inline_asm_elementwise(
-        _counting("release" if TELL else "relaxed"), "=r,l,r", [counter, 2 * programs - 1], dtype=gl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def await_all(counter, programs):
-    """Every thread waits until all `programs` programs of a launch have arrived.
-
-    For kernels that begin only after all have, so that this is an acquire more than a wait: a count at which the launch
-    before ended looks the same. What an arrival announces is visible before the arrival is.
-    """
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 v; again: ld.acquire.gpu.global.b32 v, [$1]; setp.ne.s32 p, v, 0;"
-        " setp.ne.and.s32 p, v, $2, p; @p bra again; mov.b32 $0, 0; }",
-        "=r,l,r", [counter, programs], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit

@@ -31,11 +31,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from workers.experts.layout import ExpertSlab
+from workers.kernels.arrivals import arrive, await_all
 from workers.kernels.experts_boxes import box_types, boxes
 from workers.kernels.experts_hidden import (
     FIRST,
-    arrive,
-    await_all,
     clear,
     count_of,
     fill_awaited,

@@ -18,8 +18,10 @@ the predecessor wrote; in a CUDA graph the launches of a chain then overlap. A k
 Every program must reach `gdc_wait`, also one without work: a kernel counts as ended when its programs have, and that is
 what makes the writes of the kernel before the predecessor visible. Nothing may be stored before the wait, for the
 predecessor may still read it. What is read before the wait must have been written by a launch that had ended when the
-predecessor signalled: where that signals after its own wait, all before it are old enough; where it signals first of
-all, not even the launch before it is.
+predecessor signalled: where that signals after its own wait, and be it in one of its programs (`routing_one.py`), all
+before it are old enough; where it signals first of all, not even the launch before it is. What a launch that still runs
+writes may be read only by who is told so in memory: by a counter (`arrivals.py`), or by the words themselves
+(`experts_hidden.py`, `routing_one.py`).
 
 Kernels signal late, unless the next launch cannot crowd. While anything runs, the GPU places the programs of a
 dependent launch depth first: as many as fit on one multiprocessor, then the next. Behind two small kernels that

@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from workers.kernels.arrivals import arrive, await_first_half
 from workers.kernels.attention_parts import LOG2E, divisor, finite, power_of_two, visible_entries
 from workers.kernels.sparse_attention_rows_sm90 import BRINGERS, CHUNK, COPIED, HEAD_DIM, SLOTS, bring
 
@@ -130,35 +131,6 @@ def _added(value, kept, product, factor, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def _count(counter):
-    """Add 1 to the counter, behind all that the warps have stored; after 3 it begins again."""
-    gl.thread_barrier()
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
-        " @p red.release.gpu.global.inc.u32 [$1], 3; mov.u32 $0, 0; }",
-        "=r,l",
-        [counter],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _wait_for(counter):
-    """Until the counter is at 2 or beyond. Every thread waits, and so sees what was stored before."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .u32 v; again: ld.acquire.gpu.global.u32 v, [$1]; setp.lt.u32 p, v, 2; @p bra again;"
-        " mov.u32 $0, v; }",
-        "=r,l",
-        [counter],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
 def _exchange(values, WHO: gl.constexpr, maximum, total, head, sink, angle, keys, out, work, arrived):
     """Both programs of a token have the values of half of its keys; each adds half of the columns of both."""
     N: gl.constexpr = _HD // _WIDTH // 2
@@ -170,9 +142,9 @@ def _exchange(values, WHO: gl.constexpr, maximum, total, head, sink, angle, keys
     statistics = _BH * (_HD // 2) + local
     gl.store(to + statistics, maximum)
     gl.store(to + (statistics + _BH), total)
-    _count(arrived)
+    arrive(arrived, 2, True)
     sinks = gl.load(sink + head)
-    _wait_for(arrived)
+    await_first_half(arrived, 2)
     other, other_total = (
         gl.load(of + statistics, cache_modifier=".cg"),
         gl.load(of + (statistics + _BH), cache_modifier=".cg"),
@@ -192,7 +164,7 @@ def _exchange(values, WHO: gl.constexpr, maximum, total, head, sink, angle, keys
     place = (row * _HD)[:, None] + gl.arange(0, 128, gl.SliceLayout(0, _QUERIES))[None, :]
     for n in gl.static_range(2):
         gl.store(out + (place + (WHO * 2 + n) * 128), keys[WHO * 2 + n].index(0).load(_QUERIES))
-    _count(arrived)
+    arrive(arrived, 2, True)
 
 
 @gluon.jit

@@ -15,6 +15,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from workers.kernels.sparse_attention_sm90 import rows_of_chunk
+
 HEAD_DIM = 512
 CHUNK = 32
 """Keys of a chunk, as in the plain form."""
@@ -54,19 +56,10 @@ _OF_FOURS = gl.constexpr(gl.SliceLayout(1, gl.BlockedLayout([1, 4], [4, 8], [BRI
 @gluon.jit
 def _places(pair, position, num_entries, selected, tables, WINDOW: gl.constexpr, RATIO: gl.constexpr):
     """Page (-1: no row) and row in it of the keys of a pair of chunks. tables: window and full pages of the token."""
-    lane = gl.arange(0, _KEYS, _LINE)
-    row = position - (WINDOW - 1) + pair * _KEYS + lane
-    live = (row >= 0) & (row <= position)
+    row, live = rows_of_chunk(pair, position, num_entries, selected, WINDOW, RATIO, _LINE)
     pages, shift = tables[0], 8
     if RATIO > 0:
         is_entry = pair >= WINDOW // _KEYS
-        entry = (pair - WINDOW // _KEYS) * _KEYS + lane
-        live_entry = is_entry & (entry < num_entries)
-        if RATIO == 4:
-            entry = gl.load(selected + entry, mask=live_entry, other=-1)
-            live_entry = (entry >= 0) & (entry < (position + 1) // 4)
-        row = gl.where(is_entry, entry, row)
-        live = gl.where(is_entry, live_entry, live)
         pages = gl.where(is_entry, tables[1], tables[0])
         shift = gl.where(is_entry, 6 if RATIO == 4 else 1, 8)
     row = gl.where(live, row, 0)

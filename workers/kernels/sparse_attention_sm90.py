@@ -48,8 +48,10 @@ _SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, rank=2))
 
 
 @gluon.jit
-def _rows(chunk, position, num_entries, selected, WINDOW: gl.constexpr, RATIO: gl.constexpr, LAYOUT: gl.constexpr):
-    """As `chunk_rows`, in a layout."""
+def rows_of_chunk(
+    chunk, position, num_entries, selected, WINDOW: gl.constexpr, RATIO: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """As `attention_parts.chunk_rows`, of 64 keys, in a layout."""
     lane = gl.arange(0, _KEYS, LAYOUT)
     row = position - (WINDOW - 1) + chunk * _KEYS + lane
     live = (row >= 0) & (row <= position)
@@ -108,9 +110,9 @@ def _chunk(
     key = (rows + row.to(gl.int64) * _HD)[:, None] + gl.arange(0, _HD, gl.SliceLayout(0, _LOAD))[None, :]
     async_copy.async_copy_global_to_shared(then, key, mask=live[:, None])
     async_copy.commit_group()
-    unused, seen = _rows(chunk, position, num_entries, selected, WINDOW, RATIO, gl.SliceLayout(0, _SCORES))
+    unused, seen = rows_of_chunk(chunk, position, num_entries, selected, WINDOW, RATIO, gl.SliceLayout(0, _SCORES))
     after = chunk + 2
-    row, live = _rows(after, position, num_entries, selected, WINDOW, RATIO, gl.SliceLayout(1, _LOAD))
+    row, live = rows_of_chunk(after, position, num_entries, selected, WINDOW, RATIO, gl.SliceLayout(1, _LOAD))
     row += gl.where(after < WINDOW // _KEYS, window_at, entries_at)
     live &= after < num_chunks
     s = warpgroup_mma_wait(0, deps=[s])
@@ -172,11 +174,11 @@ def attend_prefill_sm90(
     keys = gl.allocate_shared_memory(gl.bfloat16, [_KEYS, _HD], _SHARED)
     other_keys = gl.allocate_shared_memory(gl.bfloat16, [_KEYS, _HD], _SHARED)
     column = gl.arange(0, _HD, gl.SliceLayout(0, _LOAD))[None, :]
-    row, live = _rows(0, position, num_entries, selected, WINDOW, RATIO, ROW_LOAD)
+    row, live = rows_of_chunk(0, position, num_entries, selected, WINDOW, RATIO, ROW_LOAD)
     key = (rows + (row + window_at).to(gl.int64) * _HD)[:, None] + column
     async_copy.async_copy_global_to_shared(keys, key, mask=live[:, None])
     async_copy.commit_group()
-    row, live = _rows(1, position, num_entries, selected, WINDOW, RATIO, ROW_LOAD)
+    row, live = rows_of_chunk(1, position, num_entries, selected, WINDOW, RATIO, ROW_LOAD)
     row += window_at
 
     # Queries are normed by a factor of the scores.

@@ -32,7 +32,7 @@ DIRECT = 4096
 """Scores of a row that one program keeps while it searches; it walks through more.
 # measured (H200, 2026-11-22, 64 sequences of 16K tokens): index scores and selection 25.6 us, 28.1 with 2,048."""
 
-LISTED = 2
+LIST_ROOM = 2
 """Scores that a list has room for, for each of K.
 # measured (64 sequences of 64K tokens): 61.5 us, 63.3 with 4."""
 
@@ -258,7 +258,7 @@ def _is_listed(max_entries: int) -> bool:
 
 
 def _most_listed(k: int) -> int:
-    return LISTED * int(triton.next_power_of_2(k))
+    return LIST_ROOM * int(triton.next_power_of_2(k))
 
 
 class TopkWork(NamedTuple):
